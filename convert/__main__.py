@@ -1,0 +1,5 @@
+"""``python -m mlx_ifp.convert``."""
+
+from . import main
+
+main()

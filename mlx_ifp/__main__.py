@@ -1,0 +1,5 @@
+"""``python -m mlx_ifp COMMAND``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,301 @@
+"""Sub-networks in memory, selections on disk."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import IFPError
+from .masks import Selection
+
+SELECTION_VERSION = "1"
+MAX_SELECTIONS = 256
+
+
+def default_cache_dir() -> Path:
+    """``$MLX_IFP_CACHE``, or the platform's place for caches."""
+    if own := os.environ.get("MLX_IFP_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_ifp"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mlx_ifp"
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Counts of a :class:`SubnetworkCache` since it was made, and what it holds now."""
+
+    hits: int
+    misses: int
+    evictions: int
+    entries: int
+    nbytes: int
+    max_bytes: int
+
+
+class SubnetworkCache:
+    """Sub-networks in memory: least recently used, bounded in bytes. Thread-safe.
+
+    Only a sub-network's own channels count; the trunk is shared. An evicted sub-network that is
+    still in use stays alive until its last user lets go. One that is larger than the bound is
+    handed out, but not kept.
+
+    Args:
+        max_bytes (int): the bound.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._lock = threading.RLock()
+        self._entries: OrderedDict[str, tuple[nn.Module, int]] = OrderedDict()
+        self._loading: dict[str, Future] = {}
+        self._pinned: set[str] = set()
+        self._hits = self._misses = self._evictions = 0
+
+    def get(self, digest: str, load: Callable[[], tuple[nn.Module, int]]) -> tuple[nn.Module, bool]:
+        """The sub-network of a selection, loaded if it is not there.
+
+        If several threads ask for the same one at once, one loads and the others wait for it.
+
+        Args:
+            digest (str): the selection's.
+            load (Callable): gives the model and its bytes.
+
+        Returns:
+            tuple: the model, and whether it was there.
+        """
+        with self._lock:
+            if entry := self._entries.get(digest):
+                self._entries.move_to_end(digest)
+                self._hits += 1
+                return entry[0], True
+            future = self._loading.get(digest)
+            mine = future is None
+            if mine:
+                future = self._loading[digest] = Future()
+                self._misses += 1
+            else:
+                self._hits += 1
+        if not mine:
+            return future.result()[0], True
+        try:
+            entry = load()
+        except BaseException as error:
+            with self._lock:
+                del self._loading[digest]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            del self._loading[digest]
+            if entry[1] <= self.max_bytes or digest in self._pinned:
+                self._entries[digest] = entry
+                self._evict()
+        future.set_result(entry)
+        return entry[0], False
+
+    def _evict(self) -> None:
+        while self.nbytes > self.max_bytes:
+            free = [digest for digest in self._entries if digest not in self._pinned]
+            if not free:
+                return
+            del self._entries[free[0]]
+            self._evictions += 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        with self._lock:
+            return sum(nbytes for _, nbytes in self._entries.values())
+
+    def pin(self, digest: str) -> None:
+        """Never evict this one, once it is there."""
+        with self._lock:
+            self._pinned.add(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let this one be evicted again."""
+        with self._lock:
+            self._pinned.discard(digest)
+            self._evict()
+
+    def clear(self) -> None:
+        """Drop all that is not pinned."""
+        with self._lock:
+            for digest in list(self._entries):
+                if digest not in self._pinned:
+                    del self._entries[digest]
+
+    @property
+    def info(self) -> CacheInfo:
+        """Counts and sizes."""
+        with self._lock:
+            return CacheInfo(
+                self._hits,
+                self._misses,
+                self._evictions,
+                len(self._entries),
+                self.nbytes,
+                self.max_bytes,
+            )
+
+
+def save_selection(
+    path: str | Path, selection: Selection, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a selection to a safetensors file: one bit a channel, and the soft values.
+
+    The file is complete or not there at all; one that exists is replaced.
+    """
+    path = Path(path)
+    tensors = {"mask": np.packbits(selection.mask, axis=-1)}
+    if selection.soft_values is not None:
+        tensors["soft_values"] = np.concatenate(selection.soft_values).astype(np.float32)
+    metadata = {
+        "format": "mlx_ifp.selection",
+        "version": SELECTION_VERSION,
+        "checkpoint": selection.checkpoint,
+        "d_ffn": str(selection.d_ffn),
+        **(metadata or {}),
+    }
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def load_selection(path: str | Path, checkpoint: str | None = None) -> Selection:
+    """Read a selection.
+
+    Args:
+        path (str): a file of :func:`save_selection`.
+        checkpoint (str): digest of the checkpoint it must belong to; None takes any.
+
+    Raises:
+        IFPError: if it is not such a file, damaged, or of another checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise IFPError(f"{path}: there is no such selection file.")
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != "mlx_ifp.selection":
+            raise IFPError(f"{path} is not a selection of mlx_ifp.")
+        if metadata.get("version") != SELECTION_VERSION:
+            raise IFPError(f"{path}: selection version {metadata.get('version')} is not known.")
+        d_ffn = int(metadata["d_ffn"])
+        packed = tensors["mask"]
+        if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != -(-d_ffn // 8):
+            raise IFPError(f"{path}: mask has the shape {packed.shape}, not [L, {d_ffn} / 8].")
+        bits = np.unpackbits(packed, axis=-1)
+        counts = bits[:, :d_ffn].sum(axis=1)
+        if bits[:, d_ffn:].any() or not counts.all():
+            raise IFPError(f"{path}: mask keeps no channel of a layer, or one that is not there.")
+        layers = tuple(np.flatnonzero(row).astype(np.int32) for row in bits)
+        soft_values = None
+        if "soft_values" in tensors:
+            values = tensors["soft_values"]
+            if values.shape != (counts.sum(),) or values.dtype != np.float32:
+                raise IFPError(f"{path}: soft_values has the shape {values.shape}.")
+            if not np.isfinite(values).all():
+                raise IFPError(f"{path}: soft_values are not finite.")
+            soft_values = tuple(np.split(values, np.cumsum(counts)[:-1]))
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, IFPError):
+            raise
+        raise IFPError(f"{path} is not a selection of mlx_ifp, or damaged ({error}).") from error
+    if checkpoint is not None and metadata.get("checkpoint") != checkpoint:
+        raise IFPError(f"{path} was made with another checkpoint; its channels mean others here.")
+    return Selection(layers, soft_values, d_ffn, metadata.get("checkpoint", ""))
+
+
+class SelectionCache:
+    """Selections on disk, so that the next process finds them.
+
+    One file a selection, in a folder a checkpoint. Names are hashes: no text is stored. Nothing
+    here fails a caller: what can't be read or written is warned about and left out.
+
+    Args:
+        directory (Path): where; None for :func:`default_cache_dir`.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = Path(directory) if directory is not None else default_cache_dir()
+
+    def _folder(self, checkpoint: str) -> Path:
+        return self.directory / "selections" / checkpoint[:32]
+
+    def load(self, checkpoint: str, key: str) -> Selection | None:
+        """The selection of a key, or None."""
+        path = self._folder(checkpoint) / f"{key}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            selection = load_selection(path, checkpoint)
+        except IFPError as error:
+            warnings.warn(f"Ignoring a cached selection: {error}", stacklevel=2)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return selection
+
+    def store(self, key: str, selection: Selection, metadata: dict[str, Any]) -> None:
+        """Keep a selection."""
+        folder = self._folder(selection.checkpoint)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_selection(
+                folder / f"{key}.safetensors",
+                selection,
+                {name: value if isinstance(value, str) else json.dumps(value)
+                 for name, value in metadata.items()},
+            )  # fmt: skip
+            for path in self._files(folder)[MAX_SELECTIONS:]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(f"The selection was not cached: {error}", stacklevel=2)
+
+    def previous(self, checkpoint: str, key: str) -> Selection | None:
+        """The selection used last, other than that of ``key``."""
+        for path in self._files(self._folder(checkpoint)):
+            if path.stem != key:
+                with contextlib.suppress(IFPError):
+                    return load_selection(path, checkpoint)
+        return None
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        """Most recently used first."""
+        with contextlib.suppress(OSError):
+            return sorted(
+                folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True
+            )
+        return []
+
+    def entries(self) -> list[Path]:
+        """All files, most recently used first."""
+        folders = (self.directory / "selections").glob("*")
+        files = [path for folder in folders for path in self._files(folder)]
+        return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)

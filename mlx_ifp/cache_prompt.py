@@ -1,0 +1,101 @@
+"""``mlx_ifp.cache_prompt``: run a prompt once and keep its keys and values in a file."""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from tqdm import tqdm
+
+from .cache import load_selection, save_selection
+from .cli import command
+from .errors import IFPError
+from .generate import read_prompt, selecting_text
+from .options import add_model_options, add_task_options, load_model, task_of
+
+EXAMPLES = """examples:
+  mlx_ifp.cache_prompt --model smollm2-ifp --task "Answer questions on a text." \\
+      --prompt - --prompt-cache-file text.safetensors < text.txt
+  mlx_ifp.generate --model smollm2-ifp --task "Answer questions on a text." \\
+      --prompt-cache-file text.safetensors --prompt "Who wrote it?"
+"""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_ifp.cache_prompt``: mlx-lm's where they mean the same, and ours."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_ifp.cache_prompt",
+        description="Keep the keys and values of a prompt, made under one selection, in a file.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    add_task_options(parser)
+    parser.add_argument("--prompt", "-p", required=True, help="The prompt ('-' reads from stdin)")
+    parser.add_argument("--prompt-cache-file", required=True, help="The file to write")
+    parser.add_argument("--max-kv-size", type=int, help="Maximum size of the key-value cache")
+    parser.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
+    parser.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
+    parser.add_argument(
+        "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
+    )
+    return parser
+
+
+@command
+def main() -> None:
+    """Run ``mlx_ifp.cache_prompt``."""
+    args = setup_arg_parser().parse_args()
+    prompt = read_prompt(args.prompt)
+    path = Path(args.prompt_cache_file)
+    if path.suffix != ".safetensors":
+        # mlx adds the suffix by itself, and the file would not be where the user looks.
+        raise IFPError(f"--prompt-cache-file must end in .safetensors, {path} does not.")
+    task = task_of(args)
+    model, tokenizer = load_model(args)
+    messages = [{"role": "user", "content": prompt}]
+    if args.selection is not None:
+        selection = load_selection(args.selection, model.checkpoint.digest)
+        ready = model.prepare(selection=selection)
+    else:
+        ready = model.prepare(selecting_text(model, tokenizer, messages, task, args.task_from))
+    if args.save_selection is not None:
+        save_selection(args.save_selection, ready.selection)
+    if tokenizer.has_chat_template:
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=False, continue_final_message=True
+        )
+    else:
+        tokens = tokenizer.encode(prompt)
+    prompt_cache = make_prompt_cache(ready.network, args.max_kv_size)
+    with tqdm(total=len(tokens), unit="tokens", desc="Processing") as bar:
+        for _ in generate_step(
+            mx.array(tokens),
+            ready.network,
+            max_tokens=0,
+            prompt_cache=prompt_cache,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            prompt_progress_callback=lambda done, _: bar.update(done - bar.n),
+        ):
+            pass
+    metadata = {
+        "model": str(args.model),
+        "tokenizer_config": "{}",
+        "ifp_selection": ready.selection.digest,
+    }
+    handle, temporary = tempfile.mkstemp(suffix=".safetensors", dir=path.parent)
+    os.close(handle)
+    try:
+        save_prompt_cache(temporary, prompt_cache, metadata)
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        raise IFPError(f"{path} could not be written: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    print(f"{path}: {len(tokens)} tokens", file=sys.stderr)

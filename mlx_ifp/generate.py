@@ -1,0 +1,445 @@
+"""Text from a sub-network: the Python API, and ``mlx_ifp.generate``."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.models.cache import load_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .cache import load_selection, save_selection
+from .cli import command
+from .errors import IFPError
+from .masks import Selection
+from .model import IFPModel, Keep, Prepared, Text, load
+from .options import add_model_options, add_task_options, load_model, task_of
+from .stats import Stats, parameter_counts
+
+Prompt = str | list[int] | mx.array | list[dict[str, Any]]
+
+
+def _is_messages(prompt: Prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def selecting_text(
+    model: IFPModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    task: str | None = None,
+    task_from: str | None = None,
+    selector: str | None = None,
+) -> Text:
+    """The text that selects the sub-network (paper, sections 3.2 and 4.3).
+
+    Args:
+        prompt: a string, token ids of the LLM's tokenizer, or a list of messages.
+        task (str): a task description; it selects if given.
+        task_from (str): ``user``: the first user message, for the whole conversation; ``system``:
+            the system message. None for what the checkpoint says.
+        selector (str): None for the default; it decides whose token ids are understood.
+
+    Raises:
+        IFPError: if the messages have none of that role.
+    """
+    if task is not None:
+        return task
+    role = task_from or model.checkpoint.ifp.text.source
+    if role not in ("user", "system"):
+        raise IFPError(f"task_from must be 'user' or 'system', not {task_from!r}.")
+    if _is_messages(prompt):
+        for message in prompt:
+            if message.get("role") == role:
+                return _content(message)
+        raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
+    if task_from == "system":
+        raise IFPError("To select by the system message, give the prompt as a list of messages.")
+    if isinstance(prompt, str) or model.selector_tokenizer(selector) is tokenizer:
+        return prompt
+    tokens = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _content(message: dict[str, Any]) -> str:
+    """A message's text; the parts of a multi-part content are joined."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper, prompt: Prompt, **template_kwargs: Any
+) -> str | list[int] | mx.array:
+    """What mlx-lm is given as the prompt: messages go through the chat template.
+
+    A last message of the assistant is continued, not answered.
+    """
+    if not _is_messages(prompt):
+        if len(prompt) == 0:
+            raise IFPError("The prompt is empty; give some text.")
+        return prompt
+    if not tokenizer.has_chat_template:
+        raise IFPError("This model has no chat template; give the prompt as a string.")
+    prefill = prompt[-1].get("role") == "assistant"
+    return tokenizer.apply_chat_template(
+        prompt,
+        add_generation_prompt=not prefill,
+        continue_final_message=prefill,
+        **template_kwargs,
+    )
+
+
+def _claim_prompt_cache(prompt_cache: list[Any], selection: Selection | None) -> None:
+    """Keys and values made under one mask are wrong under another: mark them, and check."""
+    digest = "dense" if selection is None else selection.digest
+    for layer in prompt_cache:
+        if getattr(layer, "ifp_selection", digest) != digest:
+            raise IFPError(
+                "The prompt cache was filled under another selection; "
+                "use the same task, or start with an empty prompt cache."
+            )
+        layer.ifp_selection = digest
+
+
+def stream_generate(
+    model: IFPModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    task: str | None = None,
+    *,
+    task_from: str | None = None,
+    selection: Selection | None = None,
+    dense: bool = False,
+    selector: str | None = None,
+    keep: Keep | None = None,
+    **kwargs: Any,
+) -> Iterator[GenerationResponse]:
+    """mlx-lm's ``stream_generate`` on the sub-network that the task or the prompt selects.
+
+    Args:
+        model (IFPModel): from :func:`mlx_ifp.load`.
+        tokenizer: from the same call.
+        prompt: a string, token ids, or a list of messages (which the chat template formats).
+        task (str): a task description that selects. Without it the prompt does: of messages the
+            first of the user, for the whole conversation.
+        task_from (str): ``"system"``: the system message is the task.
+        selection (Selection): use this one.
+        dense (bool): use the whole model.
+        selector (str): ``predictor``, ``activations`` or ``static``.
+        keep: channels to keep in each layer, instead of the checkpoint's k.
+        kwargs: passed on to ``mlx_lm.stream_generate``.
+
+    Yields:
+        GenerationResponse: mlx-lm's.
+
+    Raises:
+        IFPError: if a text is empty or too long, or ``prompt_cache`` belongs to another selection.
+    """
+    tokens = encode_prompt(tokenizer, prompt)
+    text = None
+    if selection is None and not dense:
+        text = selecting_text(model, tokenizer, prompt, task, task_from, selector)
+    ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
+    if kwargs.get("prompt_cache") is not None:
+        _claim_prompt_cache(kwargs["prompt_cache"], ready.selection)
+    yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
+
+
+def generate(
+    model: IFPModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    task: str | None = None,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """A complete answer from the sub-network that the task or the prompt selects.
+
+    Args:
+        model, tokenizer, prompt, task: as in :func:`stream_generate`.
+        verbose (bool): print the text as it comes, and mlx-lm's figures.
+        kwargs: passed on to :func:`stream_generate`.
+    """
+    text = ""
+    response = None
+    for response in stream_generate(model, tokenizer, prompt, task, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(
+            f"\n{'=' * 10}\n"
+            f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+            f"Generation: {response.generation_tokens} tokens, "
+            f"{response.generation_tps:.3f} tokens-per-sec\n"
+            f"Peak memory: {response.peak_memory:.3f} GB"
+        )
+    return text
+
+
+EXAMPLES = """examples:
+  mlx_ifp.generate --model smollm2-ifp --prompt "Name three rivers in France."
+  mlx_ifp.generate --model smollm2-ifp --task "You are an expert Python programmer." -p "Sort a list."
+  cat question.txt | mlx_ifp.generate --model smollm2-ifp -p - --keep 0.25 --stats stats.json
+"""  # noqa: E501
+
+
+def str2bool(string: str) -> bool:
+    """As mlx-lm reads ``--verbose``."""
+    return string.lower() not in ["false", "f"]
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_ifp.generate``: mlx-lm's where they mean the same, and ours."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_ifp.generate",
+        description="Generate text with the sub-network that the prompt or a task selects.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    add_task_options(parser)
+    ours = parser.add_argument_group("sub-network")
+    ours.add_argument("--dense", action="store_true", help="Use the whole model, for comparison")
+    ours.add_argument(
+        "--show-selection",
+        action="store_true",
+        help="Show, by layer, the share kept and the overlap with the task used before this one",
+    )
+    ours.add_argument("--stats", metavar="FILE", help="Write the figures to a JSON file")
+    text = parser.add_argument_group("prompt")
+    text.add_argument("--prompt", "-p", default="hello", help="The prompt ('-' reads from stdin)")
+    text.add_argument("--system-prompt", help="System prompt for the chat template")
+    text.add_argument("--prefill-response", help="Start of the response, to be continued")
+    text.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="Use the raw prompt without the tokenizer's chat template",
+    )
+    text.add_argument(
+        "--chat-template-config", help="Arguments for the chat template, as a JSON object"
+    )
+    text.add_argument("--extra-eos-token", nargs="+", default=(), help="More tokens that end it")
+    sampling = parser.add_argument_group("generation")
+    sampling.add_argument("--max-tokens", "-m", type=int, default=100, help="Tokens to generate")
+    sampling.add_argument("--temp", type=float, default=0.0, help="Sampling temperature")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="Sampling top-p")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="Sampling min-p")
+    sampling.add_argument("--top-k", type=int, default=0, help="Sampling top-k")
+    sampling.add_argument("--xtc-probability", type=float, default=0.0, help="XTC probability")
+    sampling.add_argument("--xtc-threshold", type=float, default=0.1, help="XTC threshold")
+    sampling.add_argument(
+        "--min-tokens-to-keep", type=int, default=1, help="Minimum tokens to keep for min-p"
+    )
+    sampling.add_argument("--seed", type=int, help="PRNG seed")
+    sampling.add_argument(
+        "--verbose",
+        type=str2bool,
+        default=True,
+        help="Print a table of figures to stderr when 'True' or 'T'",
+    )
+    sampling.add_argument("--draft-model", help="A model for speculative decoding")
+    sampling.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens to draft")
+    memory = parser.add_argument_group("key-value cache")
+    memory.add_argument("--max-kv-size", type=int, help="Maximum size of the key-value cache")
+    memory.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Prompt tokens to process at a time"
+    )
+    memory.add_argument(
+        "--prompt-cache-file",
+        help="A file of mlx_ifp.cache_prompt; the prompt continues what it holds. "
+        "It must have been made under the same selection",
+    )
+    memory.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
+    memory.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
+    memory.add_argument(
+        "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
+    )
+    return parser
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
+    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt.strip():
+        raise IFPError("The prompt is empty; give some text with --prompt, or - and stdin.")
+    return prompt
+
+
+def _messages(args: argparse.Namespace, prompt: str) -> list[dict[str, Any]]:
+    messages = [{"role": "user", "content": prompt}]
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    if args.prefill_response is not None:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    return messages
+
+
+def _template_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        kwargs = json.loads(args.chat_template_config or "{}")
+    except ValueError as error:
+        raise IFPError(f"--chat-template-config is not valid JSON: {error}.") from error
+    if not isinstance(kwargs, dict):
+        raise IFPError("--chat-template-config must be a JSON object.")
+    return kwargs
+
+
+def _tokens(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, messages: list[dict[str, Any]]
+) -> list[int]:
+    """The prompt's tokens; with a prompt cache only those that follow what it holds."""
+    user = next(message for message in messages if message["role"] == "user")
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(user["content"])
+    kwargs = _template_kwargs(args)
+    if args.prompt_cache_file is None:
+        return encode_prompt(tokenizer, messages, **kwargs)
+    # The stored prefix ends inside the user message, so the template up to it is left out.
+    marker = "<query>"
+    content, user["content"] = user["content"], marker
+    text = encode_prompt(tokenizer, messages, tokenize=False, **kwargs)
+    suffix = text[text.index(marker) + len(marker) :]
+    return tokenizer.encode(content + suffix, add_special_tokens=False)
+
+
+def _load_prompt_cache(args: argparse.Namespace, ready: Prepared) -> list[Any] | None:
+    if args.prompt_cache_file is None:
+        return None
+    path = args.prompt_cache_file
+    try:
+        prompt_cache, metadata = load_prompt_cache(path, return_metadata=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise IFPError(f"{path} is not a prompt cache: {error}") from error
+    owner = metadata.get("ifp_selection")
+    mine = "dense" if ready.selection is None else ready.selection.digest
+    if owner is None:
+        raise IFPError(f"{path} was not made by mlx_ifp.cache_prompt, so its selection is unknown.")
+    if owner != mine:
+        raise IFPError(
+            f"{path} was filled under another selection than this one; "
+            "give the --task or --selection it was made with."
+        )
+    return prompt_cache
+
+
+@command
+def main() -> None:
+    """Run ``mlx_ifp.generate``."""
+    args = setup_arg_parser().parse_args()
+    prompt = read_prompt(args.prompt)
+    if args.max_tokens == 0:
+        raise IFPError("--max-tokens must not be 0; -1 sets no limit.")
+    if args.dense and args.selection:
+        raise IFPError("--dense and --selection exclude each other.")
+    if args.dense and (args.save_selection or args.show_selection):
+        raise IFPError("--dense selects nothing to show or save.")
+    task = task_of(args)
+    model, tokenizer = load_model(args)
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    messages = _messages(args, prompt)
+    tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
+
+    start = time.perf_counter()
+    text = selection = None
+    if args.selection is not None:
+        selection = load_selection(args.selection, model.checkpoint.digest)
+    elif not args.dense:
+        text = selecting_text(model, tokenizer, messages, task, args.task_from)
+    ready = model.prepare(text, selection=selection, dense=args.dense)
+    if args.save_selection is not None:
+        save_selection(args.save_selection, ready.selection)
+    if args.show_selection:
+        _show_selection(model, ready.selection, text)
+    draft_model = None
+    if args.draft_model is not None:
+        draft_model, _ = mlx_lm.load(args.draft_model)
+    prompt_cache = _load_prompt_cache(args, ready)
+    # Only now: making the sub-network must not move the random state of the sampler.
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    first = response = None
+    try:
+        for response in mlx_lm.stream_generate(
+            ready.network,
+            tokenizer,
+            tokens,
+            max_tokens=args.max_tokens,
+            sampler=sampler,
+            max_kv_size=args.max_kv_size,
+            prefill_step_size=args.prefill_step_size,
+            prompt_cache=prompt_cache,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            draft_model=draft_model,
+            num_draft_tokens=args.num_draft_tokens,
+        ):
+            first = first or time.perf_counter()
+            print(response.text, end="", flush=True)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise IFPError(f"Generation stopped: {error}") from error
+    print(flush=True)
+    stats = Stats.of(ready, response, first - start, parameter_counts(model, ready))
+    if args.verbose:
+        print(stats.table(), file=sys.stderr)
+    if args.stats is not None:
+        _write_json(Path(args.stats), stats.to_dict())
+
+
+def _show_selection(model: IFPModel, selection: Selection, text: Text | None) -> None:
+    previous = None
+    if model.selections is not None:
+        key = model.selection_key(text) if text is not None else ""
+        previous = model.selections.previous(selection.checkpoint, key)
+    mean, by_layer = selection.overlap(previous) if previous is not None else (None, None)
+    lines = ["layer  kept   share  overlap with the previous task"]
+    for i, channels in enumerate(selection.layers):
+        overlap = "-" if by_layer is None else f"{by_layer[i]:.3f}"
+        share = len(channels) / selection.d_ffn
+        lines.append(f"{i:5d}  {len(channels):5d}  {share:.3f}  {overlap}")
+    lines.append(f" mean         {selection.share:.3f}  {'-' if mean is None else f'{mean:.3f}'}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w") as file:
+            json.dump(values, file, indent=2)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["generate", "load", "main", "stream_generate"]

@@ -1,0 +1,71 @@
+"""``mlx_ifp.manage``: list and clear the selections kept on disk."""
+
+import argparse
+import time
+from pathlib import Path
+
+from mlx_lm.manage import tabulate
+from safetensors import SafetensorError, safe_open
+
+from .cache import SelectionCache, load_selection
+from .cli import command
+from .errors import IFPError
+
+EXAMPLES = """examples:
+  mlx_ifp.manage --scan
+  mlx_ifp.manage --delete
+  mlx_ifp.manage --delete --pattern smollm2
+"""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_ifp.manage``, as far as they can be like those of mlx-lm."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_ifp.manage",
+        description="List and clear the selections kept on disk.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--scan", action="store_true", help="List them")
+    action.add_argument("--delete", action="store_true", help="Delete them")
+    parser.add_argument("--pattern", default="", help="Only those whose model contains this")
+    parser.add_argument("--cache-dir", help="Where selections are kept on disk")
+    return parser
+
+
+def _describe(path: Path) -> list[str | int]:
+    """A row of the list; a damaged file is listed too, so that it can be deleted."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    size = path.stat().st_size
+    try:
+        selection = load_selection(path)
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
+    except (IFPError, SafetensorError, OSError):
+        return ["(damaged)", "", "", "", size, when]
+    return [
+        metadata.get("model", ""),
+        metadata.get("selector", ""),
+        len(selection.layers),
+        str(selection.k),
+        size,
+        when,
+    ]
+
+
+@command
+def main() -> None:
+    """Run ``mlx_ifp.manage``."""
+    args = setup_arg_parser().parse_args()
+    cache = SelectionCache(args.cache_dir)
+    rows = [(path, _describe(path)) for path in cache.entries()]
+    rows = [(path, row) for path, row in rows if args.pattern in row[0]]
+    if args.scan:
+        print(f"Selections in {cache.directory}")
+        headers = ["MODEL", "SELECTOR", "LAYERS", "K", "BYTES", "LAST USED"]
+        print(tabulate([row for _, row in rows], headers))
+    else:
+        for path, _ in rows:
+            path.unlink(missing_ok=True)
+        print(f"Deleted {len(rows)} selections from {cache.directory}")

@@ -1,0 +1,435 @@
+"""text -> selection -> sub-network: what ties the layers below together."""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from .activations import activation_scores
+from .cache import SelectionCache, SubnetworkCache
+from .channels import ChannelReader
+from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
+from .errors import IFPError
+from .masks import Selection, select_channels
+from .predictor import Predictor, load_predictor
+from .subnetwork import build_subnetwork
+
+Text = str | list[int] | mx.array
+Keep = int | float | list[int]
+
+# Widths that are multiples of this keep every fast Metal kernel open.
+WIDTH_MULTIPLE = 64
+_REMEMBERED_SELECTIONS = 256
+
+
+def default_dtype() -> mx.Dtype | None:
+    """float32 on a CPU device, where half precision is slow and, quantized, wrong; else as is."""
+    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+
+
+def default_cache_bytes() -> int:
+    """Half of the memory MLX may use."""
+    info = mx.device_info()
+    limit = info.get("max_recommended_working_set_size") or (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    return int(limit) // 2
+
+
+def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
+    """Channels to keep in each layer.
+
+    Args:
+        keep: a count, a list of L counts, or a fraction (a float) of d_ffn, which is rounded to a
+            multiple of 64.
+        d_ffn (int): channels of a layer.
+        layers (int): L.
+
+    Raises:
+        IFPError: if it is out of range.
+    """
+    if isinstance(keep, float):
+        if not 0 < keep <= 1:
+            raise IFPError(f"The fraction of channels to keep must be in (0, 1], not {keep}.")
+        if keep == 1 or d_ffn <= WIDTH_MULTIPLE:
+            return max(1, round(keep * d_ffn))
+        rounded = round(keep * d_ffn / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        return min(max(rounded, WIDTH_MULTIPLE), d_ffn)
+    ks = keep if isinstance(keep, list) else [keep]
+    if isinstance(keep, list) and len(ks) != layers:
+        raise IFPError(f"{len(ks)} values of k were given for {layers} layers.")
+    if any(not 1 <= k <= d_ffn for k in ks):
+        raise IFPError(f"k must be between 1 and d_ffn = {d_ffn}, not {keep}.")
+    return keep
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sub-network that is ready, and what getting it cost.
+
+    Attributes:
+        network: an mlx-lm model.
+        selection: its channels, or None for the dense model.
+        source: where the selection came from: ``predictor``, ``activations``, ``static``,
+            ``memory``, ``disk``, ``given`` or ``dense``.
+        select_seconds: time to get the selection.
+        load_seconds: time to get the sub-network.
+        bytes_read: bytes of channels read for it; 0 if it was in memory.
+    """
+
+    network: nn.Module
+    selection: Selection | None
+    source: str
+    select_seconds: float
+    load_seconds: float
+    bytes_read: int
+
+
+class IFPModel:
+    """A checkpoint in use: trunk in memory, sub-networks made and cached as texts ask for them.
+
+    Made by :func:`load`. Thread-safe.
+
+    Attributes:
+        checkpoint: what was opened.
+        k: channels kept in each layer, unless a call says otherwise.
+        selector: the default selector.
+        networks: the sub-networks in memory.
+        reader: counts the bytes of channels read.
+        predictor_loads: how often the predictor was loaded.
+        selector_runs: how often a selector computed scores.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: TokenizerWrapper,
+        *,
+        dtype: mx.Dtype | None,
+        keep: Keep | None = None,
+        selector: str | None = None,
+        cache_bytes: int | None = None,
+        selection_cache: SelectionCache | None = None,
+        tokenizer_config: dict[str, Any] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.k = self.resolve_keep(keep)
+        self.selector = self._checked_selector(selector)
+        self.networks = SubnetworkCache(
+            default_cache_bytes() if cache_bytes is None else cache_bytes
+        )
+        self.selections = selection_cache
+        self.reader = ChannelReader(checkpoint.channels)
+        self.predictor_loads = self.selector_runs = 0
+        self._tokenizer_config = tokenizer_config
+        width = self.k if isinstance(self.k, int) else max(self.k)
+        self.trunk = load_trunk(checkpoint, width, dtype)
+        self._lock = threading.RLock()
+        self._remembered: OrderedDict[str, Selection] = OrderedDict()
+        self._predictor: Predictor | None = None
+        self._predictor_tokenizer: TokenizerWrapper | None = None
+
+    def resolve_keep(self, keep: Keep | None) -> int | list[int]:
+        """Channels to keep in each layer; None for what the checkpoint says."""
+        checkpoint = self.checkpoint
+        if keep is None:
+            return checkpoint.ifp.k
+        return resolve_keep(keep, checkpoint.d_ffn, len(checkpoint.ffns))
+
+    def _checked_selector(self, selector: str | None) -> str:
+        selector = selector or self.checkpoint.ifp.selector
+        if selector not in self.checkpoint.selectors:
+            raise IFPError(
+                f"{self.checkpoint.path} has no selector {selector!r}; "
+                f"it has: {', '.join(self.checkpoint.selectors)}."
+            )
+        return selector
+
+    # -- text -> scores -> selection
+
+    def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
+        """Channel scores of a text, before the mask.
+
+        Args:
+            text: a prompt or a task, or token ids of the selector's own tokenizer.
+            selector (str): ``predictor``, ``activations`` or ``static``; None for the default.
+
+        Returns:
+            mx.array: float32 [L, d_ffn].
+
+        Raises:
+            IFPError: if the text is empty or longer than the checkpoint's selectors take.
+        """
+        selector = self._checked_selector(selector)
+        checkpoint = self.checkpoint
+        with self._lock:
+            tokens = self._selector_tokens(text, selector)
+            self.selector_runs += 1
+            if selector == "static":
+                scores = load_tensors(checkpoint.static, None)["scores"]
+                mx.eval(scores)
+                return scores
+            if selector == "predictor":
+                return self.predictor.scores(tokens)
+            return activation_scores(
+                self.trunk,
+                self.reader,
+                checkpoint.ffns,
+                checkpoint.config,
+                tokens,
+                dtype=self.dtype,
+            )
+
+    @property
+    def predictor(self) -> Predictor:
+        """The sparsity predictor, loaded at the first use."""
+        with self._lock:
+            if self._predictor is None:
+                self._predictor = load_predictor(self.checkpoint, self.dtype)
+                self.predictor_loads += 1
+            return self._predictor
+
+    def release_predictor(self) -> None:
+        """Free the predictor's memory; it is loaded again when it is needed."""
+        with self._lock:
+            self._predictor = None
+
+    def selector_tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
+        """The tokenizer that a selector reads with."""
+        if self._checked_selector(selector) != "predictor":
+            return self.tokenizer
+        with self._lock:
+            if self._predictor_tokenizer is None:
+                self._predictor_tokenizer = load_tokenizer(
+                    self.checkpoint.path / PREDICTOR, self._tokenizer_config
+                )
+            return self._predictor_tokenizer
+
+    def _selector_tokens(self, text: Text, selector: str) -> list[int]:
+        how = self.checkpoint.ifp.text
+        if not isinstance(text, str):
+            tokens = text.tolist() if isinstance(text, mx.array) else list(text)
+        else:
+            if not text.strip():
+                raise IFPError("The text that selects is empty; give a prompt or a task.")
+            tokenizer = self.selector_tokenizer(selector)
+            if how.format == "raw":
+                tokens = tokenizer.encode(text)
+            elif tokenizer.has_chat_template:
+                messages = [{"role": "user", "content": text}]
+                tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            else:
+                raise IFPError(
+                    f"{self.checkpoint.path} formats the text with a chat template, "
+                    f"but the tokenizer of the {selector} selector has none."
+                )
+        if not tokens:
+            raise IFPError("The text that selects has no tokens; give a prompt or a task.")
+        if len(tokens) > how.max_tokens:
+            raise IFPError(
+                f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors "
+                f"take {how.max_tokens:,}. Describe the task in fewer words with --task (task=)."
+            )
+        return tokens
+
+    def select(
+        self, text: Text, *, selector: str | None = None, keep: Keep | None = None
+    ) -> Selection:
+        """The selection of a text, from the caches if it was made before.
+
+        Args:
+            text: a prompt or a task, or token ids of the selector's own tokenizer.
+            selector (str): None for the default.
+            keep: channels to keep; None for the checkpoint's k.
+        """
+        return self._select(text, selector, keep)[0]
+
+    def _select(
+        self, text: Text, selector: str | None = None, keep: Keep | None = None
+    ) -> tuple[Selection, str]:
+        selector = self._checked_selector(selector)
+        k = self.k if keep is None else self.resolve_keep(keep)
+        key = self.selection_key(text, selector, k)
+        with self._lock:
+            if (selection := self._remembered.get(key)) is not None:
+                self._remembered.move_to_end(key)
+                return selection, "memory"
+            selection, source = None, "disk"
+            if self.selections is not None:
+                selection = self.selections.load(self.checkpoint.digest, key)
+            if selection is None:
+                source = selector
+                mask = asdict(self.checkpoint.ifp.mask)
+                scores = self.scores(text, selector=selector)
+                selection = select_channels(scores, k, checkpoint=self.checkpoint.digest, **mask)
+                if self.selections is not None:
+                    self.selections.store(
+                        key,
+                        selection,
+                        {"selector": selector, "model": str(self.checkpoint.path), "k": k},
+                    )
+            self._remembered[key] = selection
+            if len(self._remembered) > _REMEMBERED_SELECTIONS:
+                self._remembered.popitem(last=False)
+            return selection, source
+
+    def selection_key(
+        self, text: Text, selector: str | None = None, k: int | list[int] | None = None
+    ) -> str:
+        """What names a selection on disk: the hash of all that determines it.
+
+        The mask, the text's format and the weights are part of the checkpoint's digest.
+        """
+        if not isinstance(text, str):
+            text = text.tolist() if isinstance(text, mx.array) else list(text)
+        settings = {
+            "checkpoint": self.checkpoint.digest,
+            "selector": self._checked_selector(selector),
+            "k": self.k if k is None else k,
+            "dtype": str(self.dtype),
+            # A static selection is the same for every text.
+            "text": text if selector != "static" else "",
+        }
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    # -- selection -> sub-network
+
+    def subnetwork(self, selection: Selection) -> nn.Module:
+        """The sub-network of a selection: a stock mlx-lm model that shares the trunk.
+
+        Raises:
+            IFPError: if the selection is of another model.
+        """
+        return self._subnetwork(selection)[0]
+
+    def _subnetwork(self, selection: Selection | None) -> tuple[nn.Module, int]:
+        """The network, or the dense one for None, and the bytes of channels read for it now."""
+        if selection is not None and selection.checkpoint not in ("", self.checkpoint.digest):
+            raise IFPError("The selection was made with another checkpoint.")
+        bytes_read = 0
+
+        def load() -> tuple[nn.Module, int]:
+            nonlocal bytes_read
+            checkpoint = self.checkpoint
+            network, nbytes, bytes_read = build_subnetwork(
+                self.trunk, self.reader, checkpoint.ffns, checkpoint.config, selection, self.dtype
+            )
+            _set_width(network, checkpoint.d_ffn if selection is None else selection.k)
+            return network, nbytes
+
+        network, _ = self.networks.get("dense" if selection is None else selection.digest, load)
+        return network, bytes_read
+
+    def dense(self) -> nn.Module:
+        """The whole model, for comparison: an mlx-lm model with all d_ffn channels."""
+        return self._subnetwork(None)[0]
+
+    def prepare(
+        self,
+        text: Text | None = None,
+        *,
+        selection: Selection | None = None,
+        dense: bool = False,
+        selector: str | None = None,
+        keep: Keep | None = None,
+    ) -> Prepared:
+        """Select and load.
+
+        Args:
+            text: what selects, unless ``selection`` or ``dense`` is given.
+            selection (Selection): use this one.
+            dense (bool): use all channels.
+            selector (str): None for the default.
+            keep: channels to keep; None for the checkpoint's k.
+        """
+        start = time.perf_counter()
+        source = "dense" if dense else "given"
+        if selection is None and not dense:
+            selection, source = self._select(text, selector, keep)
+        selected = time.perf_counter()
+        network, bytes_read = self._subnetwork(selection)
+        loaded = time.perf_counter()
+        return Prepared(
+            network=network,
+            selection=selection,
+            source=source,
+            select_seconds=selected - start,
+            load_seconds=loaded - selected,
+            bytes_read=bytes_read,
+        )
+
+
+def _set_width(network: nn.Module, k: int | list[int]) -> None:
+    """The sub-network's own arguments tell its width, for those who look there."""
+    args = getattr(network, "args", None)
+    if hasattr(args, "intermediate_size"):
+        args.intermediate_size = k
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+    keep: Keep | None = None,
+    selector: str | None = None,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    cache_bytes: int | None = None,
+) -> tuple[IFPModel, TokenizerWrapper]:
+    """Load a checkpoint: its trunk and tokenizer, but no FFN and no predictor yet.
+
+    Args:
+        path_or_hf_repo: a local directory or a hub repository.
+        tokenizer_config (dict): passed to the tokenizer, as in mlx-lm.
+        revision (str): of a hub repository.
+        dtype (mx.Dtype): run in this type. By default as stored on a GPU, float32 on a CPU.
+        keep: channels to keep in each layer: a count, a list of L counts, or a fraction (float).
+            By default what the checkpoint says.
+        selector (str): ``predictor``, ``activations`` or ``static``. By default what the
+            checkpoint says.
+        cache (bool): keep selections on disk.
+        cache_dir: where; by default the platform's place for caches.
+        cache_bytes (int): bound of the sub-networks kept in memory; by default half of the
+            memory MLX may use.
+
+    Returns:
+        tuple: the model, and the LLM's tokenizer.
+
+    Raises:
+        IFPError: one line that says what is wrong with the checkpoint or an argument.
+    """
+    checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
+    try:
+        tokenizer = load_tokenizer(
+            checkpoint.path,
+            tokenizer_config,
+            eos_token_ids=checkpoint.config.get("eos_token_id"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise IFPError(f"{checkpoint.path}: the tokenizer cannot be loaded ({reason})") from error
+    model = IFPModel(
+        checkpoint,
+        tokenizer,
+        dtype=dtype if dtype is not None else default_dtype(),
+        keep=keep,
+        selector=selector,
+        cache_bytes=cache_bytes,
+        selection_cache=SelectionCache(cache_dir) if cache else None,
+        tokenizer_config=tokenizer_config,
+    )
+    return model, tokenizer

@@ -1,0 +1,94 @@
+"""Command-line options that several commands share."""
+
+import argparse
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .config import SELECTORS
+from .errors import IFPError
+from .model import IFPModel, Keep, load
+
+
+def parse_keep(text: str) -> Keep:
+    """``768`` is a count, ``0.5`` or ``50%`` a fraction, ``768,704,...`` one count a layer."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        if "," in text:
+            return [int(part) for part in text.split(",")]
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no count such as 768, fraction such as 0.5, or list of counts"
+        ) from None
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how it is used."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", required=True, help="A checkpoint of mlx_ifp.convert: a directory or a hub id"
+    )
+    group.add_argument("--revision", help="Revision of the hub repository")
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run code of the model's repository",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="Run in this type (default: as stored; float32 on a CPU)",
+    )
+    group.add_argument(
+        "--keep",
+        type=parse_keep,
+        metavar="K|FRACTION",
+        help="FFN channels to keep in each layer (default: what the checkpoint says)",
+    )
+    group.add_argument("--selector", choices=SELECTORS, help="What scores the channels")
+    group.add_argument(
+        "--no-cache", action="store_true", help="Neither read nor write selections on disk"
+    )
+    group.add_argument("--cache-dir", help="Where selections are kept on disk")
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """What selects."""
+    group = parser.add_argument_group("task").add_mutually_exclusive_group()
+    group.add_argument("--task", metavar="TEXT", help="A description of the task, which selects")
+    group.add_argument("--task-file", metavar="FILE", help="A file with such a description")
+    group.add_argument(
+        "--task-from",
+        choices=["user", "system"],
+        help="Which message selects if no task is given (default: what the checkpoint says, "
+        "usually the user's)",
+    )
+    group.add_argument("--selection", metavar="FILE", help="Use a saved selection")
+    parser.add_argument("--save-selection", metavar="FILE", help="Save the selection that is used")
+
+
+def task_of(args: argparse.Namespace) -> str | None:
+    """The task description of the command line, or None."""
+    if args.task_file is None:
+        return args.task
+    try:
+        return Path(args.task_file).read_text()
+    except UnicodeDecodeError as error:
+        raise IFPError(f"{args.task_file} is not a text file.") from error
+
+
+def load_model(args: argparse.Namespace) -> tuple[IFPModel, TokenizerWrapper]:
+    """Load the checkpoint that the options name."""
+    return load(
+        args.model,
+        {"trust_remote_code": args.trust_remote_code},
+        revision=args.revision,
+        dtype=getattr(mx, args.dtype) if args.dtype else None,
+        keep=args.keep,
+        selector=args.selector,
+        cache=not args.no_cache,
+        cache_dir=args.cache_dir,
+    )

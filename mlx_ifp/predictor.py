@@ -1,0 +1,97 @@
+"""Prompt tokens -> scores: the sparsity predictor, an mlx-lm backbone and a small head."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from .checkpoint import Checkpoint, load_backbone, load_tensors
+from .config import HeadConfig
+from .structure import find_body, get_module, linear
+
+PREFILL_STEP_SIZE = 2048
+
+_ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": nn.gelu,
+    "relu": nn.relu,
+    "leaky_relu": lambda x: nn.leaky_relu(x, 0.1),
+    "silu": nn.silu,
+}
+
+
+class PredictorHead(nn.Module):
+    """Linear layers with an activation between them (paper, section 3.1): D -> P -> L * d_ffn.
+
+    Args:
+        config (HeadConfig): its shape.
+        arrays (dict): ``linear1.weight`` [P, D], ``linear1.bias`` [P], ``linear2.weight``, ...
+    """
+
+    def __init__(self, config: HeadConfig, arrays: dict[str, mx.array]) -> None:
+        super().__init__()
+        self.config = config
+        self.linears = [
+            linear(arrays[f"linear{i + 1}.weight"], arrays.get(f"linear{i + 1}.bias"))
+            for i in range(len(config.biases))
+        ]
+
+    def __call__(self, feature: mx.array) -> mx.array:
+        """Backbone features [..., D] -> scores [..., L * d_ffn], float32."""
+        if self.config.feature_norm == "layer_norm":
+            feature = mx.fast.layer_norm(feature.astype(mx.float32), None, None, 1e-5)
+        x = feature.astype(self.linears[0].weight.dtype)
+        for i, layer in enumerate(self.linears):
+            x = layer(_ACTIVATIONS[self.config.activation](x) if i else x)
+        return x.astype(mx.float32)
+
+
+class Predictor:
+    """The sparsity predictor of a checkpoint, in memory.
+
+    Args:
+        backbone (nn.Module): an mlx-lm model of any architecture.
+        head (PredictorHead): reads its final hidden state.
+        layers (int): L, of the LLM.
+    """
+
+    def __init__(self, backbone: nn.Module, head: PredictorHead, layers: int) -> None:
+        self.backbone = backbone
+        self.body = get_module(backbone, find_body(backbone))
+        self.head = head
+        self.layers = layers
+
+    def scores(
+        self, tokens: list[int] | mx.array, prefill_step_size: int = PREFILL_STEP_SIZE
+    ) -> mx.array:
+        """Channel scores from the last token's final hidden state (paper, section 3.1).
+
+        A long text runs in steps with a KV cache, which bounds the memory of attention.
+
+        Args:
+            tokens (list or mx.array): [n] ids of the predictor's tokenizer, n >= 1.
+            prefill_step_size (int): tokens to process at a time.
+
+        Returns:
+            mx.array: float32 [L, d_ffn], before any mask.
+        """
+        tokens = mx.array(tokens)
+        cache = make_prompt_cache(self.backbone)
+        for start in range(0, tokens.size, prefill_step_size):
+            hidden = self.body(tokens[None, start : start + prefill_step_size], cache=cache)
+            mx.eval([c.state for c in cache], hidden)
+        scores = self.head(hidden[0, -1]).reshape(self.layers, -1)
+        mx.eval(scores)
+        return scores
+
+
+def load_predictor(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Predictor:
+    """Load a checkpoint's predictor.
+
+    Args:
+        checkpoint (Checkpoint): one that has a predictor.
+        dtype (mx.Dtype): cast floats to this type; None keeps them.
+    """
+    backbone = load_backbone(checkpoint, dtype)
+    head = PredictorHead(checkpoint.ifp.head, load_tensors(checkpoint.head, dtype))
+    mx.eval(head.parameters())
+    return Predictor(backbone, head, len(checkpoint.ffns))

