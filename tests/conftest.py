@@ -9,12 +9,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.utils import save_config, save_model
+from mlx_lm.utils import load_model, save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_ifp.checkpoint import new_directory, write_checkpoint
+from mlx_ifp.config import HeadConfig, IFPConfig, MaskConfig, TextConfig
 from mlx_ifp.convert import convert
-from mlx_ifp.structure import build_model
+from mlx_ifp.convert.dense import channel_major, load_dense, save_beside, take_tensors
+from mlx_ifp.structure import build_model, find_body
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
@@ -103,6 +106,65 @@ def make_dense(path: Path, architecture: str = "llama", seed: int = 0, **overrid
     save_config(config, path / "config.json")
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def make_predictor_checkpoint(
+    path: Path,
+    architecture: str = "qwen2",
+    *,
+    activation: str = "gelu",
+    feature_norm: str = "none",
+    biases: tuple[bool, ...] = (True, True),
+    mask: MaskConfig | None = None,
+    text: TextConfig | None = None,
+    k: int | list[int] = 64,
+    backbone: dict | None = None,
+    llm: dict | None = None,
+) -> tuple[Path, Path]:
+    """A checkpoint of a tiny llama with a predictor, random weights in both.
+
+    Returns the checkpoint and the backbone's own directory.
+    """
+    work = path.with_name(f"{path.name}-parts")
+    dense = make_dense(work / "llm", "llama", **(llm or {}))
+    shape = {"hidden_size": 48, "head_dim": 12} | (backbone or {})
+    backbone_dir = make_dense(work / "backbone", architecture, seed=7, **shape)
+    parts = load_dense(str(dense))
+    channel_major(parts)
+    trunk, channels = take_tensors(parts)
+    model, config = load_model(backbone_dir)
+    prefix = f"{find_body(model)}."
+    arrays = {n: a for n, a in tree_flatten(model.parameters()) if n.startswith(prefix)}
+    widths = [shape["hidden_size"], 128, len(parts.ffns) * parts.ffns[0].d_ffn]
+    head = {}
+    for i in range(2):
+        keys = mx.random.split(mx.random.key(30 + i))
+        head[f"linear{i + 1}.weight"] = 0.3 * mx.random.normal(
+            (widths[i + 1], widths[i]), key=keys[0]
+        )
+        if biases[i]:
+            head[f"linear{i + 1}.bias"] = mx.random.normal((widths[i + 1],), key=keys[1])
+    ifp = IFPConfig(
+        k=k,
+        selector="predictor",
+        mask=mask or MaskConfig(),
+        text=text or TextConfig(),
+        head=HeadConfig(widths, list(biases), activation, feature_norm),
+    )
+    tensors = {"model": trunk, "channels": channels}
+    tensors |= {"predictor/model": arrays, "predictor/head": head}
+    with new_directory(path) as directory:
+        write_checkpoint(directory, parts.config, ifp, tensors)
+        save_beside(parts, directory)
+        save_config(config, directory / "predictor" / "config.json")
+        tiny_tokenizer().save_pretrained(directory / "predictor")
+    return path, backbone_dir
+
+
+@pytest.fixture(scope="session")
+def predictor_checkpoint(tmp_path_factory) -> Path:
+    """A tiny llama with a trained-style predictor, k = 64 of 160, hard mask."""
+    return make_predictor_checkpoint(tmp_path_factory.mktemp("ifp") / "predictor")[0]
 
 
 @pytest.fixture(scope="session")
