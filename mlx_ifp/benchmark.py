@@ -1,0 +1,427 @@
+"""``mlx_ifp.benchmark``: a sub-network against a dense model of its size and the full model.
+
+One prompt of random tokens is answered greedily, with the same number of tokens, by:
+
+- *sub-network, first prompt*: the selector runs and the channels are read. The system's file cache
+  is warm and the predictor is in memory, except in the very first run, the warm-up.
+- *sub-network, repeat*: the same task again.
+- *dense, same size*: a stock mlx-lm model of the sub-network's widths: :func:`same_size_model`.
+- *full model*: all channels.
+
+At first each runs with no other network in memory: that warms up and gives its peak memory. Then
+all stay in memory and take turns, in an order that rotates from trial to trial. A machine that
+slows down slows all of them, so read the ratios: each is formed within a trial.
+"""
+
+import argparse
+import gc
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+
+from .cli import command
+from .errors import IFPError
+from .generate import _write_json
+from .model import IFPModel, Prepared
+from .options import add_model_options, load_model
+from .structure import FFN, get_module, linear
+from .subnetwork import ChannelMajorLinear, share
+
+ROWS = FIRST, REPEAT, SAME_SIZE, FULL = (
+    "sub-network, first prompt",
+    "sub-network, repeat",
+    "dense, same size",
+    "full model",
+)
+Run = dict[str, Any]
+TASK = "You are an expert Python programmer. Answer with working code and a short explanation."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of the command line."""
+
+    prompt_tokens: int = field(default=512, metadata={"help": "Random tokens in the prompt"})
+    generation_tokens: int = field(default=128, metadata={"help": "Tokens to generate"})
+    num_trials: int = field(default=5, metadata={"help": "Runs of each row, after the warm-up"})
+    prefill_step_size: int = field(
+        default=2048, metadata={"help": "Prompt tokens to process at a time"}
+    )
+    seed: int = field(default=0, metadata={"help": "PRNG seed of the prompt"})
+
+    def check(self) -> None:
+        """Raises IFPError if a number is too small."""
+        # Decoding is timed from the first token to the last, so there must be two.
+        least = {"generation_tokens": 2, "seed": 0}
+        for name, value in asdict(self).items():
+            if value < least.get(name, 1):
+                option = name.replace("_", "-")
+                raise IFPError(f"--{option} must be at least {least.get(name, 1)}, not {value}.")
+
+
+# Of a run: the name of a figure, the heading of its column, and how it is printed.
+FIGURES = (
+    ("select_seconds", "selection s", ".4f"),
+    ("load_seconds", "loading s", ".4f"),
+    ("prefill_seconds", "prefill s", ".4f"),
+    ("first_token_seconds", "first token s", ".4f"),
+    ("decode_tps", "decode tokens/s", ".1f"),
+)
+_SPREAD = ("min", "median", "max")
+
+
+def same_size_model(network: nn.Module, ffns: list[FFN]) -> tuple[nn.Module, list[str]]:
+    """A sub-network as mlx-lm would have it, had it been trained and saved at that size.
+
+    All arrays are the sub-network's own but down_proj, which gets the usual layout [hidden, k]:
+    the same function for float weights; else the same up to quantizing along k.
+
+    Args:
+        network (nn.Module): a sub-network.
+        ffns (list): the checkpoint's FFNs.
+
+    Returns:
+        tuple: the model, made of mlx's own layers only, and notes on what could not be alike.
+    """
+    model = share(network)
+    notes = set()
+    for ffn in ffns:
+        module = get_module(model, ffn.path)
+        down = module.down_proj
+        if isinstance(down, ChannelMajorLinear):
+            how = {"group_size": down.group_size, "bits": down.bits, "mode": down.mode}
+            rows = mx.dequantize(down.weight, down.scales, down.get("biases"), **how)
+            if "soft_values" in down:
+                rows = rows * down.soft_values[:, None]
+            weight = mx.contiguous(rows.T).astype(float_dtype(network))
+            module.down_proj = linear(weight, down.get("bias"))
+            if weight.shape[1] % down.group_size == 0:
+                module.down_proj = module.down_proj.to_quantized(**how)
+            else:
+                notes.add(
+                    f"{SAME_SIZE}: down_proj is not quantized, as k = {weight.shape[1]} is no "
+                    f"multiple of the group size {down.group_size}"
+                )
+        else:
+            module.down_proj = linear(mx.contiguous(down.weight), down.get("bias"))
+        mx.eval(module.down_proj.parameters())
+    return model, sorted(notes)
+
+
+def float_dtype(network: nn.Module) -> mx.Dtype:
+    """What a network computes in."""
+    arrays = (array for _, array in tree_flatten(network.parameters()))
+    return next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+
+
+def memory_of(network: nn.Module) -> dict[str, int]:
+    """Bytes of a network's weights, and of those that decoding reads for each token.
+
+    The difference is an embedding with an output layer beside it: of that one row is read.
+    """
+    total = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
+    modules = network.named_modules()
+    looked_up = 0
+    if any(path.split(".")[-1] == "lm_head" for path, _ in modules):
+        looked_up = sum(
+            array.nbytes
+            for _, module in modules
+            if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+            for array in module.parameters().values()
+        )
+    return {"weights_bytes": total, "bytes_per_token": total - looked_up}
+
+
+class _Bench:
+    """The networks and the prompt that they all answer."""
+
+    def __init__(self, model: IFPModel, task: str, settings: Settings) -> None:
+        config = model.checkpoint.config
+        vocab_size = (
+            config.get("vocab_size")
+            or config.get("text_config", {}).get("vocab_size")
+            or model.tokenizer.vocab_size
+        )
+        key = mx.random.key(settings.seed)
+        self.prompt = mx.random.randint(0, vocab_size, (settings.prompt_tokens,), key=key)
+        self.model, self.settings = model, settings
+        self.texts = (f"{task} [{i}]" for i in itertools.count())
+        self.text = ""
+        self.networks: dict[str, nn.Module] = {}
+
+    def prepare(self, row: str) -> Prepared:
+        """The network of a row, and what getting it costs."""
+        if row in self.networks:
+            return Prepared(self.networks[row], None, "", 0.0, 0.0, 0)
+        if row == FIRST:
+            # A text without a selection, and no sub-network that could happen to be its own.
+            self.model.networks.clear()
+            self.text = next(self.texts)
+        return self.model.prepare(self.text)
+
+    def answer(self, ready: Prepared) -> Run:
+        """Run the prompt as ``mlx_lm.stream_generate`` does, but past any end of sequence.
+
+        Returns:
+            dict: ``source`` and ``bytes_read`` of :class:`~mlx_ifp.model.Prepared`, and FIGURES:
+            prefill is until the first token is there, decode is all that follow.
+        """
+        settings = self.settings
+        mx.clear_cache()
+        first = last = None
+        with wired_limit(ready.network, [generation_stream]):
+            start = time.perf_counter()
+            for _ in generate_step(
+                self.prompt,
+                ready.network,
+                max_tokens=settings.generation_tokens,
+                prefill_step_size=settings.prefill_step_size,
+            ):
+                last = time.perf_counter()
+                first = first or last
+            # One token more than asked for is under way; the next run must not pay for it.
+            mx.synchronize(generation_stream)
+        prefill = first - start
+        return {
+            "source": ready.source,
+            "bytes_read": ready.bytes_read,
+            "select_seconds": ready.select_seconds,
+            "load_seconds": ready.load_seconds,
+            "prefill_seconds": prefill,
+            "first_token_seconds": ready.select_seconds + ready.load_seconds + prefill,
+            "decode_tps": (settings.generation_tokens - 1) / (last - first),
+        }
+
+    def forget(self) -> None:
+        """Leave nothing in memory but the trunk."""
+        self.networks.clear()
+        self.model.networks.clear()
+        self.model.release_predictor()
+        gc.collect()
+
+
+def benchmark(
+    model: IFPModel,
+    task: str = TASK,
+    settings: Settings | None = None,
+    progress: Callable[[str], Any] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure the four rows.
+
+    Args:
+        model (IFPModel): from :func:`mlx_ifp.load` with ``cache=False``, or first prompts may find
+            their selections on disk. Its sub-networks in memory are dropped.
+        task (str): selects; each first prompt adds a number to it, so that it is new.
+        settings (Settings): lengths and number of trials.
+        progress (Callable): called with a line of text after each trial.
+
+    Returns:
+        dict: what ``--json`` writes. Seconds and bytes; a figure is a dict of its median, min and
+        max over the trials. ``peak_memory_bytes`` is MLX's, of the warm-up run with no other
+        network in memory: it holds the trunk and, for the sub-network, the selector.
+
+    Raises:
+        IFPError: if a setting is too small, or the task is empty or too long.
+    """
+    settings = settings or Settings()
+    settings.check()
+    if not task.strip():
+        raise IFPError("The task is empty; give some text with --task.")
+    ffns = model.checkpoint.ffns
+    bench = _Bench(model, task, settings)
+    warm_up: dict[str, Run] = {}
+    memory: dict[str, dict[str, int]] = {}
+
+    def run_alone(row: str) -> Prepared:
+        mx.reset_peak_memory()
+        ready = bench.prepare(row)
+        warm_up[row] = bench.answer(ready)
+        memory[row] = memory_of(ready.network) | {"peak_memory_bytes": mx.get_peak_memory()}
+        return ready
+
+    bench.forget()
+    run_alone(FIRST)
+    ready = run_alone(REPEAT)
+    selection = ready.selection
+    same_size, notes = same_size_model(ready.network, ffns)
+    del ready
+    bench.forget()
+    bench.networks[SAME_SIZE] = same_size
+    del same_size
+    run_alone(SAME_SIZE)
+    bench.forget()
+    bench.networks[FULL] = model.dense()
+    run_alone(FULL)
+
+    # Now all, in turns. Loading the predictor again is not the first trial's to pay.
+    bench.networks[SAME_SIZE], _ = same_size_model(bench.prepare(FIRST).network, ffns)
+    trials: list[dict[str, Run]] = []
+    for i in range(settings.num_trials):
+        turn = i % len(ROWS)
+        order = ROWS[turn:] + ROWS[:turn]
+        trials.append({row: bench.answer(bench.prepare(row)) for row in order})
+        speeds = ", ".join(f"{row}: {trials[-1][row]['decode_tps']:.1f}" for row in ROWS[1:])
+        progress(f"Trial {i + 1} of {settings.num_trials}, decode tokens/s: {speeds}")
+    if trials[0][FIRST]["source"] == "memory":
+        notes.append("The selection is the same for every text; only the warm-up computed it.")
+
+    return {
+        "model": str(model.checkpoint.path),
+        "task": task,
+        "settings": asdict(settings),
+        "machine": {
+            "mlx": mx.__version__,
+            "mlx_lm": version("mlx_lm"),
+            "device": f"{mx.device_info()['device_name']} ({mx.default_device().type.name})",
+            "cores": os.cpu_count(),
+        },
+        "network": {
+            "dtype": str(float_dtype(bench.networks[FULL])).removeprefix("mlx.core."),
+            "quantization": model.checkpoint.config.get("quantization"),
+            "selector": model.selector,
+            "layers": len(ffns),
+            "k": selection.k,
+            "d_ffn": selection.d_ffn,
+        },
+        **_summary(trials, memory),
+        "notes": notes,
+        "warm_up": warm_up,
+        "trials": trials,
+    }
+
+
+def _summary(trials: list[dict[str, Run]], memory: dict[str, dict[str, int]]) -> dict[str, Any]:
+    def over(figure: Callable[[dict[str, Run]], float]) -> dict[str, float]:
+        values = [figure(trial) for trial in trials]
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+    def of_row(row: str) -> dict[str, Any]:
+        names = ["bytes_read", *(name for name, *_ in FIGURES)]
+        return {name: over(lambda t, name=name: t[row][name]) for name in names} | memory[row]
+
+    def decode_to(other: str) -> dict[str, float]:
+        return over(lambda t: t[REPEAT]["decode_tps"] / t[other]["decode_tps"])
+
+    full, active = (memory[row]["bytes_per_token"] for row in (FULL, REPEAT))
+    return {
+        "rows": {row: of_row(row) for row in ROWS},
+        "decode_to_same_size": decode_to(SAME_SIZE),
+        "decode_to_full": decode_to(FULL),
+        "bytes_full_to_sub_network": full / active,
+        "repeat_seconds": over(lambda t: t[REPEAT]["select_seconds"] + t[REPEAT]["load_seconds"]),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of :func:`benchmark` as text."""
+    machine, network = result["machine"], result["network"]
+    how = network["quantization"]
+    dtype = f"{how['bits']}-bit, {network['dtype']}" if how else network["dtype"]
+    headings = [f"{heading:>15}" for _, heading, _ in FIGURES]
+    lines = [
+        "mlx {mlx}, mlx-lm {mlx_lm}, {device}, {cores} cores".format(**machine),
+        f"{dtype}, "
+        + "k = {k} of {d_ffn} channels in {layers} layers, selector {selector}".format(**network),
+        "Median of {num_trials} trials, below it min-max; {prompt_tokens} tokens in, "
+        "{generation_tokens} out".format(**result["settings"]),
+        "",
+        " ".join([f"{'network':<26}", *headings, f"{'weights MB':>11} {'peak MB':>9}"]),
+    ]
+    for row, figures in result["rows"].items():
+        medians, ranges = [f"{row:<26}"], [" " * 26]
+        for name, _, form in FIGURES:
+            low, median, high = (f"{figures[name][which]:{form}}" for which in _SPREAD)
+            # These networks are not selected, and loaded before the clock starts.
+            used = row in (FIRST, REPEAT) or name not in ("select_seconds", "load_seconds")
+            medians.append(f"{median if used else '-':>15}")
+            ranges.append(f"{f'{low}-{high}' if used else '':>15}")
+        medians.append(f"{figures['weights_bytes'] / 1e6:11.1f}")
+        medians.append(f"{figures['peak_memory_bytes'] / 1e6:9.1f}")
+        lines += [" ".join(medians), " ".join(ranges)]
+    read = result["rows"][FIRST]["bytes_read"]["median"] / 1e6
+    cold = result["warm_up"][FIRST]
+    lines += [
+        "",
+        f"decode, sub-network / same size:  {_text(result['decode_to_same_size'])}",
+        f"decode, sub-network / full model: {_text(result['decode_to_full'])}, bytes a token of "
+        f"full model / sub-network: {result['bytes_full_to_sub_network']:.3f}",
+        f"a repeated task adds:             {_text(result['repeat_seconds'], 1e3)} ms",
+        f"a first prompt reads:             {read:.1f} MB of channels",
+        f"the very first prompt took:       {cold['select_seconds']:.3f} s to select, "
+        f"{cold['load_seconds']:.3f} s to load",
+        *result["notes"],
+    ]
+    return "\n".join(lines)
+
+
+def _text(figure: dict[str, float], factor: float = 1) -> str:
+    low, median, high = (f"{figure[which] * factor:.3f}" for which in _SPREAD)
+    return f"{median} ({low}-{high})"
+
+
+EXAMPLES = """Each network runs alone first, which warms up and gives its peak memory; then all take
+turns in one process. Selections on disk are neither read nor written.
+
+examples:
+  mlx_ifp.benchmark --model smollm2-ifp
+  mlx_ifp.benchmark --model smollm2-ifp -p 4000 -g 100 --task "You solve math problems."
+  mlx_ifp.benchmark --model smollm2-ifp --keep 0.25 --num-trials 10 --json figures.json
+"""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_ifp.benchmark``: mlx-lm's where they mean the same, and ours."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_ifp.benchmark",
+        description="Measure a sub-network against a dense model of its size and the full model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--task", "--prompt", metavar="TEXT", default=TASK, help="What selects (default: a task)"
+    )
+    short = {"prompt_tokens": ["-p"], "generation_tokens": ["-g"], "num_trials": ["-n"]}
+    for each in fields(Settings):
+        option = f"--{each.name.replace('_', '-')}"
+        text = f"{each.metadata['help']} (default: {each.default})"
+        parser.add_argument(
+            option, *short.get(each.name, []), type=int, default=each.default, help=text
+        )
+    parser.add_argument("--json", metavar="FILE", help="Write all figures to a JSON file")
+    return parser
+
+
+@command
+def main() -> None:
+    """Run ``mlx_ifp.benchmark``."""
+    args = setup_arg_parser().parse_args()
+    path = Path(args.json) if args.json is not None else None
+    # Found out now, not after minutes of measuring.
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise IFPError(f"--json {path}: there is no directory to write such a file in.")
+    settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
+    settings.check()
+    # A first prompt must not find its selection on disk.
+    args.no_cache = True
+    model, _ = load_model(args)
+    result = benchmark(model, args.task, settings, lambda line: print(line, file=sys.stderr))
+    print(table(result))
+    if path is not None:
+        _write_json(path, result)
+
+
+if __name__ == "__main__":
+    main()
