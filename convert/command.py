@@ -24,13 +24,14 @@ from mlx_ifp.checkpoint import (
 from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig, TextConfig
 from mlx_ifp.errors import IFPError
-from mlx_ifp.model import Keep, default_dtype, resolve_keep
+from mlx_ifp.model import Keep, default_dtype, resolve_keep, selector_tokens
 from mlx_ifp.options import parse_keep
 from mlx_ifp.tensor_files import write_safetensors
 
 from .dense import (
     DTYPES,
     channel_major,
+    dequantize,
     load_dense,
     quantize,
     save_beside,
@@ -53,9 +54,10 @@ def convert(
     q_bits: int | None = None,
     q_group_size: int | None = None,
     q_mode: str = "affine",
+    dequantize_weights: bool = False,
     dtype: str | None = None,
     tokenizer: str | None = None,
-    text_format: str = "raw",
+    text_format: str | None = None,
     static_prompts: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -66,9 +68,11 @@ def convert(
         model (str): a directory, a hub id, or a GGUF file of the llama architecture.
         mlx_path: the checkpoint to make; it must not exist.
         keep: k, a count, a fraction (float) or a list of L counts.
-        quantize_weights, q_bits, q_group_size, q_mode, dtype: as in ``mlx_lm.convert``.
+        quantize_weights, q_bits, q_group_size, q_mode, dequantize_weights, dtype: as in
+            ``mlx_lm.convert``.
         tokenizer (str): where to take the tokenizer from, if not from the model.
-        text_format (str): how the text that selects is tokenized, ``raw`` or ``chat_template``.
+        text_format (str): how the text that selects is tokenized, ``raw`` or ``chat_template``;
+            by default the latter if the tokenizer has one.
         static_prompts: a text or jsonl file of prompts; their mean ``activations`` scores become
             the scores of the ``static`` selector.
         revision (str): of a hub repository.
@@ -87,6 +91,8 @@ def convert(
             model, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code
         )
         k = resolve_keep(keep, dense.ffns[0].d_ffn, len(dense.ffns))
+        if dequantize_weights:
+            dequantize(dense)
         set_dtype(dense, dtype)
         channel_major(dense)
         if quantize_weights:
@@ -95,6 +101,8 @@ def convert(
         needed = sum(array.nbytes for array in (trunk | channels).values())
         _check_space(mlx_path, needed)
         context = dense.config.get("max_position_embeddings") or MAX_TEXT_TOKENS
+        if text_format is None:
+            text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
         ifp = IFPConfig(
             k=k,
             text=TextConfig(format=text_format, max_tokens=min(context, MAX_TEXT_TOKENS)),
@@ -154,7 +162,7 @@ def _add_static_scores(
     reader = ChannelReader(checkpoint.channels)
     total = mx.zeros((len(checkpoint.ffns), checkpoint.d_ffn))
     for prompt in tqdm(prompts, desc="Static scores"):
-        tokens = tokenizer.encode(prompt)[: ifp.text.max_tokens]
+        tokens = selector_tokens(tokenizer, prompt, ifp.text)
         scores = activation_scores(
             trunk, reader, checkpoint.ffns, checkpoint.config, tokens, dtype=dtype
         )
@@ -193,7 +201,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         metavar="K|FRACTION",
         help=f"FFN channels to keep in each layer (default: {DEFAULT_KEEP})",
     )
-    parser.add_argument("-q", "--quantize", action="store_true", help="Quantize the weights")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("-q", "--quantize", action="store_true", help="Quantize the weights")
+    precision.add_argument(
+        "-d", "--dequantize", action="store_true", help="Dequantize a quantized model"
+    )
     parser.add_argument("--q-bits", type=int, help="Bits per weight")
     parser.add_argument("--q-group-size", type=int, help="Group size")
     parser.add_argument(
@@ -209,8 +221,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text-format",
         choices=["raw", "chat_template"],
-        default="raw",
-        help="How the text that selects is tokenized (default: raw)",
+        help="How the text that selects is tokenized (default: chat_template if there is one)",
     )
     parser.add_argument(
         "--static-prompts",
@@ -245,6 +256,7 @@ def main() -> None:
         q_bits=args.q_bits,
         q_group_size=args.q_group_size,
         q_mode=args.q_mode,
+        dequantize_weights=args.dequantize,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         text_format=args.text_format,

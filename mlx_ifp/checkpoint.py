@@ -381,7 +381,10 @@ def write_checkpoint(
         progress (Callable): called with the bytes of each tensor written.
     """
     for stem in list(tensors):
-        shards = make_shards(tensors.pop(stem))
+        arrays = tensors.pop(stem)
+        shards = make_shards(arrays)
+        # The caller may still hold this dict, and with it every array.
+        arrays.clear()
         for i in range(len(shards)):
             name = f"{stem}.safetensors"
             if len(shards) > 1:

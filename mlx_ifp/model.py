@@ -19,6 +19,7 @@ from .activations import activation_scores
 from .cache import SelectionCache, SubnetworkCache
 from .channels import ChannelReader
 from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
+from .config import TextConfig
 from .errors import IFPError
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
@@ -71,6 +72,39 @@ def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
     if any(not 1 <= k <= d_ffn for k in ks):
         raise IFPError(f"k must be between 1 and d_ffn = {d_ffn}, not {keep}.")
     return keep
+
+
+def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) -> list[int]:
+    """The tokens that a selector reads.
+
+    Args:
+        tokenizer: the selector's.
+        text: a prompt or a task; token ids are taken as they are.
+        how (TextConfig): the checkpoint's ``text``.
+
+    Raises:
+        IFPError: if the text is empty or too long, or there is no chat template to put it in.
+    """
+    if not isinstance(text, str):
+        tokens = text.tolist() if isinstance(text, mx.array) else list(text)
+    else:
+        if not text.strip():
+            raise IFPError("The text that selects is empty; give a prompt or a task.")
+        if how.format == "raw":
+            tokens = tokenizer.encode(text)
+        elif tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": text}]
+            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        else:
+            raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
+    if not tokens:
+        raise IFPError("The text that selects has no tokens; give a prompt or a task.")
+    if len(tokens) > how.max_tokens:
+        raise IFPError(
+            f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors take "
+            f"{how.max_tokens:,}. Describe the task in fewer words with --task (task=)."
+        )
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -126,6 +160,7 @@ class IFPModel:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.k = self.resolve_keep(keep)
+        self.selector = checkpoint.ifp.selector
         self.selector = self._checked_selector(selector)
         self.networks = SubnetworkCache(
             default_cache_bytes() if cache_bytes is None else cache_bytes
@@ -149,7 +184,7 @@ class IFPModel:
         return resolve_keep(keep, checkpoint.d_ffn, len(checkpoint.ffns))
 
     def _checked_selector(self, selector: str | None) -> str:
-        selector = selector or self.checkpoint.ifp.selector
+        selector = selector or self.selector
         if selector not in self.checkpoint.selectors:
             raise IFPError(
                 f"{self.checkpoint.path} has no selector {selector!r}; "
@@ -175,7 +210,7 @@ class IFPModel:
         selector = self._checked_selector(selector)
         checkpoint = self.checkpoint
         with self._lock:
-            tokens = self._selector_tokens(text, selector)
+            tokens = selector_tokens(self.selector_tokenizer(selector), text, checkpoint.ifp.text)
             self.selector_runs += 1
             if selector == "static":
                 scores = load_tensors(checkpoint.static, None)["scores"]
@@ -216,33 +251,6 @@ class IFPModel:
                     self.checkpoint.path / PREDICTOR, self._tokenizer_config
                 )
             return self._predictor_tokenizer
-
-    def _selector_tokens(self, text: Text, selector: str) -> list[int]:
-        how = self.checkpoint.ifp.text
-        if not isinstance(text, str):
-            tokens = text.tolist() if isinstance(text, mx.array) else list(text)
-        else:
-            if not text.strip():
-                raise IFPError("The text that selects is empty; give a prompt or a task.")
-            tokenizer = self.selector_tokenizer(selector)
-            if how.format == "raw":
-                tokens = tokenizer.encode(text)
-            elif tokenizer.has_chat_template:
-                messages = [{"role": "user", "content": text}]
-                tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            else:
-                raise IFPError(
-                    f"{self.checkpoint.path} formats the text with a chat template, "
-                    f"but the tokenizer of the {selector} selector has none."
-                )
-        if not tokens:
-            raise IFPError("The text that selects has no tokens; give a prompt or a task.")
-        if len(tokens) > how.max_tokens:
-            raise IFPError(
-                f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors "
-                f"take {how.max_tokens:,}. Describe the task in fewer words with --task (task=)."
-            )
-        return tokens
 
     def select(
         self, text: Text, *, selector: str | None = None, keep: Keep | None = None
@@ -294,9 +302,10 @@ class IFPModel:
         """
         if not isinstance(text, str):
             text = text.tolist() if isinstance(text, mx.array) else list(text)
+        selector = self._checked_selector(selector)
         settings = {
             "checkpoint": self.checkpoint.digest,
-            "selector": self._checked_selector(selector),
+            "selector": selector,
             "k": self.k if k is None else k,
             "dtype": str(self.dtype),
             # A static selection is the same for every text.

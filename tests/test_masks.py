@@ -78,7 +78,7 @@ def test_one_outlier_does_not_spoil_the_rest(operator):
 
 
 def test_sigmoid_solves_its_problem():
-    """lambda maximises z.lambda + eps * binary entropy: log(l / (1 - l)) is z/eps plus a constant."""
+    """Where z.lambda + eps * binary entropy is largest, logit(lambda) - z / eps is constant."""
     z, eps = scores(), 0.5
     soft = np.array(soft_topk(z, 30, operator="sigmoid", temperature=eps), np.float64)
     shift = np.log(soft / (1 - soft)) - np.array(z) / eps

@@ -133,7 +133,7 @@ def test_mixed_precision_per_projection(tmp_path):
     save_config(config, dense / "config.json")
     model, _ = load(convert(str(dense), tmp_path / "ifp", keep=64), cache=False)
     mlp = model.dense().layers[0].mlp
-    assert (mlp.gate_proj.bits, mlp.up_proj.bits, mlp.down_proj.bits) == (4, 8, 4)
+    assert (mlp.gate_proj.bits, mlp.up_proj.bits, mlp.down_proj.bits) == (4, 8, 8)
     assert mx.array_equal(mlp.up_proj.weight, network.layers[0].mlp.up_proj.weight)
     selection = random_selection(3, 160, 64, soft=True)
     narrow = model.subnetwork(selection)(TOKENS)

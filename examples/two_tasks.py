@@ -1,0 +1,47 @@
+"""Two tasks on one small model: what is selected, what it costs, and what a repeat costs.
+
+    python examples/two_tasks.py
+
+Fetches SmolLM2-135M-Instruct, converts it with three quarters of its FFN channels kept, and answers
+prompts under two task descriptions with the commands a user would type.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from fetch_smollm2 import FOLDER, fetch
+
+CHECKPOINT = FOLDER / "ifp"
+PROGRAMMER = "You are an expert Python programmer. Write the function, with a short explanation."
+GEOGRAPHER = "You are an expert in geography. Answer questions about cities, rivers and countries."
+SUM = "Write a Python function that returns the sum of a list of numbers."
+PARIS = "What is the capital of France? Describe the city in two sentences."
+RIVER = "Which river runs through Cairo?"
+
+
+def run(command: str, *args: str) -> None:
+    """Show a command and run it as a user would."""
+    print(f"\n$ mlx_ifp.{command} {shlex.join(args)}", flush=True)
+    script = Path(sys.executable).with_name(f"mlx_ifp.{command}")
+    subprocess.run([script, *args], check=True)
+
+
+def main() -> None:
+    """Fetch, convert, and generate under two tasks; the second task twice."""
+    gguf = str(fetch())
+    model = ("--model", str(CHECKPOINT))
+    if not CHECKPOINT.exists():
+        run("convert", "--model", gguf, "--mlx-path", str(CHECKPOINT), "--keep", "0.75")
+    # Two tasks; then a second prompt of the second task, which pays nothing for the selection.
+    run("generate", *model, "--task", PROGRAMMER, "--prompt", SUM, "-m", "60")
+    run("generate", *model, "--task", GEOGRAPHER, "--prompt", PARIS, "-m", "60", "--show-selection")
+    run("generate", *model, "--task", GEOGRAPHER, "--prompt", RIVER, "-m", "60")
+    # For comparison: the whole model, and half of the channels, which is a lot to lose untrained.
+    run("generate", *model, "--prompt", PARIS, "-m", "60", "--dense")
+    run("generate", *model, "--prompt", PARIS, "-m", "60", "--keep", "0.5")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What is installed: wheel, sdist and editable install all carry mlx_ifp.convert."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("benchmark", "cache_prompt", "convert", "generate", "manage")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """An sdist of the repository, and a wheel made of that sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def fresh_environment(folder: Path) -> Path:
+    """A new virtual environment that sees this one's dependencies, but not its mlx_ifp."""
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
+    # Directories named in a .pth file come last, so what is installed here wins.
+    (Path(own.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def check_installed(python: Path, where: Path) -> None:
+    code = "import mlx_ifp, mlx_ifp.convert as c; print(mlx_ifp.__file__); print(c.__file__)"
+    done = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True, cwd=python.parent
+    )
+    for line in done.stdout.splitlines():
+        assert Path(line).is_relative_to(where), line
+    for command in COMMANDS:
+        script = python.with_name(f"mlx_ifp.{command}")
+        done = subprocess.run([script, "-h"], capture_output=True, text=True, cwd=python.parent)
+        assert done.returncode == 0, done.stderr
+        assert f"usage: mlx_ifp.{command}" in done.stdout
+
+
+def install(python: Path, *args: str) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    command = [*pip, "--no-build-isolation", *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheel_in_a_fresh_environment(built, tmp_path):
+    names = zipfile.ZipFile(built[1]).namelist()
+    assert "mlx_ifp/convert/gguf.py" in names
+    assert not [name for name in names if name.startswith(("convert/", "tests/"))]
+    python = fresh_environment(tmp_path / "env")
+    install(python, str(built[1]))
+    check_installed(python, tmp_path / "env")
+
+
+def test_the_sdist_carries_the_license_and_the_sources(built):
+    with tarfile.open(built[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "convert/gguf.py"} <= names
+
+
+def test_the_editable_install(tmp_path):
+    python = fresh_environment(tmp_path / "env")
+    install(python, "-e", str(ROOT))
+    check_installed(python, ROOT)
+
+
+def test_requirements_are_the_platforms(built):
+    with zipfile.ZipFile(built[1]) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        text = wheel.read(name).decode()
+    assert 'Requires-Dist: mlx>=0.31; platform_system == "Darwin"' in text
+    assert 'Requires-Dist: mlx[cpu]>=0.31; platform_system == "Linux"' in text
+    assert "License-Expression: Apache-2.0" in text
+    assert "torch" not in text.split("Provides-Extra")[0]

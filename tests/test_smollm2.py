@@ -1,0 +1,74 @@
+"""The real model: SmolLM2-135M-Instruct, 4-bit, from its GGUF file."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_ifp import generate, load
+from mlx_ifp.checkpoint import cast
+from mlx_ifp.convert.gguf import load_gguf
+from mlx_ifp.structure import build_model
+
+from .conftest import run_command
+from .helpers import mask_model, relative_error
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def loaded(smollm2):
+    return load(smollm2, cache=False)
+
+
+def test_the_dense_model_answers(loaded):
+    model, tokenizer = loaded
+    assert "Paris" in generate(model, tokenizer, QUESTION, dense=True, max_tokens=10)
+
+
+def test_the_dense_model_is_that_of_the_gguf_file(loaded, smollm2_gguf):
+    """Apart from the down projections, which are rounded to 8 bits along the other axis."""
+    model, tokenizer = loaded
+    gguf = load_gguf(smollm2_gguf)
+    names = {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")}
+    original = build_model(gguf.config, names)
+    original.load_weights([(n, cast(a, mx.float32)) for n, a in gguf.weights.items()])
+    tokens = mx.array([tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)])
+    ours, theirs = model.dense()(tokens), original(tokens)
+    assert mx.array_equal(ours.argmax(axis=-1), theirs.argmax(axis=-1))
+    logs = [x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (theirs, ours)]
+    assert (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean().item() < 0.002
+
+
+def test_a_sub_network_equals_the_masked_model_and_reads_half(loaded):
+    model, tokenizer = loaded
+    before = model.reader.bytes_read
+    ready = model.prepare("Name three rivers in France.", keep=768)
+    scored = model.reader.nbytes  # the activations selector reads each layer once
+    assert model.reader.bytes_read - before - scored == model.reader.nbytes // 2
+    assert ready.bytes_read == model.reader.nbytes // 2
+    reference = mask_model(model.dense(), ready.selection, model.checkpoint.ffns)
+    model.networks.clear()  # the dense one is masked now
+    tokens = mx.array([tokenizer.encode("The capital of France is")])
+    assert relative_error(ready.network(tokens), reference(tokens)) < 2e-5
+
+
+def test_tasks_select_differently_and_repeats_are_free(smollm2, tmp_path):
+    """As in examples/two_tasks.py, with the commands a user types."""
+    sources = []
+    tasks = ("You are an expert Python programmer.", "You are an expert in geography.")
+    for i, task in enumerate((*tasks, tasks[1])):
+        stats = tmp_path / f"{i}.json"
+        done = run_command(
+            "generate", "--model", smollm2, "--task", task, "-p", "Hello", "-m", 2, "--keep", "0.75",
+            "--stats", stats, "--save-selection", tmp_path / f"{i}.selection",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        sources.append(json.loads(stats.read_text()))
+    assert [s["selection"]["source"] for s in sources] == ["activations", "activations", "disk"]
+    assert sources[0]["total_parameters"] == 134_515_008
+    from mlx_ifp.cache import load_selection
+
+    one, two, again = (load_selection(tmp_path / f"{i}.selection") for i in range(3))
+    assert 0.75 < one.overlap(two)[0] < 0.98
+    assert two.digest == again.digest
