@@ -9,8 +9,9 @@ One prompt of random tokens is answered greedily, with the same number of tokens
 - *full model*: all channels.
 
 At first each runs with no other network in memory: that warms up and gives its peak memory. Then
-all stay in memory and take turns, in an order that rotates from trial to trial. A machine that
-slows down slows all of them, so read the ratios: each is formed within a trial.
+all stay in memory. In a trial each selects, loads and runs the prompt, and then they decode in
+turns of a few tokens, in an order that rotates. So a machine that slows down slows all of them:
+read the ratios, which are formed within a trial.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +47,9 @@ ROWS = FIRST, REPEAT, SAME_SIZE, FULL = (
     "dense, same size",
     "full model",
 )
+# Tokens to decode before it is the next network's turn: so few that all meet the same disturbances,
+# so many that the wait at the end, when mlx-lm would run ahead, does not count.
+TURN = 16
 Run = dict[str, Any]
 TASK = "You are an expert Python programmer. Answer with working code and a short explanation."
 
@@ -171,38 +176,49 @@ class _Bench:
             self.text = next(self.texts)
         return self.model.prepare(self.text)
 
-    def answer(self, ready: Prepared) -> Run:
-        """Run the prompt as ``mlx_lm.stream_generate`` does, but past any end of sequence.
+    def run(self, ready: dict[str, Prepared]) -> dict[str, Run]:
+        """Let each row answer the prompt with mlx-lm's own loop, past any end of sequence.
 
         Returns:
-            dict: ``source`` and ``bytes_read`` of :class:`~mlx_ifp.model.Prepared`, and FIGURES:
-            prefill is until the first token is there, decode is all that follow.
+            dict: for each row ``source`` and ``bytes_read`` of its Prepared, and FIGURES: prefill
+            is until the first token is there, decode is all that follow.
         """
-        settings = self.settings
-        mx.clear_cache()
-        first = last = None
-        with wired_limit(ready.network, [generation_stream]):
-            start = time.perf_counter()
-            for _ in generate_step(
-                self.prompt,
-                ready.network,
-                max_tokens=settings.generation_tokens,
-                prefill_step_size=settings.prefill_step_size,
-            ):
-                last = time.perf_counter()
-                first = first or last
-            # One token more than asked for is under way; the next run must not pay for it.
-            mx.synchronize(generation_stream)
-        prefill = first - start
-        return {
-            "source": ready.source,
-            "bytes_read": ready.bytes_read,
-            "select_seconds": ready.select_seconds,
-            "load_seconds": ready.load_seconds,
-            "prefill_seconds": prefill,
-            "first_token_seconds": ready.select_seconds + ready.load_seconds + prefill,
-            "decode_tps": (settings.generation_tokens - 1) / (last - first),
-        }
+        runs: dict[str, Run] = {}
+        tokens: dict[str, Iterator[Any]] = {}
+        decode = dict.fromkeys(ready, 0.0)
+        rows, left = list(ready), self.settings.generation_tokens - 1
+        with wired_limit(ready[rows[0]].network, [generation_stream]), ExitStack() as stack:
+            for row, network in ready.items():
+                mx.clear_cache()
+                start = time.perf_counter()
+                step = self.settings.prefill_step_size
+                steps = generate_step(
+                    self.prompt, network.network, max_tokens=-1, prefill_step_size=step
+                )
+                # Each holds a stream context: the last to enter must be the first to leave.
+                tokens[row] = stack.enter_context(closing(steps))
+                next(tokens[row])
+                prefill = time.perf_counter() - start
+                # mlx-lm has begun the next token; that is not the next row's to wait for.
+                mx.synchronize(generation_stream)
+                select, load = network.select_seconds, network.load_seconds
+                runs[row] = {
+                    "source": network.source,
+                    "bytes_read": network.bytes_read,
+                    "select_seconds": select,
+                    "load_seconds": load,
+                    "prefill_seconds": prefill,
+                    "first_token_seconds": select + load + prefill,
+                }
+            for start in range(0, left, TURN):
+                for row in rows:
+                    began = time.perf_counter()
+                    for _ in itertools.islice(tokens[row], min(TURN, left - start)):
+                        pass
+                    mx.synchronize(generation_stream)
+                    decode[row] += time.perf_counter() - began
+                rows = rows[1:] + rows[:1]
+        return {row: run | {"decode_tps": left / decode[row]} for row, run in runs.items()}
 
     def forget(self) -> None:
         """Leave nothing in memory but the trunk."""
@@ -247,7 +263,7 @@ def benchmark(
     def run_alone(row: str) -> Prepared:
         mx.reset_peak_memory()
         ready = bench.prepare(row)
-        warm_up[row] = bench.answer(ready)
+        warm_up.update(bench.run({row: ready}))
         memory[row] = memory_of(ready.network) | {"peak_memory_bytes": mx.get_peak_memory()}
         return ready
 
@@ -270,8 +286,7 @@ def benchmark(
     trials: list[dict[str, Run]] = []
     for i in range(settings.num_trials):
         turn = i % len(ROWS)
-        order = ROWS[turn:] + ROWS[:turn]
-        trials.append({row: bench.answer(bench.prepare(row)) for row in order})
+        trials.append(bench.run({r: bench.prepare(r) for r in ROWS[turn:] + ROWS[:turn]}))
         speeds = ", ".join(f"{row}: {trials[-1][row]['decode_tps']:.1f}" for row in ROWS[1:])
         progress(f"Trial {i + 1} of {settings.num_trials}, decode tokens/s: {speeds}")
     if trials[0][FIRST]["source"] == "memory":
@@ -371,8 +386,8 @@ def _text(figure: dict[str, float], factor: float = 1) -> str:
     return f"{median} ({low}-{high})"
 
 
-EXAMPLES = """Each network runs alone first, which warms up and gives its peak memory; then all take
-turns in one process. Selections on disk are neither read nor written.
+EXAMPLES = """Each network runs alone first, which warms up and gives its peak memory. Then all
+take turns in one process: read the ratios. Selections on disk are neither read nor written.
 
 examples:
   mlx_ifp.benchmark --model smollm2-ifp
