@@ -13,20 +13,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from mlx_ifp.activations import activation_scores
+from mlx_ifp.atomic import new_directory
 from mlx_ifp.channels import ChannelReader
 from mlx_ifp.checkpoint import (
     STATIC_FILE,
     load_trunk,
-    new_directory,
     open_checkpoint,
     write_checkpoint,
 )
 from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig, TextConfig
 from mlx_ifp.errors import IFPError
-from mlx_ifp.model import Keep, default_dtype, resolve_keep, selector_tokens
+from mlx_ifp.model import Keep, default_dtype, resolve_keep
 from mlx_ifp.options import parse_keep
 from mlx_ifp.tensor_files import write_safetensors
+from mlx_ifp.text import selector_tokens
 
 from .dense import (
     DTYPES,

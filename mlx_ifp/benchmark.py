@@ -11,12 +11,13 @@ One prompt of random tokens is answered greedily, with the same number of tokens
 At first each runs with no other network in memory: that warms up and gives its peak memory. Then
 all stay in memory. In a trial each selects, loads and runs the prompt, and then they decode in
 turns of a few tokens, in an order that rotates. So a machine that slows down slows all of them:
-read the ratios, which are formed within a trial.
+read the ratios, which are formed turn by turn: a trial's is the median over its turns.
 """
 
 import argparse
 import gc
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -33,9 +34,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
+from .atomic import new_file
 from .cli import command
 from .errors import IFPError
-from .generate import _write_json
 from .model import IFPModel, Prepared
 from .options import add_model_options, load_model
 from .structure import FFN, get_module, linear
@@ -49,7 +50,7 @@ ROWS = FIRST, REPEAT, SAME_SIZE, FULL = (
 )
 # Tokens to decode before it is the next network's turn: so few that all meet the same disturbances,
 # so many that the wait at the end, when mlx-lm would run ahead, does not count.
-TURN = 16
+TURN = 8
 Run = dict[str, Any]
 TASK = "You are an expert Python programmer. Answer with working code and a short explanation."
 
@@ -181,11 +182,11 @@ class _Bench:
 
         Returns:
             dict: for each row ``source`` and ``bytes_read`` of its Prepared, and FIGURES: prefill
-            is until the first token is there, decode is all that follow.
+            is until the first token is there, decode is all that follow. ``turn_seconds`` are of
+            each turn of decoding.
         """
         runs: dict[str, Run] = {}
         tokens: dict[str, Iterator[Any]] = {}
-        decode = dict.fromkeys(ready, 0.0)
         rows, left = list(ready), self.settings.generation_tokens - 1
         with wired_limit(ready[rows[0]].network, [generation_stream]), ExitStack() as stack:
             for row, network in ready.items():
@@ -209,6 +210,7 @@ class _Bench:
                     "load_seconds": load,
                     "prefill_seconds": prefill,
                     "first_token_seconds": select + load + prefill,
+                    "turn_seconds": [],
                 }
             for start in range(0, left, TURN):
                 for row in rows:
@@ -216,9 +218,11 @@ class _Bench:
                     for _ in itertools.islice(tokens[row], min(TURN, left - start)):
                         pass
                     mx.synchronize(generation_stream)
-                    decode[row] += time.perf_counter() - began
+                    runs[row]["turn_seconds"].append(time.perf_counter() - began)
                 rows = rows[1:] + rows[:1]
-        return {row: run | {"decode_tps": left / decode[row]} for row, run in runs.items()}
+        for run in runs.values():
+            run["decode_tps"] = left / sum(run["turn_seconds"])
+        return runs
 
     def forget(self) -> None:
         """Leave nothing in memory but the trunk."""
@@ -327,7 +331,11 @@ def _summary(trials: list[dict[str, Run]], memory: dict[str, dict[str, int]]) ->
         return {name: over(lambda t, name=name: t[row][name]) for name in names} | memory[row]
 
     def decode_to(other: str) -> dict[str, float]:
-        return over(lambda t: t[REPEAT]["decode_tps"] / t[other]["decode_tps"])
+        def ratio(trial: dict[str, Run]) -> float:
+            turns = (trial[other]["turn_seconds"], trial[REPEAT]["turn_seconds"])
+            return statistics.median(theirs / ours for theirs, ours in zip(*turns, strict=True))
+
+        return over(ratio)
 
     full, active = (memory[row]["bytes_per_token"] for row in (FULL, REPEAT))
     return {
@@ -435,7 +443,8 @@ def main() -> None:
     result = benchmark(model, args.task, settings, lambda line: print(line, file=sys.stderr))
     print(table(result))
     if path is not None:
-        _write_json(path, result)
+        with new_file(path) as file:
+            file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

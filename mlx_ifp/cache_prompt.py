@@ -1,9 +1,7 @@
 """``mlx_ifp.cache_prompt``: run a prompt once and keep its keys and values in a file."""
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,11 +9,13 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from tqdm import tqdm
 
+from .atomic import new_file
 from .cache import load_selection, save_selection
 from .cli import command
 from .errors import IFPError
-from .generate import read_prompt, selecting_text
+from .generate import read_prompt
 from .options import add_model_options, add_task_options, load_model, task_of
+from .text import selecting_text
 
 EXAMPLES = """examples:
   mlx_ifp.cache_prompt --model smollm2-ifp --task "Answer questions on a text." \\
@@ -62,7 +62,8 @@ def main() -> None:
         selection = load_selection(args.selection, model.checkpoint.digest)
         ready = model.prepare(selection=selection)
     else:
-        ready = model.prepare(selecting_text(model, tokenizer, messages, task, args.task_from))
+        role = args.task_from or model.checkpoint.ifp.text.source
+        ready = model.prepare(task if task is not None else selecting_text(messages, role))
     if args.save_selection is not None:
         save_selection(args.save_selection, ready.selection)
     if tokenizer.has_chat_template:
@@ -89,13 +90,9 @@ def main() -> None:
         "tokenizer_config": "{}",
         "ifp_selection": ready.selection.digest,
     }
-    handle, temporary = tempfile.mkstemp(suffix=".safetensors", dir=path.parent)
-    os.close(handle)
-    try:
-        save_prompt_cache(temporary, prompt_cache, metadata)
-        os.replace(temporary, path)
-    except RuntimeError as error:
-        raise IFPError(f"{path} could not be written: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        try:
+            save_prompt_cache(str(temporary), prompt_cache, metadata)
+        except RuntimeError as error:
+            raise IFPError(f"{path} could not be written: {error}") from error
     print(f"{path}: {len(tokens)} tokens", file=sys.stderr)

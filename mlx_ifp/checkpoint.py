@@ -1,15 +1,11 @@
-"""The checkpoint directory: opening and checking it, and writing a new one whole or not at all.
+"""The checkpoint directory: opening and checking it, and writing a new one.
 
 CHECKPOINT.md describes the format.
 """
 
-import contextlib
 import hashlib
 import itertools
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -338,31 +334,6 @@ def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn
     return model
 
 
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside ``path`` that becomes ``path`` if all goes well.
-
-    Whatever goes wrong, Ctrl-C included, nothing is left.
-
-    Raises:
-        IFPError: if ``path`` exists, or its parent cannot be written.
-    """
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise IFPError(f"{path} already exists. Delete it or name another --mlx-path.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise IFPError(f"{path} cannot be written: {error.strerror}.") from error
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_checkpoint(
     directory: Path,
     config: dict[str, Any],
@@ -370,7 +341,7 @@ def write_checkpoint(
     tensors: dict[str, dict[str, mx.array]],
     progress: Callable[[int], Any] = lambda _: None,
 ) -> None:
-    """Write configs and tensors into a directory made by :func:`new_directory`.
+    """Write configs and tensors into a directory made by :func:`~mlx_ifp.atomic.new_directory`.
 
     Args:
         directory (Path): where to; it holds the tokenizer already, or gets it later.

@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,22 +15,18 @@ from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .atomic import new_file
 from .cache import load_selection, save_selection
 from .cli import command
 from .errors import IFPError
 from .masks import Selection
-from .model import IFPModel, Keep, Prepared, Text, load
+from .model import IFPModel, Keep, Prepared
 from .options import add_model_options, add_task_options, load_model, task_of
 from .stats import Stats, parameter_counts
-
-Prompt = str | list[int] | mx.array | list[dict[str, Any]]
-
-
-def _is_messages(prompt: Prompt) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+from .text import Prompt, Text, encode_prompt, selecting_text
 
 
-def selecting_text(
+def _selecting_text(
     model: IFPModel,
     tokenizer: TokenizerWrapper,
     prompt: Prompt,
@@ -40,64 +34,13 @@ def selecting_text(
     task_from: str | None = None,
     selector: str | None = None,
 ) -> Text:
-    """The text that selects the sub-network (paper, sections 3.2 and 4.3).
-
-    Args:
-        prompt: a string, token ids of the LLM's tokenizer, or a list of messages.
-        task (str): a task description; it selects if given.
-        task_from (str): ``user``: the first user message, for the whole conversation; ``system``:
-            the system message. None for what the checkpoint says.
-        selector (str): None for the default; it decides whose token ids are understood.
-
-    Raises:
-        IFPError: if the messages have none of that role.
-    """
+    """The task if there is one, else what the prompt says."""
     if task is not None:
         return task
-    role = task_from or model.checkpoint.ifp.text.source
-    if role not in ("user", "system"):
-        raise IFPError(f"task_from must be 'user' or 'system', not {task_from!r}.")
-    if _is_messages(prompt):
-        for message in prompt:
-            if message.get("role") == role:
-                return _content(message)
-        raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
-    if task_from == "system":
-        raise IFPError("To select by the system message, give the prompt as a list of messages.")
-    if isinstance(prompt, str) or model.selector_tokenizer(selector) is tokenizer:
-        return prompt
-    tokens = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
-    return tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def _content(message: dict[str, Any]) -> str:
-    """A message's text; the parts of a multi-part content are joined."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
-
-
-def encode_prompt(
-    tokenizer: TokenizerWrapper, prompt: Prompt, **template_kwargs: Any
-) -> str | list[int] | mx.array:
-    """What mlx-lm is given as the prompt: messages go through the chat template.
-
-    A last message of the assistant is continued, not answered.
-    """
-    if not _is_messages(prompt):
-        if len(prompt) == 0:
-            raise IFPError("The prompt is empty; give some text.")
-        return prompt
-    if not tokenizer.has_chat_template:
-        raise IFPError("This model has no chat template; give the prompt as a string.")
-    prefill = prompt[-1].get("role") == "assistant"
-    return tokenizer.apply_chat_template(
-        prompt,
-        add_generation_prompt=not prefill,
-        continue_final_message=prefill,
-        **template_kwargs,
-    )
+    decode = None
+    if model.selector_tokenizer(selector) is not tokenizer:
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return selecting_text(prompt, task_from or model.checkpoint.ifp.text.source, decode)
 
 
 def _claim_prompt_cache(prompt_cache: list[Any], selection: Selection | None) -> None:
@@ -149,7 +92,7 @@ def stream_generate(
     tokens = encode_prompt(tokenizer, prompt)
     text = None
     if selection is None and not dense:
-        text = selecting_text(model, tokenizer, prompt, task, task_from, selector)
+        text = _selecting_text(model, tokenizer, prompt, task, task_from, selector)
     ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
     if kwargs.get("prompt_cache") is not None:
         _claim_prompt_cache(kwargs["prompt_cache"], ready.selection)
@@ -358,7 +301,7 @@ def main() -> None:
     if args.selection is not None:
         selection = load_selection(args.selection, model.checkpoint.digest)
     elif not args.dense:
-        text = selecting_text(model, tokenizer, messages, task, args.task_from)
+        text = _selecting_text(model, tokenizer, messages, task, args.task_from)
     ready = model.prepare(text, selection=selection, dense=args.dense)
     if args.save_selection is not None:
         save_selection(args.save_selection, ready.selection)
@@ -407,7 +350,8 @@ def main() -> None:
     if args.verbose:
         print(stats.table(), file=sys.stderr)
     if args.stats is not None:
-        _write_json(Path(args.stats), stats.to_dict())
+        with new_file(args.stats) as file:
+            file.write_text(json.dumps(stats.to_dict(), indent=2) + "\n")
 
 
 def _show_selection(model: IFPModel, selection: Selection, text: Text | None) -> None:
@@ -423,23 +367,3 @@ def _show_selection(model: IFPModel, selection: Selection, text: Text | None) ->
         lines.append(f"{i:5d}  {len(channels):5d}  {share:.3f}  {overlap}")
     lines.append(f" mean         {selection.share:.3f}  {'-' if mean is None else f'{mean:.3f}'}")
     print("\n".join(lines), file=sys.stderr)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w") as file:
-            json.dump(values, file, indent=2)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-if __name__ == "__main__":
-    main()
-
-
-__all__ = ["generate", "load", "main", "stream_generate"]

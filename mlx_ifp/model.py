@@ -19,13 +19,12 @@ from .activations import activation_scores
 from .cache import SelectionCache, SubnetworkCache
 from .channels import ChannelReader
 from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
-from .config import TextConfig
 from .errors import IFPError
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
 from .subnetwork import build_subnetwork
+from .text import Text, selector_tokens
 
-Text = str | list[int] | mx.array
 Keep = int | float | list[int]
 
 # Widths that are multiples of this keep every fast Metal kernel open.
@@ -72,39 +71,6 @@ def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
     if any(not 1 <= k <= d_ffn for k in ks):
         raise IFPError(f"k must be between 1 and d_ffn = {d_ffn}, not {keep}.")
     return keep
-
-
-def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) -> list[int]:
-    """The tokens that a selector reads.
-
-    Args:
-        tokenizer: the selector's.
-        text: a prompt or a task; token ids are taken as they are.
-        how (TextConfig): the checkpoint's ``text``.
-
-    Raises:
-        IFPError: if the text is empty or too long, or there is no chat template to put it in.
-    """
-    if not isinstance(text, str):
-        tokens = text.tolist() if isinstance(text, mx.array) else list(text)
-    else:
-        if not text.strip():
-            raise IFPError("The text that selects is empty; give a prompt or a task.")
-        if how.format == "raw":
-            tokens = tokenizer.encode(text)
-        elif tokenizer.has_chat_template:
-            messages = [{"role": "user", "content": text}]
-            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        else:
-            raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
-    if not tokens:
-        raise IFPError("The text that selects has no tokens; give a prompt or a task.")
-    if len(tokens) > how.max_tokens:
-        raise IFPError(
-            f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors take "
-            f"{how.max_tokens:,}. Describe the task in fewer words with --task (task=)."
-        )
-    return tokens
 
 
 @dataclass(frozen=True)

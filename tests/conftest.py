@@ -12,7 +12,8 @@ from mlx_lm.utils import load_model, save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_ifp.checkpoint import new_directory, write_checkpoint
+from mlx_ifp.atomic import new_directory
+from mlx_ifp.checkpoint import write_checkpoint
 from mlx_ifp.config import HeadConfig, IFPConfig, MaskConfig, TextConfig
 from mlx_ifp.convert import convert
 from mlx_ifp.convert.dense import channel_major, load_dense, save_beside, take_tensors

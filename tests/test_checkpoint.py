@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_ifp import IFPError, load
-from mlx_ifp.checkpoint import new_directory, open_checkpoint
+from mlx_ifp.atomic import new_directory
+from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
 from mlx_ifp.tensor_files import read_header, write_safetensors
 

@@ -1,0 +1,56 @@
+"""Files and directories that are there whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import IFPError
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that replaces ``path`` if all goes well.
+
+    It keeps the suffix of ``path``. Whatever goes wrong, it is removed and ``path`` is untouched.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        # mkstemp lets nobody else read; a user's file has the usual rights.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside ``path`` that becomes ``path`` if all goes well.
+
+    Whatever goes wrong, Ctrl-C included, nothing is left.
+
+    Raises:
+        IFPError: if ``path`` exists, or its parent cannot be written.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise IFPError(f"{path} already exists. Delete it or name another --mlx-path.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise IFPError(f"{path} cannot be written: {error.strerror}.") from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""Prompts and tasks: which text selects, and what each tokenizer is given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .config import TextConfig
+from .errors import IFPError
+
+Text = str | list[int] | mx.array
+Prompt = Text | list[dict[str, Any]]
+
+
+def _is_messages(prompt: Prompt) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def _ids(tokens: list[int] | mx.array) -> list[int]:
+    return tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
+
+
+def selecting_text(
+    prompt: Prompt,
+    role: str = "user",
+    decode: Callable[[list[int]], str] | None = None,
+) -> Text:
+    """The text of a prompt that selects (paper, sections 3.2 and 4.3).
+
+    Args:
+        prompt: a string or token ids, which select whole, or a list of messages.
+        role (str): ``user``: the first user message selects, for the whole conversation;
+            ``system``: the system message does.
+        decode (Callable): makes text of token ids, if the selector has another tokenizer.
+
+    Raises:
+        IFPError: if there is no message of that role.
+    """
+    if role not in ("user", "system"):
+        raise IFPError(f"task_from must be 'user' or 'system', not {role!r}.")
+    if _is_messages(prompt):
+        for message in prompt:
+            if message.get("role") == role:
+                return _content(message)
+        raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
+    if role == "system":
+        raise IFPError("To select by the system message, give the prompt as a list of messages.")
+    return prompt if isinstance(prompt, str) or decode is None else decode(_ids(prompt))
+
+
+def _content(message: dict[str, Any]) -> str:
+    """A message's text; the parts of a multi-part content are joined."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+
+
+def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) -> list[int]:
+    """The tokens that a selector reads.
+
+    Args:
+        tokenizer: the selector's.
+        text: a prompt or a task; token ids are taken as they are.
+        how (TextConfig): the checkpoint's ``text``.
+
+    Raises:
+        IFPError: if the text is empty or too long, or there is no chat template to put it in.
+    """
+    if not isinstance(text, str):
+        tokens = _ids(text)
+    else:
+        if not text.strip():
+            raise IFPError("The text that selects is empty; give a prompt or a task.")
+        if how.format == "raw":
+            tokens = tokenizer.encode(text)
+        elif tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": text}]
+            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        else:
+            raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
+    if not tokens:
+        raise IFPError("The text that selects has no tokens; give a prompt or a task.")
+    if len(tokens) > how.max_tokens:
+        raise IFPError(
+            f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors take "
+            f"{how.max_tokens:,}. Describe the task in fewer words with --task (task=)."
+        )
+    return tokens
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper, prompt: Prompt, **template_kwargs: Any
+) -> str | list[int] | mx.array:
+    """What mlx-lm is given as the prompt: messages go through the chat template.
+
+    A last message of the assistant is continued, not answered.
+    """
+    if not _is_messages(prompt):
+        if len(prompt) == 0:
+            raise IFPError("The prompt is empty; give some text.")
+        return prompt
+    if not tokenizer.has_chat_template:
+        raise IFPError("This model has no chat template; give the prompt as a string.")
+    prefill = prompt[-1].get("role") == "assistant"
+    return tokenizer.apply_chat_template(
+        prompt,
+        add_generation_prompt=not prefill,
+        continue_final_message=prefill,
+        **template_kwargs,
+    )
