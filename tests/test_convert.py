@@ -262,6 +262,8 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, kind):
         [str(script), "--model", str(dense), "--mlx-path", str(folder / "out"), "-q"],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(folder.glob(".out.*/model.safetensors")):

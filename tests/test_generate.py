@@ -1,15 +1,20 @@
 """Generation through the Python API, and mlx_ifp.generate as a user runs it."""
 
 import json
+import os
+import shutil
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_ifp import IFPError, generate, load, stream_generate
+from mlx_ifp.cache import load_selection
+from mlx_ifp.checkpoint import HUB_PATTERNS
 
 from .conftest import run_command
 from .helpers import mask_model, random_selection
@@ -241,8 +246,6 @@ def test_keep_overrides_k(predictor_checkpoint, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         model, _ = load(predictor_checkpoint, keep=[10, 20, 30] if k is None else k)
-        from mlx_ifp.cache import load_selection
-
         assert load_selection(file).digest == model.select("Hello").digest
 
 
@@ -310,3 +313,22 @@ def test_a_stored_prompt_is_continued_under_its_selection_only(predictor_checkpo
     assert refused.stderr.count("\n") == 1
     assert "another selection" in refused.stderr
     assert "another selection" in run(predictor_checkpoint, *with_cache, "--dense").stderr
+
+
+def test_a_checkpoint_of_the_hub(predictor_checkpoint, tmp_path):
+    """As huggingface_hub keeps it after a download; the network is off."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(predictor_checkpoint, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = run("someone/tiny", "-p", "Hello", "-m", 4, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run(predictor_checkpoint, "-p", "Hello", "-m", 4).stdout
+
+
+def test_all_files_of_a_checkpoint_are_downloaded(predictor_checkpoint):
+    files = [path for path in predictor_checkpoint.rglob("*") if path.is_file()]
+    names = [str(path.relative_to(predictor_checkpoint)) for path in files]
+    assert "predictor/head.safetensors" in names
+    assert list(filter_repo_objects(names, allow_patterns=HUB_PATTERNS)) == names
