@@ -15,6 +15,7 @@ from mlx_lm.utils import load_model
 from mlx_ifp import IFPError, generate, load, stream_generate
 from mlx_ifp.cache import load_selection
 from mlx_ifp.checkpoint import HUB_PATTERNS
+from mlx_ifp.convert import convert
 
 from .conftest import run_command
 from .helpers import mask_model, random_selection
@@ -125,6 +126,17 @@ def test_speculative_decoding_gives_the_same_text(model_and_tokenizer):
         model, tokenizer, "Hello", max_tokens=12, draft_model=draft, num_draft_tokens=2
     )
     assert drafted == plain
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "4-bit"])
+def test_a_batch_gives_what_each_prompt_gives(dense_llama, tmp_path, quantized):
+    checkpoint = convert(str(dense_llama), tmp_path / "ifp", quantize_weights=quantized)
+    model, tokenizer = load(checkpoint, cache=False)
+    network = model.subnetwork(model.select("Hello"))
+    prompts = [tokenizer.encode(text) for text in ("Hello", "Name three rivers in France.")]
+    batch = mlx_lm.batch_generate(network, tokenizer, prompts, max_tokens=8)
+    singly = [greedy(network, tokenizer, prompt, 8) for prompt in prompts]
+    assert batch.texts == [tokenizer.decode(tokens) for tokens in singly]
 
 
 def test_a_seed_gives_the_same_text_cached_or_not(model_and_tokenizer):

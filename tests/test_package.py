@@ -1,5 +1,6 @@
 """What is installed: wheel, sdist and editable install all carry mlx_ifp.convert."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("benchmark", "cache_prompt", "convert", "generate", "manage")
@@ -27,13 +29,26 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
-def fresh_environment(folder: Path) -> Path:
-    """A new virtual environment that sees this one's dependencies, but not its mlx_ifp."""
-    venv.create(folder)
-    python = folder / "bin" / "python"
+def install(folder: Path, *args: str) -> Path:
+    """Install into a new virtual environment that has this one's dependencies."""
+    venv.create(folder / "env")
+    python = folder / "env" / "bin" / "python"
+    # The build backend, and nothing else yet: pip must not find this environment's mlx_ifp.
+    backend = folder / "backend"
+    backend.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (backend / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    done = subprocess.run(
+        [*pip, "--no-build-isolation", *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(backend)},
+    )
+    assert done.returncode == 0, done.stderr
+    # Directories named in a .pth file come last, so what is installed here wins.
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
-    # Directories named in a .pth file come last, so what is installed here wins.
     (Path(own.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -52,20 +67,11 @@ def check_installed(python: Path, where: Path) -> None:
         assert f"usage: mlx_ifp.{command}" in done.stdout
 
 
-def install(python: Path, *args: str) -> None:
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
-    command = [*pip, "--no-build-isolation", *args]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_wheel_in_a_fresh_environment(built, tmp_path):
     names = zipfile.ZipFile(built[1]).namelist()
     assert "mlx_ifp/convert/gguf.py" in names
     assert not [name for name in names if name.startswith(("convert/", "tests/"))]
-    python = fresh_environment(tmp_path / "env")
-    install(python, str(built[1]))
-    check_installed(python, tmp_path / "env")
+    check_installed(install(tmp_path, str(built[1])), tmp_path / "env")
 
 
 def test_the_sdist_carries_the_license_and_the_sources(built):
@@ -75,9 +81,7 @@ def test_the_sdist_carries_the_license_and_the_sources(built):
 
 
 def test_the_editable_install(tmp_path):
-    python = fresh_environment(tmp_path / "env")
-    install(python, "-e", str(ROOT))
-    check_installed(python, ROOT)
+    check_installed(install(tmp_path, "-e", str(ROOT)), ROOT)
 
 
 def test_requirements_are_the_platforms(built):
