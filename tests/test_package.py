@@ -36,8 +36,9 @@ def install(folder: Path, *args: str) -> Path:
     # The build backend, and nothing else yet: pip must not find this environment's mlx_ifp.
     backend = folder / "backend"
     backend.mkdir()
-    for name in ("setuptools", "_distutils_hack"):
-        (backend / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    site = Path(setuptools.__file__).parents[1]
+    for path in (site / "_distutils_hack", *site.glob("setuptools*")):
+        (backend / path.name).symlink_to(path)
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
     done = subprocess.run(
         [*pip, "--no-build-isolation", *args],
