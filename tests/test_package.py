@@ -1,6 +1,5 @@
 """What is installed: wheel, sdist and editable install all carry mlx_ifp.convert."""
 
-import os
 import subprocess
 import sys
 import sysconfig
@@ -10,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("benchmark", "cache_prompt", "convert", "generate", "manage")
@@ -30,27 +28,20 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def install(folder: Path, *args: str) -> Path:
-    """Install into a new virtual environment that has this one's dependencies."""
+    """Install into a new virtual environment that has this one's packages, but not its mlx_ifp."""
+    others = folder / "others"
+    others.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "mlx_ifp" not in path.name:
+            (others / path.name).symlink_to(path)
     venv.create(folder / "env")
     python = folder / "env" / "bin" / "python"
-    # The build backend, and nothing else yet: pip must not find this environment's mlx_ifp.
-    backend = folder / "backend"
-    backend.mkdir()
-    site = Path(setuptools.__file__).parents[1]
-    for path in (site / "_distutils_hack", *site.glob("setuptools*")):
-        (backend / path.name).symlink_to(path)
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
-    done = subprocess.run(
-        [*pip, "--no-build-isolation", *args],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(backend)},
-    )
-    assert done.returncode == 0, done.stderr
-    # Directories named in a .pth file come last, so what is installed here wins.
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
-    (Path(own.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (Path(own.strip()) / "others.pth").write_text(f"{others}\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    done = subprocess.run([*pip, "--no-build-isolation", *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return python
 
 
