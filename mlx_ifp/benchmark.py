@@ -31,16 +31,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from .atomic import new_file
 from .cli import command
 from .errors import IFPError
 from .model import IFPModel, Prepared
-from .options import add_model_options, load_model
-from .structure import FFN, get_module, linear
-from .subnetwork import ChannelMajorLinear, share
+from .options import add_model_options, load_model, parse_seed
+from .same_size import float_dtype, memory_of, same_size_model
 
 ROWS = FIRST, REPEAT, SAME_SIZE, FULL = (
     "sub-network, first prompt",
@@ -88,81 +86,17 @@ FIGURES = (
 _SPREAD = ("min", "median", "max")
 
 
-def same_size_model(network: nn.Module, ffns: list[FFN]) -> tuple[nn.Module, list[str]]:
-    """A sub-network as mlx-lm would have it, had it been trained and saved at that size.
-
-    All arrays are the sub-network's own but down_proj, which gets the usual layout [hidden, k]:
-    the same function for float weights; else the same up to quantizing along k.
-
-    Args:
-        network (nn.Module): a sub-network.
-        ffns (list): the checkpoint's FFNs.
-
-    Returns:
-        tuple: the model, made of mlx's own layers only, and notes on what could not be alike.
-    """
-    model = share(network)
-    notes = set()
-    for ffn in ffns:
-        module = get_module(model, ffn.path)
-        down = module.down_proj
-        if isinstance(down, ChannelMajorLinear):
-            how = {"group_size": down.group_size, "bits": down.bits, "mode": down.mode}
-            rows = mx.dequantize(down.weight, down.scales, down.get("biases"), **how)
-            if "soft_values" in down:
-                rows = rows * down.soft_values[:, None]
-            weight = mx.contiguous(rows.T).astype(float_dtype(network))
-            module.down_proj = linear(weight, down.get("bias"))
-            if weight.shape[1] % down.group_size == 0:
-                module.down_proj = module.down_proj.to_quantized(**how)
-            else:
-                notes.add(
-                    f"{SAME_SIZE}: down_proj is not quantized, as k = {weight.shape[1]} is no "
-                    f"multiple of the group size {down.group_size}"
-                )
-        else:
-            module.down_proj = linear(mx.contiguous(down.weight), down.get("bias"))
-        mx.eval(module.down_proj.parameters())
-    return model, sorted(notes)
-
-
-def float_dtype(network: nn.Module) -> mx.Dtype:
-    """What a network computes in."""
-    arrays = (array for _, array in tree_flatten(network.parameters()))
-    return next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
-
-
-def memory_of(network: nn.Module) -> dict[str, int]:
-    """Bytes of a network's weights, and of those that decoding reads for each token.
-
-    The difference is an embedding with an output layer beside it: of that one row is read.
-    """
-    total = sum(array.nbytes for _, array in tree_flatten(network.parameters()))
-    modules = network.named_modules()
-    looked_up = 0
-    if any(path.split(".")[-1] == "lm_head" for path, _ in modules):
-        looked_up = sum(
-            array.nbytes
-            for _, module in modules
-            if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
-            for array in module.parameters().values()
-        )
-    return {"weights_bytes": total, "bytes_per_token": total - looked_up}
-
-
 class _Bench:
     """The networks and the prompt that they all answer."""
 
     def __init__(self, model: IFPModel, task: str, settings: Settings) -> None:
-        config = model.checkpoint.config
-        vocab_size = (
-            config.get("vocab_size")
-            or config.get("text_config", {}).get("vocab_size")
-            or model.tokenizer.vocab_size
-        )
-        key = mx.random.key(settings.seed)
-        self.prompt = mx.random.randint(0, vocab_size, (settings.prompt_tokens,), key=key)
         self.model, self.settings = model, settings
+        self.prompt = mx.random.randint(
+            0,
+            model.checkpoint.config.get("vocab_size") or model.tokenizer.vocab_size,
+            (settings.prompt_tokens,),
+            key=mx.random.key(settings.seed),
+        )
         self.texts = (f"{task} [{i}]" for i in itertools.count())
         self.text = ""
         self.networks: dict[str, nn.Module] = {}
@@ -189,12 +123,14 @@ class _Bench:
         tokens: dict[str, Iterator[Any]] = {}
         rows, left = list(ready), self.settings.generation_tokens - 1
         with wired_limit(ready[rows[0]].network, [generation_stream]), ExitStack() as stack:
-            for row, network in ready.items():
+            for row, have in ready.items():
                 mx.clear_cache()
                 start = time.perf_counter()
-                step = self.settings.prefill_step_size
                 steps = generate_step(
-                    self.prompt, network.network, max_tokens=-1, prefill_step_size=step
+                    self.prompt,
+                    have.network,
+                    max_tokens=-1,
+                    prefill_step_size=self.settings.prefill_step_size,
                 )
                 # Each holds a stream context: the last to enter must be the first to leave.
                 tokens[row] = stack.enter_context(closing(steps))
@@ -202,14 +138,13 @@ class _Bench:
                 prefill = time.perf_counter() - start
                 # mlx-lm has begun the next token; that is not the next row's to wait for.
                 mx.synchronize(generation_stream)
-                select, load = network.select_seconds, network.load_seconds
                 runs[row] = {
-                    "source": network.source,
-                    "bytes_read": network.bytes_read,
-                    "select_seconds": select,
-                    "load_seconds": load,
+                    "source": have.source,
+                    "bytes_read": have.bytes_read,
+                    "select_seconds": have.select_seconds,
+                    "load_seconds": have.load_seconds,
                     "prefill_seconds": prefill,
-                    "first_token_seconds": select + load + prefill,
+                    "first_token_seconds": have.select_seconds + have.load_seconds + prefill,
                     "turn_seconds": [],
                 }
             for start in range(0, left, TURN):
@@ -421,7 +356,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         option = f"--{each.name.replace('_', '-')}"
         text = f"{each.metadata['help']} (default: {each.default})"
         parser.add_argument(
-            option, *short.get(each.name, []), type=int, default=each.default, help=text
+            option,
+            *short.get(each.name, []),
+            type=parse_seed if each.name == "seed" else int,
+            default=each.default,
+            help=text,
         )
     parser.add_argument("--json", metavar="FILE", help="Write all figures to a JSON file")
     return parser
@@ -445,7 +384,3 @@ def main() -> None:
     if path is not None:
         with new_file(path) as file:
             file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from .cli import command
 from .errors import IFPError
 from .masks import Selection
 from .model import IFPModel, Keep, Prepared
-from .options import add_model_options, add_task_options, load_model, task_of
+from .options import add_model_options, add_task_options, load_model, parse_seed, task_of
 from .stats import Stats, parameter_counts
 from .text import Prompt, Text, encode_prompt, selecting_text
 
@@ -185,7 +185,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--min-tokens-to-keep", type=int, default=1, help="Minimum tokens to keep for min-p"
     )
-    sampling.add_argument("--seed", type=int, help="PRNG seed")
+    sampling.add_argument("--seed", type=parse_seed, help="PRNG seed")
     sampling.add_argument(
         "--verbose",
         type=str2bool,

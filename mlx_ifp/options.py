@@ -25,6 +25,13 @@ def parse_keep(text: str) -> Keep:
         ) from None
 
 
+def parse_seed(text: str) -> int:
+    """A seed that MLX takes: 64 bits, no sign."""
+    if not text.isdecimal() or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 2**64 - 1")
+    return int(text)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it is used."""
     group = parser.add_argument_group("model")

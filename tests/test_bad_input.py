@@ -107,6 +107,7 @@ def test_flags_that_do_not_go_together(tiny_checkpoint, tmp_path):
     assert "no system message" in generate_fails(tiny_checkpoint, "--task-from", "system")
     assert "JSON" in generate_fails(tiny_checkpoint, "--chat-template-config", "{")
     assert "max-tokens" in generate_fails(tiny_checkpoint, "--max-tokens", 0)
+    assert "2**64" in generate_fails(tiny_checkpoint, "--seed", 1 << 64)
     assert "no selector" in generate_fails(tiny_checkpoint, "--selector", "predictor")
 
 

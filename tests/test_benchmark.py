@@ -8,8 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_ifp import load
-from mlx_ifp.benchmark import FIRST, FULL, REPEAT, ROWS, SAME_SIZE, memory_of, same_size_model
+from mlx_ifp.benchmark import FIRST, FULL, REPEAT, ROWS, SAME_SIZE, Settings, benchmark
 from mlx_ifp.convert import convert
+from mlx_ifp.same_size import memory_of, same_size_model
 
 from .conftest import make_dense, run_command
 from .helpers import random_selection, relative_error
@@ -70,7 +71,7 @@ def test_json_has_every_trial_and_its_summary(run):
     assert result["decode_to_same_size"]["min"] == pytest.approx(min(ratios))
 
 
-def test_only_a_first_prompt_selects_and_reads(run, tiny_checkpoint):
+def test_only_a_first_prompt_selects_and_reads(run):
     # float32: k = 64 channels of 3 rows of 64 in 3 layers.
     channels = 4 * 64 * 3 * 64 * 3
     for trial in run[1]["trials"]:
@@ -108,6 +109,24 @@ def test_a_predictor_is_measured_too(predictor_checkpoint, tmp_path):
     result = json.loads(file.read_text())
     assert (result["task"], result["network"]["selector"]) == ("Sort lists.", "predictor")
     assert {trial[FIRST]["source"] for trial in result["trials"]} == {"predictor"}
+
+
+def test_a_static_selection_is_said_to_be_made_once(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Sort a list.\nName a river.\n")
+    checkpoint = convert(
+        str(make_dense(tmp_path / "dense")),
+        tmp_path / "ifp",
+        keep=64,
+        static_prompts=tmp_path / "prompts.txt",
+    )
+    model, _ = load(checkpoint, selector="static", cache=False)
+    stream = mx.default_stream(mx.default_device())
+    result = benchmark(model, settings=Settings(4, 12, 1))
+    assert result["warm_up"][FIRST]["source"] == "static"
+    assert result["trials"][0][FIRST]["source"] == "memory"
+    assert result["trials"][0][FIRST]["bytes_read"] > 0
+    assert any("same for every text" in note for note in result["notes"])
+    assert mx.default_stream(mx.default_device()) == stream
 
 
 def layers_of(network):
