@@ -70,7 +70,7 @@ def load_dense(
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
 ) -> DenseModel:
-    """Open a dense model without reading its weights (of a GGUF file: with reading them).
+    """Open a dense model without reading its weights into memory.
 
     Args:
         model (str): a directory or hub id of a Hugging Face or mlx-lm model, or a GGUF file.

@@ -15,8 +15,9 @@ from mlx_lm.models import llama
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_ifp.convert import gguf as reader
-from mlx_ifp.convert.gguf import GGUFModel, GGUFTensor, _decode, load_gguf
+from mlx_ifp.convert import gguf, gguf_file
+from mlx_ifp.convert.gguf import GGUFModel, load_gguf
+from mlx_ifp.convert.gguf_file import GGUFTensor, decode
 from mlx_ifp.errors import IFPError
 from mlx_ifp.tensor_files import write_safetensors
 
@@ -310,7 +311,7 @@ def test_k_quants_decode_to_their_values(kind, block_bytes, scales, expected):
         values = rng.uniform(0.001, 0.01, (4, 1)).astype(np.float16)
         raw[:, start : start + 2] = values.view(np.uint8)
     tensor = GGUFTensor(kind, (2, 512), (2, 2, block_bytes), (0, raw.size))
-    arrays = _decode(tensor, mx.array(raw).reshape(tensor.stored))
+    arrays = decode(tensor, mx.array(raw).reshape(tensor.stored))
     if "scales" in arrays:
         arrays = {k: v.astype(mx.float32) if k != "weight" else v for k, v in arrays.items()}
         values = mx.dequantize(*arrays.values(), group_size=32, bits=4)
@@ -323,15 +324,15 @@ def test_k_quants_decode_to_their_values(kind, block_bytes, scales, expected):
 
 @pytest.mark.parametrize(
     ("kind", "per_block", "block_bytes"),
-    [row for row in reader.TENSOR_TYPES.values() if row[0] not in reader.PLAIN_TYPES],
+    [row for row in gguf_file.TENSOR_TYPES.values() if row[0] not in gguf_file.PLAIN_TYPES],
 )
 def test_a_tensor_decoded_in_steps_is_the_same(monkeypatch, kind, per_block, block_bytes):
     rng = np.random.default_rng(0)
     blocks = mx.array(rng.integers(0, 256, (5, 256 // per_block, block_bytes), dtype=np.uint8))
     tensor = GGUFTensor(kind, (5, 256), blocks.shape, (0, blocks.size))
-    whole = _decode(tensor, blocks)
-    monkeypatch.setattr(reader, "VALUES_AT_ONCE", 2 * 256)
-    steps = _decode(tensor, blocks)
+    whole = decode(tensor, blocks)
+    monkeypatch.setattr(gguf_file, "VALUES_AT_ONCE", 2 * 256)
+    steps = decode(tensor, blocks)
     assert whole.keys() == steps.keys()
     for part in whole:
         assert mx.array_equal(whole[part].view(mx.uint16), steps[part].view(mx.uint16)), part
@@ -485,13 +486,13 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path)
-    name_tensors = reader._name_tensors
+    name_tensors = gguf._name_tensors
 
     def shrink_first(*args):
         os.truncate(path, path.stat().st_size // 2)
         return name_tensors(*args)
 
-    monkeypatch.setattr(reader, "_name_tensors", shrink_first)
+    monkeypatch.setattr(gguf, "_name_tensors", shrink_first)
     assert_refused(path, "truncated while it was read")
 
 
