@@ -6,6 +6,7 @@ Fetches SmolLM2-135M-Instruct, converts it with three quarters of its FFN channe
 prompts under two task descriptions with the commands a user would type.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -30,10 +31,11 @@ def run(command: str, *args: str) -> None:
 
 def main() -> None:
     """Fetch, convert, and generate under two tasks; the second task twice."""
-    gguf = str(fetch())
-    model = ("--model", str(CHECKPOINT))
+    gguf = os.path.relpath(fetch())
+    checkpoint = os.path.relpath(CHECKPOINT)
+    model = ("--model", checkpoint)
     if not CHECKPOINT.exists():
-        run("convert", "--model", gguf, "--mlx-path", str(CHECKPOINT), "--keep", "0.75")
+        run("convert", "--model", gguf, "--mlx-path", checkpoint, "--keep", "0.75")
     # Two tasks; then a second prompt of the second task, which pays nothing for the selection.
     run("generate", *model, "--task", PROGRAMMER, "--prompt", SUM, "-m", "60")
     run("generate", *model, "--task", GEOGRAPHER, "--prompt", PARIS, "-m", "60", "--show-selection")
