@@ -14,7 +14,7 @@ from .cache import load_selection, save_selection
 from .cli import command
 from .errors import IFPError
 from .generate import read_prompt
-from .options import add_model_options, add_task_options, load_model, task_of
+from .options import add_kv_options, add_model_options, add_task_options, load_model, task_of
 from .text import selecting_text
 
 EXAMPLES = """examples:
@@ -37,12 +37,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add_task_options(parser)
     parser.add_argument("--prompt", "-p", required=True, help="The prompt ('-' reads from stdin)")
     parser.add_argument("--prompt-cache-file", required=True, help="The file to write")
-    parser.add_argument("--max-kv-size", type=int, help="Maximum size of the key-value cache")
-    parser.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
-    parser.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
-    parser.add_argument(
-        "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
-    )
+    add_kv_options(parser)
     return parser
 
 
@@ -79,6 +74,7 @@ def main() -> None:
             ready.network,
             max_tokens=0,
             prompt_cache=prompt_cache,
+            prefill_step_size=args.prefill_step_size,
             kv_bits=args.kv_bits,
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,

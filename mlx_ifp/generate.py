@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import load_prompt_cache
@@ -21,7 +22,14 @@ from .cli import command
 from .errors import IFPError
 from .masks import Selection
 from .model import IFPModel, Keep, Prepared
-from .options import add_model_options, add_task_options, load_model, parse_seed, task_of
+from .options import (
+    add_kv_options,
+    add_model_options,
+    add_task_options,
+    load_model,
+    parse_seed,
+    task_of,
+)
 from .stats import Stats, parameter_counts
 from .text import Prompt, Text, encode_prompt, selecting_text
 
@@ -173,6 +181,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--chat-template-config", help="Arguments for the chat template, as a JSON object"
     )
+    text.add_argument(
+        "--prompt-cache-file",
+        help="A file of mlx_ifp.cache_prompt; the prompt continues what it holds. "
+        "It must have been made under the same selection",
+    )
     text.add_argument("--extra-eos-token", nargs="+", default=(), help="More tokens that end it")
     sampling = parser.add_argument_group("generation")
     sampling.add_argument("--max-tokens", "-m", type=int, default=100, help="Tokens to generate")
@@ -194,21 +207,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--draft-model", help="A model for speculative decoding")
     sampling.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens to draft")
-    memory = parser.add_argument_group("key-value cache")
-    memory.add_argument("--max-kv-size", type=int, help="Maximum size of the key-value cache")
-    memory.add_argument(
-        "--prefill-step-size", type=int, default=2048, help="Prompt tokens to process at a time"
-    )
-    memory.add_argument(
-        "--prompt-cache-file",
-        help="A file of mlx_ifp.cache_prompt; the prompt continues what it holds. "
-        "It must have been made under the same selection",
-    )
-    memory.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
-    memory.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
-    memory.add_argument(
-        "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
-    )
+    add_kv_options(parser)
     return parser
 
 
@@ -254,6 +253,10 @@ def _tokens(
     marker = "<query>"
     content, user["content"] = user["content"], marker
     text = encode_prompt(tokenizer, messages, tokenize=False, **kwargs)
+    if marker not in text:
+        raise IFPError(
+            "The chat template changes its messages; --prompt-cache-file cannot be used."
+        )
     suffix = text[text.index(marker) + len(marker) :]
     return tokenizer.encode(content + suffix, add_special_tokens=False)
 
@@ -278,6 +281,15 @@ def _load_prompt_cache(args: argparse.Namespace, ready: Prepared) -> list[Any] |
     return prompt_cache
 
 
+def _load_draft_model(name: str | None) -> nn.Module | None:
+    if name is None:
+        return None
+    try:
+        return mlx_lm.load(name)[0]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise IFPError(f"--draft-model {name} cannot be loaded: {error}") from error
+
+
 @command
 def main() -> None:
     """Run ``mlx_ifp.generate``."""
@@ -292,11 +304,12 @@ def main() -> None:
     task = task_of(args)
     model, tokenizer = load_model(args)
     for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as error:
+            raise IFPError(f"--extra-eos-token: {error}.") from error
     messages = _messages(args, prompt)
     tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
-
-    start = time.perf_counter()
     text = selection = None
     if args.selection is not None:
         selection = load_selection(args.selection, model.checkpoint.digest)
@@ -307,9 +320,7 @@ def main() -> None:
         save_selection(args.save_selection, ready.selection)
     if args.show_selection:
         _show_selection(model, ready.selection, text)
-    draft_model = None
-    if args.draft_model is not None:
-        draft_model, _ = mlx_lm.load(args.draft_model)
+    draft_model = _load_draft_model(args.draft_model)
     prompt_cache = _load_prompt_cache(args, ready)
     # Only now: making the sub-network must not move the random state of the sampler.
     if args.seed is not None:
@@ -324,6 +335,7 @@ def main() -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+    start = time.perf_counter()
     first = response = None
     try:
         for response in mlx_lm.stream_generate(
@@ -346,7 +358,8 @@ def main() -> None:
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise IFPError(f"Generation stopped: {error}") from error
     print(flush=True)
-    stats = Stats.of(ready, response, first - start, parameter_counts(model, ready))
+    first_token_seconds = ready.select_seconds + ready.load_seconds + first - start
+    stats = Stats.of(ready, response, first_token_seconds, parameter_counts(model, ready))
     if args.verbose:
         print(stats.table(), file=sys.stderr)
     if args.stats is not None:

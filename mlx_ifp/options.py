@@ -77,6 +77,20 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-selection", metavar="FILE", help="Save the selection that is used")
 
 
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """How keys and values are kept."""
+    group = parser.add_argument_group("key-value cache")
+    group.add_argument("--max-kv-size", type=int, help="Maximum size of the key-value cache")
+    group.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
+    group.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
+    group.add_argument(
+        "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
+    )
+    group.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Prompt tokens to process at a time"
+    )
+
+
 def task_of(args: argparse.Namespace) -> str | None:
     """The task description of the command line, or None."""
     if args.task_file is None:

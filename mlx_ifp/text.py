@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import TextConfig
@@ -76,8 +77,7 @@ def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) ->
         if how.format == "raw":
             tokens = tokenizer.encode(text)
         elif tokenizer.has_chat_template:
-            messages = [{"role": "user", "content": text}]
-            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            tokens = encode_prompt(tokenizer, [{"role": "user", "content": text}])
         else:
             raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
     if not tokens:
@@ -104,9 +104,12 @@ def encode_prompt(
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
     prefill = prompt[-1].get("role") == "assistant"
-    return tokenizer.apply_chat_template(
-        prompt,
-        add_generation_prompt=not prefill,
-        continue_final_message=prefill,
-        **template_kwargs,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=not prefill,
+            continue_final_message=prefill,
+            **template_kwargs,
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise IFPError(f"The chat template does not take these messages: {error}.") from error

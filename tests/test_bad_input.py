@@ -107,8 +107,17 @@ def test_flags_that_do_not_go_together(tiny_checkpoint, tmp_path):
     assert "no system message" in generate_fails(tiny_checkpoint, "--task-from", "system")
     assert "JSON" in generate_fails(tiny_checkpoint, "--chat-template-config", "{")
     assert "max-tokens" in generate_fails(tiny_checkpoint, "--max-tokens", 0)
+    assert "--extra-eos-token" in generate_fails(tiny_checkpoint, "--extra-eos-token", "<|no|>")
+    assert "--draft-model" in generate_fails(tiny_checkpoint, "--draft-model", tmp_path / "none")
     assert "2**64" in generate_fails(tiny_checkpoint, "--seed", 1 << 64)
     assert "no selector" in generate_fails(tiny_checkpoint, "--selector", "predictor")
+
+
+def test_a_chat_template_that_refuses_a_message(tiny_checkpoint, tmp_path):
+    strict = shutil.copytree(tiny_checkpoint, tmp_path / "strict")
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(template + "{{ messages[0].content }}")
+    assert "No system!" in generate_fails(strict, "--system-prompt", "You are a poet.")
 
 
 def test_stats_that_cannot_be_written_keep_what_was_there(tiny_checkpoint, tmp_path):
