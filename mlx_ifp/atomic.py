@@ -17,7 +17,15 @@ def new_file(path: str | Path) -> Iterator[Path]:
     It keeps the suffix of ``path``. Whatever goes wrong, it is removed and ``path`` is untouched.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    if path.is_dir():
+        raise IFPError(f"{path} is a directory; name a file.")
+    try:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
+        )
+    except OSError as error:
+        # The name of the temporary file would tell the user nothing.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     try:
         yield Path(name)

@@ -214,7 +214,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def read_prompt(prompt: str) -> str:
     """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        # In some locales Python lets undecodable bytes through as surrogates.
+        prompt.encode()
+    except UnicodeError as error:
+        raise IFPError("The prompt is not UTF-8 text.") from error
     if not prompt.strip():
         raise IFPError("The prompt is empty; give some text with --prompt, or - and stdin.")
     return prompt

@@ -213,7 +213,7 @@ class IFPModel:
             return self.tokenizer
         with self._lock:
             if self._predictor_tokenizer is None:
-                self._predictor_tokenizer = load_tokenizer(
+                self._predictor_tokenizer = _load_tokenizer(
                     self.checkpoint.path / PREDICTOR, self._tokenizer_config
                 )
             return self._predictor_tokenizer
@@ -353,6 +353,16 @@ def _set_width(network: nn.Module, k: int | list[int]) -> None:
         args.intermediate_size = k
 
 
+def _load_tokenizer(
+    path: Path, config: dict[str, Any] | None, eos_token_ids: Any = None
+) -> TokenizerWrapper:
+    try:
+        return load_tokenizer(path, config, eos_token_ids=eos_token_ids)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise IFPError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
+
+
 def load(
     path_or_hf_repo: str | Path,
     tokenizer_config: dict[str, Any] | None = None,
@@ -388,15 +398,9 @@ def load(
         IFPError: one line that says what is wrong with the checkpoint or an argument.
     """
     checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
-    try:
-        tokenizer = load_tokenizer(
-            checkpoint.path,
-            tokenizer_config,
-            eos_token_ids=checkpoint.config.get("eos_token_id"),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise IFPError(f"{checkpoint.path}: the tokenizer cannot be loaded ({reason})") from error
+    tokenizer = _load_tokenizer(
+        checkpoint.path, tokenizer_config, checkpoint.config.get("eos_token_id")
+    )
     model = IFPModel(
         checkpoint,
         tokenizer,

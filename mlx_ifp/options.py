@@ -32,6 +32,13 @@ def parse_seed(text: str) -> int:
     return int(text)
 
 
+def parse_count(text: str) -> int:
+    """A number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it is used."""
     group = parser.add_argument_group("model")
@@ -80,14 +87,19 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
     """How keys and values are kept."""
     group = parser.add_argument_group("key-value cache")
-    group.add_argument("--max-kv-size", type=int, help="Maximum size of the key-value cache")
+    group.add_argument(
+        "--max-kv-size", type=parse_count, help="Maximum size of the key-value cache"
+    )
     group.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
     group.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
     group.add_argument(
         "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
     )
     group.add_argument(
-        "--prefill-step-size", type=int, default=2048, help="Prompt tokens to process at a time"
+        "--prefill-step-size",
+        type=parse_count,
+        default=2048,
+        help="Prompt tokens to process at a time",
     )
 
 

@@ -81,7 +81,10 @@ def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) ->
         else:
             raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
     if not tokens:
-        raise IFPError("The text that selects has no tokens; give a prompt or a task.")
+        raise IFPError(
+            "The text that selects has no tokens; give a prompt or a task. If you did, the files "
+            "of the selector's tokenizer are missing."
+        )
     if len(tokens) > how.max_tokens:
         raise IFPError(
             f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors take "

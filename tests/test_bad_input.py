@@ -1,6 +1,10 @@
 """What users get wrong: one line, exit code not 0, no traceback, nothing left, nothing lost."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -113,6 +117,29 @@ def test_flags_that_do_not_go_together(tiny_checkpoint, tmp_path):
     assert "no selector" in generate_fails(tiny_checkpoint, "--selector", "predictor")
 
 
+def test_a_prompt_that_is_no_text(tiny_checkpoint):
+    script = Path(sys.executable).with_name("mlx_ifp.generate")
+    for locale in ("C.UTF-8", "C"):
+        done = subprocess.run(
+            [script, "--model", tiny_checkpoint, "-p", "-"],
+            input=b"\xff\xfe\xfd",
+            capture_output=True,
+            env=os.environ | {"LC_ALL": locale},
+        )
+        assert done.returncode == 1
+        assert b"not UTF-8" in done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_a_tokenizer_that_is_not_there(tiny_checkpoint, predictor_checkpoint, tmp_path):
+    bare = shutil.copytree(tiny_checkpoint, tmp_path / "bare")
+    (bare / "tokenizer.json").write_text("{")
+    assert "tokenizer cannot be loaded" in generate_fails(bare)
+    bare = shutil.copytree(predictor_checkpoint, tmp_path / "predictor")
+    (bare / "predictor" / "tokenizer.json").unlink()
+    assert "tokenizer" in generate_fails(bare)
+
+
 def test_a_chat_template_that_refuses_a_message(tiny_checkpoint, tmp_path):
     strict = shutil.copytree(tiny_checkpoint, tmp_path / "strict")
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
@@ -128,6 +155,7 @@ def test_stats_that_cannot_be_written_keep_what_was_there(tiny_checkpoint, tmp_p
     assert done.returncode == 1
     assert done.stdout
     assert done.stderr.count("\n") == 1
+    assert f"{tmp_path / 'no' / 's'}: No such file" in done.stderr
 
 
 def test_no_command_and_an_unknown_one():
