@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import (
@@ -139,7 +140,15 @@ def _one_line(model: str) -> Iterator[None]:
         yield
     except IFPError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         text = str(error).strip() or repr(error)
         raise IFPError(f"{model} cannot be loaded: {text.splitlines()[0]}") from error
 

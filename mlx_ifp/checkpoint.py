@@ -23,6 +23,7 @@ from .structure import (
     FFN,
     PROJECTIONS,
     build_model,
+    evaluate,
     find_body,
     find_ffns,
     quantization_of,
@@ -171,7 +172,7 @@ def _load_llm_config(path: Path) -> dict[str, Any]:
         config = load_config(path)
     except FileNotFoundError as error:
         raise IFPError(f"{path / 'config.json'}: the file is missing.") from error
-    except ValueError as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise IFPError(f"{path / 'config.json'}: not valid JSON ({error}).") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise IFPError(f"{path / 'config.json'}: model_type is missing.")
@@ -315,7 +316,7 @@ def load_backbone(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> nn.Module:
     model = build_model(checkpoint.predictor_config, _quantized(checkpoint.predictor))
     arrays = load_tensors(checkpoint.predictor, dtype)
     model.load_weights(list(arrays.items()), strict=False)
-    mx.eval(list(arrays.values()))
+    evaluate(model, prefix=f"{find_body(model)}.")
     return model
 
 
@@ -331,6 +332,7 @@ def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn
     arrays = load_tensors(checkpoint.trunk, dtype)
     model.load_weights(list(arrays.items()), strict=False)
     mx.eval(list(arrays.values()))
+    evaluate(model, leave_out=tuple(ffn.path for ffn in checkpoint.ffns))
     return model
 
 

@@ -122,7 +122,7 @@ class IFPConfig:
         """
         try:
             return cls.from_dict(json.loads(path.read_text()))
-        except (ValueError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise IFPError(f"{path}: {error}.") from error
 
     @classmethod
@@ -131,7 +131,7 @@ class IFPConfig:
         if not isinstance(values, dict):
             raise ValueError("must hold a JSON object")
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if not _is_count(version) or version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {version!r}, this mlx_ifp reads {FORMAT_VERSION}; "
                 "update mlx_ifp or convert the model again"
@@ -153,12 +153,15 @@ class IFPConfig:
         _require(isinstance(self.mask, MaskConfig), "mask must be an object")
         _require(isinstance(self.text, TextConfig), "text must be an object")
         _require(isinstance(self.source, dict), "source must be an object")
+        _require(isinstance(self.files, dict), "files must be an object")
         for name, record in self.files.items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             _require(inside, f"files: {name!r} leaves the directory")
             _require(
-                isinstance(record, dict) and {"bytes", "sha256"} <= record.keys(),
-                f"files.{name} must hold bytes and sha256",
+                isinstance(record, dict)
+                and _is_count(record.get("bytes"))
+                and isinstance(record.get("sha256"), str),
+                f"files.{name} must hold bytes, a number, and sha256, a text",
             )
         self.mask.check()
         self.text.check()

@@ -102,9 +102,13 @@ def stream_generate(
     if selection is None and not dense:
         text = _selecting_text(model, tokenizer, prompt, task, task_from, selector)
     ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
-    if kwargs.get("prompt_cache") is not None:
-        _claim_prompt_cache(kwargs["prompt_cache"], ready.selection)
-    yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
+    prompt_cache = kwargs.get("prompt_cache") or []
+    _claim_prompt_cache(prompt_cache, ready.selection)
+    try:
+        yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
+    finally:
+        # With kv_bits mlx-lm puts new, quantized layers into the list.
+        _claim_prompt_cache(prompt_cache, ready.selection)
 
 
 def generate(
@@ -360,7 +364,7 @@ def main() -> None:
         ):
             first = first or time.perf_counter()
             print(response.text, end="", flush=True)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise IFPError(f"Generation stopped: {error}") from error
     print(flush=True)
     first_token_seconds = ready.select_seconds + ready.load_seconds + first - start

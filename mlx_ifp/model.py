@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
@@ -23,7 +24,7 @@ from .errors import IFPError
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
 from .subnetwork import build_subnetwork
-from .text import Text, selector_tokens
+from .text import Text, selector_tokens, token_ids
 
 Keep = int | float | list[int]
 
@@ -267,7 +268,7 @@ class IFPModel:
         The mask, the text's format and the weights are part of the checkpoint's digest.
         """
         if not isinstance(text, str):
-            text = text.tolist() if isinstance(text, mx.array) else list(text)
+            text = token_ids(text)
         selector = self._checked_selector(selector)
         settings = {
             "checkpoint": self.checkpoint.digest,
@@ -358,7 +359,14 @@ def _load_tokenizer(
 ) -> TokenizerWrapper:
     try:
         return load_tokenizer(path, config, eos_token_ids=eos_token_ids)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise IFPError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
 

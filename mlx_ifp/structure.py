@@ -65,8 +65,10 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
         model_class, args_class = _get_classes(config)
         with _untouched_random_state():
             model = model_class(args_class.from_dict(config))
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise IFPError(f"mlx-lm cannot build a model of type {model_type!r}: {error}") from error
+    except AssertionError as error:
+        raise IFPError(f"mlx-lm cannot build this model of type {model_type!r}.") from error
     if quantized:
         with _untouched_random_state():
             nn.quantize(
@@ -249,6 +251,27 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     for part in path.split("."):
         model = model[int(part)] if isinstance(model, list) else model[part]
     return model
+
+
+def evaluate(model: nn.Module, prefix: str = "", leave_out: tuple[str, ...] = ()) -> None:
+    """Evaluate all arrays of a model, those that are no parameters (rotary tables) included.
+
+    A lazy array belongs to the stream of the thread that made it: no other thread could use it.
+
+    Args:
+        model (nn.Module): the model.
+        prefix (str): only what is below this path.
+        leave_out (tuple): paths of modules that stay as they are.
+    """
+    mx.eval(
+        [
+            array
+            for name, array in tree_flatten(model)
+            if isinstance(array, mx.array)
+            and name.startswith(prefix)
+            and not name.startswith(tuple(f"{path}." for path in leave_out))
+        ]
+    )
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from .channels import ChannelReader, Part
 from .checkpoint import cast
 from .errors import IFPError
 from .masks import Selection
-from .structure import FFN, get_module, linear, quantization_of
+from .structure import FFN, evaluate, get_module, linear, quantization_of
 
 _PARTS = ("weight", "scales", "biases", "bias")
 
@@ -237,4 +237,5 @@ def build_subnetwork(
         set_ffn(get_module(model, ffn.path), rows, config)
         nbytes += rows.nbytes
         bytes_read += rows.bytes_read
+    evaluate(model)
     return model, nbytes, bytes_read

@@ -18,8 +18,9 @@ def _is_messages(prompt: Prompt) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def _ids(tokens: list[int] | mx.array) -> list[int]:
-    return tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
+def token_ids(tokens: list[int] | mx.array) -> list[int]:
+    """Token ids as a list, whatever array they come in."""
+    return tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
 
 
 def selecting_text(
@@ -47,7 +48,7 @@ def selecting_text(
         raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
     if role == "system":
         raise IFPError("To select by the system message, give the prompt as a list of messages.")
-    return prompt if isinstance(prompt, str) or decode is None else decode(_ids(prompt))
+    return prompt if isinstance(prompt, str) or decode is None else decode(token_ids(prompt))
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -70,7 +71,7 @@ def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) ->
         IFPError: if the text is empty or too long, or there is no chat template to put it in.
     """
     if not isinstance(text, str):
-        tokens = _ids(text)
+        tokens = token_ids(text)
     else:
         if not text.strip():
             raise IFPError("The text that selects is empty; give a prompt or a task.")
@@ -108,7 +109,7 @@ def encode_prompt(
         raise IFPError("This model has no chat template; give the prompt as a string.")
     prefill = prompt[-1].get("role") == "assistant"
     try:
-        return tokenizer.apply_chat_template(
+        tokens = tokenizer.apply_chat_template(
             prompt,
             add_generation_prompt=not prefill,
             continue_final_message=prefill,
@@ -116,3 +117,6 @@ def encode_prompt(
         )
     except (TemplateError, ValueError, TypeError) as error:
         raise IFPError(f"The chat template does not take these messages: {error}.") from error
+    if not tokens:
+        raise IFPError("The chat template makes nothing of these messages.")
+    return tokens

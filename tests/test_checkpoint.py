@@ -94,6 +94,11 @@ CONFIG_FAULTS = {
     "max tokens": (lambda c: c["text"].update(max_tokens=0), "text.max_tokens"),
     "selector": (lambda c: c.update(selector="magic"), "selector must be one of"),
     "no head": (lambda c: c.update(head=None), "head is missing"),
+    "files": (lambda c: c.update(files=[]), "files must be an object"),
+    "file record": (
+        lambda c: c["files"]["model.safetensors"].update(bytes="many"),
+        "files.model.safetensors must hold",
+    ),
     "escape": (
         lambda c: c["files"].update({"../model.safetensors": {"bytes": 1, "sha256": ""}}),
         "leaves the directory",

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx_lm
@@ -17,7 +18,7 @@ from mlx_ifp.cache import load_selection
 from mlx_ifp.checkpoint import HUB_PATTERNS
 from mlx_ifp.convert import convert
 
-from .conftest import run_command
+from .conftest import make_predictor_checkpoint, run_command
 from .helpers import mask_model, random_selection
 
 MESSAGES = [
@@ -128,6 +129,27 @@ def test_speculative_decoding_gives_the_same_text(model_and_tokenizer):
     assert drafted == plain
 
 
+@pytest.mark.parametrize("selector", ["predictor", "activations"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "smollm3"])
+def test_threads_share_a_model(tmp_path, selector, architecture):
+    """Arrays made in one thread are used in others: none of them may be lazy."""
+    checkpoint, _ = make_predictor_checkpoint(tmp_path / "ifp", architecture)
+    model, _ = load(checkpoint, cache=False, selector=selector)
+    tokens = mx.array([[1, 2, 3]])
+    texts = [f"Text {i}." for i in range(4)]
+    expected = {text: model.subnetwork(model.select(text))(tokens).tolist() for text in texts}
+    fresh, _ = load(checkpoint, cache=False, selector=selector)
+
+    def work(i):
+        text = texts[i % 4]
+        return text, fresh.prepare(text).network(tokens).tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(work, range(16)))
+    assert all(got == expected[text] for text, got in results)
+    assert fresh.selector_runs == 4
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["float32", "4-bit"])
 def test_a_batch_gives_what_each_prompt_gives(dense_llama, tmp_path, quantized):
     checkpoint = convert(str(dense_llama), tmp_path / "ifp", quantize_weights=quantized)
@@ -151,11 +173,16 @@ def test_a_seed_gives_the_same_text_cached_or_not(model_and_tokenizer):
     assert model.networks.info.hits >= 1
 
 
-def test_a_prompt_cache_is_refused_under_another_selection(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
+@pytest.mark.parametrize(
+    "how", [{}, {"kv_bits": 8, "kv_group_size": 64, "quantized_kv_start": 0}], ids=["", "8-bit"]
+)
+def test_a_prompt_cache_is_refused_under_another_selection(tmp_path, how):
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    model, tokenizer = load(make_predictor_checkpoint(tmp_path / "ifp", llm=shape)[0], cache=False)
     prompt_cache = make_prompt_cache(model.trunk)
-    generate(model, tokenizer, "Hello", task="A.", max_tokens=2, prompt_cache=prompt_cache)
-    generate(model, tokenizer, "more", task="A.", max_tokens=2, prompt_cache=prompt_cache)
+    arguments = {"max_tokens": 2, "prompt_cache": prompt_cache} | how
+    generate(model, tokenizer, "Hello", task="A.", **arguments)
+    generate(model, tokenizer, "more", task="A.", **arguments)
     for other in ({"task": "Something quite different."}, {"dense": True}):
         with pytest.raises(IFPError, match="another selection"):
             generate(model, tokenizer, "more", max_tokens=2, prompt_cache=prompt_cache, **other)
