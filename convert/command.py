@@ -1,81 +1,95 @@
-"""``mlx_ifp.convert``: a dense model becomes a checkpoint."""
+"""``mlx_ifp.convert``: a dense or trained model becomes a checkpoint."""
 
 import argparse
 import json
 import shutil
 import signal
 import sys
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _download, save_config
 from tqdm import tqdm
 
 from mlx_ifp.activations import activation_scores
 from mlx_ifp.atomic import new_directory
 from mlx_ifp.channels import ChannelReader
-from mlx_ifp.checkpoint import (
-    STATIC_FILE,
-    load_trunk,
-    open_checkpoint,
-    write_checkpoint,
-)
+from mlx_ifp.checkpoint import PREDICTOR, STATIC_FILE, load_trunk, open_checkpoint, write_checkpoint
 from mlx_ifp.cli import command
-from mlx_ifp.config import CONFIG_FILE, IFPConfig, TextConfig
+from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.errors import IFPError
-from mlx_ifp.model import Keep, default_dtype, resolve_keep
+from mlx_ifp.hub import upload_checkpoint
+from mlx_ifp.model import Keep, default_dtype
 from mlx_ifp.options import parse_keep
 from mlx_ifp.tensor_files import write_safetensors
 from mlx_ifp.text import selector_tokens
 
-from .dense import (
-    DTYPES,
-    channel_major,
-    dequantize,
-    load_dense,
-    quantize,
-    save_beside,
-    set_dtype,
-    take_tensors,
-)
+from .dense import load_dense, one_line
+from .layouts import LAYOUTS, TRAINED, detect_layout
+from .layouts.parts import Given
+from .plan import DEFAULT_KEEP, Plan, plan_dense, plan_trained
+from .precision import DTYPES, MODES, RECIPES, Precision
+from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
 
-DEFAULT_KEEP = 0.5
-MAX_TEXT_TOKENS = 8192
 # Tokenizer, configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
+# What the layouts have beside a model's own files.
+HUB_PATTERNS = [*DEFAULT_ALLOW_PATTERNS, "*.pt", "*.pth", "llama/*", "predictor*", "*.distcp"]
 
 
 def convert(
     model: str,
     mlx_path: str | Path = "mlx_model",
     *,
-    keep: Keep = DEFAULT_KEEP,
+    keep: Keep | None = None,
     quantize_weights: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
     q_mode: str = "affine",
+    quant_predicate: str | None = None,
     dequantize_weights: bool = False,
     dtype: str | None = None,
+    predictor_dtype: str | None = None,
+    predictor_q_bits: int | None = None,
+    predictor_q_group_size: int | None = None,
+    layout: str | None = None,
+    llm_config: str | None = None,
+    predictor_config: str | None = None,
     tokenizer: str | None = None,
+    predictor_tokenizer: str | None = None,
     text_format: str | None = None,
     static_prompts: str | Path | None = None,
+    upload_repo: str | None = None,
+    dry_run: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Make a checkpoint from a dense model. Tensors stream through memory one at a time.
+    """Make a checkpoint from a dense model, or from one that was trained with PyTorch.
+
+    Tensors stream through memory, the largest ones in parts.
 
     Args:
-        model (str): a directory, a hub id, or a GGUF file of the llama architecture.
+        model (str): a file, a directory or a hub id: a model of Hugging Face or mlx-lm, a GGUF
+            file of the llama architecture, or a trained checkpoint of a known layout.
         mlx_path: the checkpoint to make; it must not exist.
-        keep: k, a count, a fraction (float) or a list of L counts.
-        quantize_weights, q_bits, q_group_size, q_mode, dequantize_weights, dtype: as in
-            ``mlx_lm.convert``.
-        tokenizer (str): where to take the tokenizer from, if not from the model.
+        keep: k, a count, a fraction (float) or a list of L counts; None for what the layout
+            says, or half of the channels of a dense model.
+        quantize_weights, q_bits, q_group_size, q_mode, quant_predicate, dequantize_weights,
+            dtype: as in ``mlx_lm.convert``. A trained checkpoint keeps its types unless ``dtype``
+            is given.
+        predictor_dtype, predictor_q_bits, predictor_q_group_size: the same for the predictor, if
+            it is to differ; ``predictor_q_bits=0`` leaves it unquantized.
+        layout (str): ``split``, ``module``, ``manifest`` or ``dense``; None finds out.
+        llm_config, predictor_config: a ``config.json``, or a directory or hub id that has one.
+        tokenizer, predictor_tokenizer (str): where to take them from, if not from the model.
         text_format (str): how the text that selects is tokenized, ``raw`` or ``chat_template``;
-            by default the latter if the tokenizer has one.
+            by default raw with a predictor, otherwise the latter if the tokenizer has one.
         static_prompts: a text or jsonl file of prompts; their mean ``activations`` scores become
             the scores of the ``static`` selector.
+        upload_repo (str): a hub repository to upload the checkpoint to.
+        dry_run (bool): print what would be done, and write nothing.
         revision (str): of a hub repository.
         trust_remote_code (bool): let the tokenizer run code of its repository.
 
@@ -87,39 +101,87 @@ def convert(
     """
     mlx_path = Path(mlx_path)
     prompts = _read_prompts(Path(static_prompts)) if static_prompts is not None else None
-    with new_directory(mlx_path) as directory:
-        dense = load_dense(
-            model, revision=revision, tokenizer=tokenizer, trust_remote_code=trust_remote_code
-        )
-        k = resolve_keep(keep, dense.ffns[0].d_ffn, len(dense.ffns))
-        if dequantize_weights:
-            dequantize(dense)
-        set_dtype(dense, dtype)
-        channel_major(dense)
-        if quantize_weights:
-            quantize(dense, bits=q_bits, group_size=q_group_size, mode=q_mode)
-        trunk, channels = take_tensors(dense)
-        needed = sum(array.nbytes for array in (trunk | channels).values())
-        _check_space(mlx_path, needed)
-        context = dense.config.get("max_position_embeddings") or MAX_TEXT_TOKENS
-        if text_format is None:
-            text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
-        ifp = IFPConfig(
-            k=k,
-            text=TextConfig(format=text_format, max_tokens=min(context, MAX_TEXT_TOKENS)),
-            source=dense.source | {"mlx_ifp": version("mlx_ifp"), "mlx_lm": version("mlx_lm")},
-        )
-        with tqdm(total=needed, unit="B", unit_scale=True, desc="Converting") as bar:
-            write_checkpoint(
-                directory, dense.config, ifp, {"model": trunk, "channels": channels}, bar.update
+    precision = Precision(dtype, quantize_weights, q_bits, q_group_size, q_mode, quant_predicate)
+    precision.check()
+    predictor_precision = _predictor_precision(
+        precision, predictor_dtype, predictor_q_bits, predictor_q_group_size
+    )
+    given = Given(llm_config, predictor_config, tokenizer, predictor_tokenizer, keep)
+
+    def make_plan() -> Plan:
+        path = _find(model, revision)
+        source = {"model": str(model) if path.is_dir() else path.name}
+        if revision is not None:
+            source["revision"] = revision
+        kind = layout or detect_layout(path)
+        if kind == "dense":
+            dense = load_dense(
+                model,
+                path,
+                dequantize=dequantize_weights,
+                tokenizer=tokenizer,
+                trust_remote_code=trust_remote_code,
             )
-        save_beside(dense, directory)
+            dense.source = source | dense.source
+            return plan_dense(dense, keep, precision, text_format)
+        trained = TRAINED[kind](path, given)
+        if dry_run and trained.missing:
+            print_missing(trained)
+        return plan_trained(
+            trained, source, precision, predictor_precision, text_format, trust_remote_code
+        )
+
+    if dry_run:
+        print_dry_run(make_plan(), mlx_path)
+        return mlx_path
+    with new_directory(mlx_path) as directory:
+        plan = make_plan()
+        report = report_of(plan)
+        _write(plan, directory, mlx_path)
         if prompts is not None:
-            _add_static_scores(directory, ifp, dense.tokenizer, prompts)
+            _add_static_scores(directory, plan.ifp, plan.tokenizer, prompts)
+        (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
         open_checkpoint(directory)
-    for note in dense.notes:
+    for note in plan.notes:
         print(f"[INFO] {note}", file=sys.stderr)
+    print_report(report)
+    if upload_repo is not None:
+        upload_checkpoint(mlx_path, upload_repo, base_model=None if Path(model).exists() else model)
     return mlx_path
+
+
+def _predictor_precision(
+    precision: Precision, dtype: str | None, bits: int | None, group_size: int | None
+) -> Precision:
+    """The LLM's, but for what is given."""
+    own = replace(precision, dtype=dtype or precision.dtype)
+    if bits == 0:
+        return Precision(dtype=own.dtype)
+    if bits is not None or group_size is not None:
+        own = replace(own, quantize=True, bits=bits or own.bits, recipe=None)
+    return replace(own, group_size=group_size or own.group_size)
+
+
+def _find(model: str, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    with one_line(model):
+        return _download(model, revision=revision, allow_patterns=HUB_PATTERNS)
+
+
+def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:
+    """Everything but the report; the plan's tensors are used up."""
+    _check_space(mlx_path, plan.nbytes)
+    plan.tokenizer.save_pretrained(str(directory))
+    for file in plan.extra_files:
+        shutil.copy(file, directory)
+    if plan.predictor_config is not None:
+        (directory / PREDICTOR).mkdir()
+        save_config(dict(plan.predictor_config), directory / PREDICTOR / "config.json")
+        plan.predictor_tokenizer.save_pretrained(str(directory / PREDICTOR))
+    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Converting") as bar:
+        write_checkpoint(directory, plan.config, plan.ifp, plan.tensors, bar.update)
 
 
 def _check_space(path: Path, needed: int) -> None:
@@ -179,6 +241,12 @@ EXAMPLES = """examples:
   mlx_ifp.convert --model mlx-community/Llama-3.2-3B-Instruct-bf16 --mlx-path llama-ifp
   mlx_ifp.convert --model Qwen/Qwen3-8B --mlx-path qwen-ifp --keep 0.33 -q --q-bits 4
   mlx_ifp.convert --model SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path smollm2-ifp --keep 768
+
+  a checkpoint trained with PyTorch, of the layout split, module or manifest:
+  mlx_ifp.convert --model run/checkpoint-2000 --mlx-path trained-ifp --dry-run
+  mlx_ifp.convert --model run/model.pt --mlx-path trained-ifp --keep 4096 \\
+      --llm-config meta-llama/Llama-3.1-8B --tokenizer meta-llama/Llama-3.1-8B \\
+      --predictor-config Qwen/Qwen2.5-0.5B --predictor-tokenizer Qwen/Qwen2.5-0.5B
 """
 
 
@@ -186,43 +254,31 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.convert``: mlx-lm's where they mean the same, and ours."""
     parser = argparse.ArgumentParser(
         prog="mlx_ifp.convert",
-        description="Make a checkpoint from a dense model.",
+        description="Make a checkpoint from a dense model, or from one trained with PyTorch.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", "--hf-path", required=True, help="A directory, a hub id, or a .gguf file"
+        "--model", "--hf-path", required=True, help="A file, a directory or a hub id"
     )
     parser.add_argument("--mlx-path", default="mlx_model", help="The checkpoint to make")
     parser.add_argument("--revision", help="Revision of the hub repository")
     parser.add_argument(
         "--keep",
         type=parse_keep,
-        default=DEFAULT_KEEP,
         metavar="K|FRACTION",
-        help=f"FFN channels to keep in each layer (default: {DEFAULT_KEEP})",
-    )
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("-q", "--quantize", action="store_true", help="Quantize the weights")
-    precision.add_argument(
-        "-d", "--dequantize", action="store_true", help="Dequantize a quantized model"
-    )
-    parser.add_argument("--q-bits", type=int, help="Bits per weight")
-    parser.add_argument("--q-group-size", type=int, help="Group size")
-    parser.add_argument(
-        "--q-mode",
-        default="affine",
-        choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
-        help="Quantization mode (default: affine)",
+        help="FFN channels to keep in each layer (default: what the checkpoint was trained for; "
+        f"{DEFAULT_KEEP} for a dense model)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="Type of what is not quantized (default: as the model's)"
+        "--dry-run", action="store_true", help="Print what would be done; write nothing"
     )
-    parser.add_argument("--tokenizer", help="Take the tokenizer from here")
+    parser.add_argument("--upload-repo", help="Upload the checkpoint to this hub repository")
     parser.add_argument(
         "--text-format",
         choices=["raw", "chat_template"],
-        help="How the text that selects is tokenized (default: chat_template if there is one)",
+        help="How the text that selects is tokenized (default: raw with a predictor, otherwise "
+        "chat_template if there is one)",
     )
     parser.add_argument(
         "--static-prompts",
@@ -234,7 +290,48 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Let the tokenizer run code of the model's repository",
     )
+    _add_source_options(parser)
+    _add_precision_options(parser)
     return parser
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the model lacks")
+    group.add_argument("--layout", choices=LAYOUTS, help="Its layout (default: found out)")
+    group.add_argument(
+        "--llm-config", metavar="CONFIG", help="config.json of the LLM: a file, directory or hub id"
+    )
+    group.add_argument(
+        "--predictor-config", metavar="CONFIG", help="config.json of the predictor's backbone"
+    )
+    group.add_argument("--tokenizer", help="The LLM's tokenizer: a directory or hub id")
+    group.add_argument("--predictor-tokenizer", help="The predictor's tokenizer")
+
+
+def _add_precision_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("-q", "--quantize", action="store_true", help="Quantize the weights")
+    either.add_argument(
+        "-d", "--dequantize", action="store_true", help="Dequantize a quantized model"
+    )
+    group.add_argument("--q-bits", type=int, help="Bits per weight")
+    group.add_argument("--q-group-size", type=int, help="Group size")
+    group.add_argument(
+        "--q-mode", default="affine", choices=MODES, help="Quantization mode (default: affine)"
+    )
+    group.add_argument("--quant-predicate", choices=RECIPES, help="Mixed-bit recipe of mlx-lm")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Type of what is not quantized (default: what the config of a dense model says; a "
+        "trained checkpoint keeps its own)",
+    )
+    group.add_argument("--predictor-dtype", choices=DTYPES, help="The predictor's, if different")
+    group.add_argument(
+        "--predictor-q-bits", type=int, metavar="BITS", help="The same; 0 leaves it unquantized"
+    )
+    group.add_argument("--predictor-q-group-size", type=int, metavar="SIZE", help="The same")
 
 
 def _terminated(*_: object) -> None:
@@ -244,32 +341,21 @@ def _terminated(*_: object) -> None:
 @command
 def main() -> None:
     """Run ``mlx_ifp.convert``."""
-    args = setup_arg_parser().parse_args()
-    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
-        raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
+    args = vars(setup_arg_parser().parse_args())
+    args["quantize_weights"] = args.pop("quantize")
+    args["dequantize_weights"] = args.pop("dequantize")
     # A kill should clean up like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
-    path = convert(
-        args.model,
-        args.mlx_path,
-        keep=args.keep,
-        quantize_weights=args.quantize,
-        q_bits=args.q_bits,
-        q_group_size=args.q_group_size,
-        q_mode=args.q_mode,
-        dequantize_weights=args.dequantize,
-        dtype=args.dtype,
-        tokenizer=args.tokenizer,
-        text_format=args.text_format,
-        static_prompts=args.static_prompts,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    path = convert(**args)
+    if args["dry_run"]:
+        return
     checkpoint = open_checkpoint(path)
     channels = sum(tensor.nbytes for tensor in checkpoint.channels.values())
     trunk = sum(tensor.nbytes for tensor in checkpoint.trunk.values())
+    predictor = sum(t.nbytes for t in (checkpoint.predictor | checkpoint.head).values())
     print(
         f"{path}: {checkpoint.config['model_type']}, {len(checkpoint.ffns)} layers of "
         f"{checkpoint.d_ffn} channels, k = {checkpoint.ifp.k}; "
         f"trunk {trunk / 1e6:.1f} MB, channels {channels / 1e6:.1f} MB"
+        + (f", predictor {predictor / 1e6:.1f} MB" if predictor else "")
     )

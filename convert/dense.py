@@ -1,8 +1,6 @@
-"""A dense model -> the tensors of a checkpoint, all of them lazy."""
+"""A dense model -> an mlx-lm model and its tensors, their data unread."""
 
 import contextlib
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,81 +9,71 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub.errors import StrictDataclassError
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import (
-    _download,
-    dequantize_model,
-    load_model,
-    load_tokenizer,
-    quantize_model,
-)
+from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
 
-from mlx_ifp.checkpoint import cast
 from mlx_ifp.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError
-from mlx_ifp.structure import (
-    FFN,
-    build_model,
-    find_ffns,
-    get_module,
-    linear,
-)
-from mlx_ifp.tensor_files import check_not_truncated
+from mlx_ifp.structure import FFN, build_model, find_ffns, get_module, linear
+from mlx_ifp.tensor_files import LazyTensor, read_any_header
 
 from .gguf import load_gguf
-
-DTYPES = ("float16", "bfloat16", "float32")
+from .naming import mlx_config, name_tensors
+from .source_files import open_tensors
 
 
 @dataclass
 class DenseModel:
-    """A dense model whose arrays are lazy, and what belongs to it.
+    """A dense model, and what belongs to it.
 
     Attributes:
-        model: mlx-lm's, sanitized.
+        network: mlx-lm's model.
         config: its ``config.json``.
         tokenizer: to be saved beside it.
         source: where it came from, for ``ifp_config.json``.
-        extra_files: to be copied as they are.
+        tensors: mlx-lm's names -> how to read them.
         ffns: its FFNs.
+        extra_files: to be copied as they are.
         notes: what the user should know about the conversion.
+        mapped: the source's tensor names -> mlx-lm's, where they are known.
+        skipped: the source's tensor names -> why they are not used.
     """
 
-    model: nn.Module
+    network: nn.Module
     config: dict[str, Any]
     tokenizer: TokenizerWrapper
     source: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    ffns: list[FFN]
     extra_files: list[Path] = field(default_factory=list)
-    ffns: list[FFN] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.ffns = find_ffns(self.model)
+    mapped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def load_dense(
     model: str,
+    path: Path,
     *,
-    revision: str | None = None,
+    dequantize: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
 ) -> DenseModel:
     """Open a dense model without reading its weights into memory.
 
     Args:
-        model (str): a directory or hub id of a Hugging Face or mlx-lm model, or a GGUF file.
-        revision (str): of a hub repository.
+        model (str): what the user calls it.
+        path (Path): a directory of a Hugging Face or mlx-lm model, or a GGUF file.
+        dequantize (bool): undo a quantization, as ``mlx_lm.convert -d`` does.
         tokenizer (str): a directory or hub id to take the tokenizer from instead.
         trust_remote_code (bool): let the tokenizer run code of its repository.
 
     Raises:
         IFPError: if it is not such a model, is damaged, or cannot be pruned.
     """
-    path = Path(model).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise IFPError(f"{path} is a file, but neither a model directory nor a .gguf file.")
         gguf = load_gguf(path, with_tokenizer=tokenizer is None)
         network = build_model(
             gguf.config,
@@ -93,32 +81,70 @@ def load_dense(
         )
         _load_strictly(network, gguf.weights, path)
         own = TokenizerWrapper(gguf.tokenizer) if gguf.tokenizer is not None else None
-        chosen = own or _load_tokenizer(tokenizer, trust_remote_code)
-        return DenseModel(network, gguf.config, chosen, {"model": path.name, "format": "gguf"})
+        chosen = own or open_tokenizer(tokenizer, trust_remote_code)
+        source = {"model": path.name, "format": "gguf"}
+        return _from_network(network, gguf.config, chosen, source, dequantize)
 
-    with _one_line(model):
-        path = _download(model, revision=revision)
-    if not path.is_dir() or not (path / "config.json").is_file():
+    with one_line(model):
+        config = load_config(path) if (path / "config.json").is_file() else None
+    if not path.is_dir() or config is None:
         raise IFPError(f"{model} is no model directory: it has no config.json.")
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise IFPError(f"{model} has no model*.safetensors files; other formats are not read.")
-    for file in files:
-        check_not_truncated(file)
-    with _one_line(model):
-        network, config = load_model(path, lazy=True)
     source = {"model": str(model), "format": "safetensors"}
-    if revision is not None:
-        source["revision"] = revision
-    return DenseModel(
-        network,
-        config,
-        _load_tokenizer(tokenizer or str(path), trust_remote_code),
-        source,
-        extra_files=[f for f in [path / "generation_config.json"] if f.exists()],
-    )
+    chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
+    extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
+    if not _is_quantized(path, config):
+        named = name_tensors(config, open_tensors(path), str(model))
+        return DenseModel(
+            named.network,
+            named.config,
+            chosen,
+            source,
+            named.tensors,
+            named.ffns,
+            extra_files,
+            mapped=named.mapped,
+            skipped=named.skipped,
+        )
+    # mlx-lm unpacks the formats of other quantizers.
+    files = sorted(path.glob("model*.safetensors"))
+    for file in files:
+        read_any_header(file)
+    with one_line(model):
+        network, config = load_model(path, lazy=True, model_config=mlx_config(config))
+    dense = _from_network(network, config, chosen, source, dequantize)
+    dense.extra_files = extra_files
+    return dense
+
+
+def _is_quantized(path: Path, config: dict[str, Any]) -> bool:
+    names = {"quantization", "quantization_config"}
+    nested = config.get("text_config") or {}
+    return bool(names & (config.keys() | nested.keys())) or (path / "hf_quant_config.json").exists()
+
+
+def _from_network(
+    network: nn.Module,
+    config: dict[str, Any],
+    tokenizer: TokenizerWrapper,
+    source: dict[str, Any],
+    dequantize: bool,
+) -> DenseModel:
+    """Around a model whose lazy arrays are its weights; it lets go of them."""
+    if dequantize:
+        network = dequantize_model(network)
+        for name in ("quantization", "quantization_config"):
+            config.pop(name, None)
+    ffns = find_ffns(network)
+    notes = _turn_quantized(network, config, ffns)
+    tensors = {
+        name: LazyTensor.of(array)
+        for name, array in dict(tree_flatten(network.parameters())).items()
+    }
+    # The model lets go of its arrays, so each can be freed as soon as it is written.
+    network.update(tree_map(lambda _: mx.array([]), network.parameters()))
+    return DenseModel(network, config, tokenizer, source, tensors, ffns, notes=notes)
 
 
 def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path) -> None:
@@ -128,13 +154,18 @@ def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path)
         raise IFPError(f"{path}: {error}") from error
 
 
-def _load_tokenizer(path: str, trust_remote_code: bool) -> TokenizerWrapper:
-    with _one_line(path):
+def open_tokenizer(path: str, trust_remote_code: bool = False) -> TokenizerWrapper:
+    """mlx-lm's tokenizer of a directory or hub id.
+
+    Raises:
+        IFPError: if there is none.
+    """
+    with one_line(path):
         return load_tokenizer(path, {"trust_remote_code": trust_remote_code})
 
 
 @contextlib.contextmanager
-def _one_line(model: str) -> Iterator[None]:
+def one_line(model: str) -> Iterator[None]:
     """Errors of mlx-lm, transformers and the hub, said in one line that names the model."""
     try:
         yield
@@ -153,107 +184,38 @@ def _one_line(model: str) -> Iterator[None]:
         raise IFPError(f"{model} cannot be loaded: {text.splitlines()[0]}") from error
 
 
-def set_dtype(dense: DenseModel, dtype: str | None) -> None:
-    """Cast the floats as ``mlx_lm.convert`` does: to ``dtype``, or to what the config names."""
-    config = dense.config
+def dtype_of(config: dict[str, Any]) -> str | None:
+    """The type that a config names; ``mlx_lm.convert`` stores floats in it."""
     text_config = config.get("text_config") or {}
-    dtype = dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
-    if dtype not in DTYPES:
-        return
-    keeps = getattr(dense.model, "cast_predicate", lambda _: True)
-    target = getattr(mx, dtype)
-    dense.model.update(
-        tree_map_with_path(
-            lambda name, array: cast(array, target) if keeps(name) else array,
-            dense.model.parameters(),
-        )
-    )
+    dtype = config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    return dtype if dtype in MODEL_CONVERSION_DTYPES else None
 
 
-def dequantize(dense: DenseModel) -> None:
-    """Undo a quantization, as ``mlx_lm.convert -d`` does."""
-    dense.model = dequantize_model(dense.model)
-    for name in ("quantization", "quantization_config"):
-        dense.config.pop(name, None)
+def _turn_quantized(network: nn.Module, config: dict[str, Any], ffns: list[FFN]) -> list[str]:
+    """Turn the down projections that are quantized already: their groups lie along the wrong axis.
 
-
-def quantize(
-    dense: DenseModel, *, bits: int | None, group_size: int | None, mode: str = "affine"
-) -> None:
-    """Quantize as ``mlx_lm.convert`` does, but the down projections along the hidden size.
-
-    Call it after :func:`channel_major`.
-    """
-    if "quantization" in dense.config:
-        raise IFPError("The model is quantized already; leave out -q, or convert the original.")
-    # mlx-lm prints its summary; stdout is for results.
-    with contextlib.redirect_stdout(sys.stderr), _one_line(str(dense.source["model"])):
-        dense.model, dense.config = quantize_model(
-            dense.model, dense.config, group_size, bits, mode=mode
-        )
-    downs = [get_module(dense.model, ffn.path).down_proj for ffn in dense.ffns]
-    left = [ffn for ffn, down in zip(dense.ffns, downs, strict=True) if "scales" not in down]
-    if left:
-        dense.notes.append(
-            f"The FFN of {len(left)} layers stays unquantized: the hidden size "
-            f"{left[0].hidden_size} is no multiple of the group size."
-        )
-
-
-def channel_major(dense: DenseModel) -> None:
-    """Turn every down projection so that a channel is a row: [d_ffn, hidden size].
-
-    One that is quantized already has its groups along the wrong axis. It is dequantized, turned
-    and quantized again, in 8 bits: on SmolLM2-135M that moves the model by a KL of 0.0007 nats a
-    token, where 4 bits a second time would move it by 0.08.
+    Each is dequantized, turned and quantized again, in 8 bits: on SmolLM2-135M that moves the
+    model by a KL of 0.0007 nats a token, where 4 bits a second time would move it by 0.08.
     """
     again = 0
-    for ffn in dense.ffns:
-        module = get_module(dense.model, ffn.path)
+    for ffn in ffns:
+        module = get_module(network, ffn.path)
         down = module.down_proj
         if not isinstance(down, nn.QuantizedLinear):
-            module.down_proj = linear(down.weight.T, down.get("bias"))
             continue
         weight = mx.dequantize(
             down.weight, down.scales, down.get("biases"), down.group_size, down.bits, down.mode
         )
-        module.down_proj = linear(weight.T, down.get("bias"))
         how = {"group_size": max(32, down.group_size), "bits": 8, "mode": "affine"}
-        if ffn.hidden_size % how["group_size"] == 0:
-            module.down_proj = module.down_proj.to_quantized(**how)
-            dense.config["quantization"][ffn.module_path("down_proj")] = how
-            again += 1
-    if again:
-        dense.notes.append(
-            f"The down projections of {again} layers were quantized along d_ffn; they are stored "
-            "in 8 bits along the hidden size."
-        )
-
-
-def take_tensors(dense: DenseModel) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The tensors of trunk and channels, by the names they have in a checkpoint.
-
-    The model lets go of them, so each can be freed as soon as it is written.
-    """
-    arrays = dict(tree_flatten(dense.model.parameters()))
-    dense.model.update(tree_map(lambda _: mx.array([]), dense.model.parameters()))
-    channels: dict[str, mx.array] = {}
-    for ffn in dense.ffns:
-        for name in sorted(arrays):
-            if not name.startswith(f"{ffn.path}.") or name.endswith("down_proj.bias"):
-                continue
-            projection, part = name.removeprefix(f"{ffn.path}.").split(".")
-            array = arrays.pop(name)
-            if projection == "gate_up_proj":
-                channels[f"{ffn.path}.gate_proj.{part}"] = array[: ffn.d_ffn]
-                channels[f"{ffn.path}.up_proj.{part}"] = array[ffn.d_ffn :]
-            else:
-                channels[name] = array
-    return arrays, channels
-
-
-def save_beside(dense: DenseModel, directory: Path) -> None:
-    """Write the tokenizer and copy the files that belong to the model."""
-    dense.tokenizer.save_pretrained(str(directory))
-    for file in dense.extra_files:
-        shutil.copy(file, directory)
+        if ffn.hidden_size % how["group_size"]:
+            module.down_proj = linear(weight, down.get("bias"))
+            continue
+        module.down_proj = linear(weight.T, down.get("bias")).to_quantized(**how)
+        config["quantization"][ffn.module_path("down_proj")] = how
+        again += 1
+    if not again:
+        return []
+    return [
+        f"The down projections of {again} layers were quantized along d_ffn; they are stored "
+        "in 8 bits along the hidden size."
+    ]

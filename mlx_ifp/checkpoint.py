@@ -31,6 +31,7 @@ from .structure import (
 )
 from .tensor_files import (
     FLOATS,
+    LazyTensor,
     TensorInfo,
     check_tensors,
     read_header,
@@ -40,7 +41,9 @@ from .tensor_files import (
 TRUNK = "model"  # mlx-lm's own stem: `mlx_lm.load` then fails on the missing FFN, loudly
 CHANNELS = "channels"
 PREDICTOR = "predictor"
-HEAD_FILE = f"{PREDICTOR}/head.safetensors"
+PREDICTOR_STEM = f"{PREDICTOR}/model"
+HEAD_STEM = f"{PREDICTOR}/head"
+HEAD_FILE = f"{HEAD_STEM}.safetensors"
 STATIC_FILE = "static.safetensors"
 TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors"]
@@ -145,7 +148,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     predictor_config = None
     if ifp.head is not None:
         predictor_config = _load_llm_config(path / PREDICTOR)
-        _check_predictor(path, ifp, predictor_config, ffns, tensors(f"{PREDICTOR}/model"),
+        _check_predictor(path, ifp, predictor_config, ffns, tensors(PREDICTOR_STEM),
                          files.get(HEAD_FILE, {}))  # fmt: skip
     static = files.get(STATIC_FILE, {})
     if static or ifp.selector == "static":
@@ -160,7 +163,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         trunk=trunk,
         channels=channels,
         predictor_config=predictor_config,
-        predictor=tensors(f"{PREDICTOR}/model"),
+        predictor=tensors(PREDICTOR_STEM),
         head=files.get(HEAD_FILE, {}),
         static=static,
         digest=_digest(path),
@@ -340,7 +343,7 @@ def write_checkpoint(
     directory: Path,
     config: dict[str, Any],
     ifp: IFPConfig,
-    tensors: dict[str, dict[str, mx.array]],
+    tensors: dict[str, dict[str, mx.array | LazyTensor]],
     progress: Callable[[int], Any] = lambda _: None,
 ) -> None:
     """Write configs and tensors into a directory made by :func:`~mlx_ifp.atomic.new_directory`.
@@ -350,8 +353,8 @@ def write_checkpoint(
         config (dict): the LLM's mlx-lm config.
         ifp (IFPConfig): its ``files`` are filled in here.
         tensors (dict): file stem (``model``, ``channels``, ``predictor/model``,
-            ``predictor/head``, ``static``) -> name -> array; emptied on the way.
-        progress (Callable): called with the bytes of each tensor written.
+            ``predictor/head``, ``static``) -> name -> array or LazyTensor; emptied on the way.
+        progress (Callable): called with the bytes of each block written.
     """
     for stem in list(tensors):
         arrays = tensors.pop(stem)

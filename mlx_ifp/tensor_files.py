@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
@@ -23,6 +25,7 @@ DTYPES = {
     "U8": mx.uint8,
 }
 FLOATS = ("F32", "F16", "BF16")
+_BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | {"I64": 8, "I32": 4, "F64": 8}
 
 
 @dataclass(frozen=True)
@@ -57,30 +60,36 @@ def _parse(path: Path) -> tuple[dict[str, Any], int]:
     return tensors, start
 
 
-def check_not_truncated(path: Path) -> None:
-    """Raises IFPError if the file is shorter than its header says, or has no such header."""
-    _parse(path)
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, without reading their data.
+def read_any_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, of any type, without reading their data.
 
     Raises:
-        IFPError: if the file is missing, malformed, truncated, or holds a type we do not know.
+        IFPError: if the file is missing, malformed or truncated.
     """
     tensors, start = _parse(path)
     header = {}
     for name, tensor in tensors.items():
         begin, end = tensor.data_offsets
+        nbytes = math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 0)
+        if begin < 0 or end < begin or (tensor.dtype in _BYTES and end - begin != nbytes):
+            shape = tuple(tensor.shape)
+            raise IFPError(f"{path}: {name} does not have the size its shape {shape} needs.")
+        header[name] = TensorInfo(
+            path, tensor.dtype, tuple(tensor.shape), start + begin, end - begin
+        )
+    return header
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint's file, without reading their data.
+
+    Raises:
+        IFPError: if the file is missing, malformed, truncated, or holds a type we do not know.
+    """
+    header = read_any_header(path)
+    for name, tensor in header.items():
         if tensor.dtype not in DTYPES:
             raise IFPError(f"{path}: {name} has the type {tensor.dtype}, which is not supported.")
-        shape = tuple(tensor.shape)
-        nbytes = DTYPES[tensor.dtype].size
-        for length in shape:
-            nbytes *= length
-        if begin < 0 or end - begin != nbytes:
-            raise IFPError(f"{path}: {name} does not have the size its shape {shape} needs.")
-        header[name] = TensorInfo(path, tensor.dtype, shape, start + begin, nbytes)
     return header
 
 
@@ -109,12 +118,56 @@ def check_tensors(
         raise IFPError(f"{found[name].path}: the tensor {name} does not belong to this model.")
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is its turn to be written, some rows at a time.
+
+    Attributes:
+        shape: of the whole.
+        dtype: its type.
+        read: rows start to stop, along the first axis, as an MLX array, or as a numpy one of
+            ``dtype``'s bits (numpy has no bfloat16). A tensor without axes has one row.
+        step: rows to read at a time; 0 for all at once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    read: Callable[[int, int], mx.array | np.ndarray]
+    step: int = 0
+
+    @classmethod
+    def of(cls, array: mx.array) -> "LazyTensor":
+        """Around an array, evaluated or not."""
+        return cls(
+            tuple(array.shape),
+            array.dtype,
+            lambda start, stop: array if stop - start == len_of(array.shape) else array[start:stop],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return math.prod(self.shape) * self.dtype.size
+
+    def blocks(self) -> Iterator[mx.array | np.ndarray]:
+        """The rows in order, ``step`` at a time."""
+        rows = len_of(self.shape)
+        step = self.step or rows
+        for start in range(0, rows, max(step, 1)):
+            yield self.read(start, min(start + step, rows))
+
+
+def len_of(shape: tuple[int, ...]) -> int:
+    """Rows along the first axis; 1 if there is none."""
+    return shape[0] if shape else 1
+
+
 def write_safetensors(
     path: Path,
-    arrays: dict[str, mx.array],
+    tensors: dict[str, mx.array | LazyTensor],
     progress: Callable[[int], Any] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write arrays one at a time, emptying ``arrays`` on the way.
+    """Write tensors one at a time, emptying ``tensors`` on the way.
 
     mlx's own writer evaluates all arrays before it writes the first. Here lazy arrays (loaded,
     cast, quantized) are evaluated, written and dropped in turn, so the largest one bounds the
@@ -122,8 +175,8 @@ def write_safetensors(
 
     Args:
         path (Path): the file; it must not exist.
-        arrays (dict): name -> array, evaluated or not.
-        progress (Callable): called with the bytes of each tensor written.
+        tensors (dict): name -> array, evaluated or not, or :class:`LazyTensor`.
+        progress (Callable): called with the bytes of each block written.
 
     Returns:
         dict: ``bytes`` and ``sha256`` of the file.
@@ -134,13 +187,13 @@ def write_safetensors(
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
-    for name, array in arrays.items():
-        if array.dtype not in names:
-            raise IFPError(f"{name} has the type {array.dtype}, which a checkpoint cannot hold.")
-        end = offset + array.nbytes
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise IFPError(f"{name} has the type {tensor.dtype}, which a checkpoint cannot hold.")
+        end = offset + tensor.nbytes
         header[name] = {
-            "dtype": names[array.dtype],
-            "shape": list(array.shape),
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -155,14 +208,27 @@ def write_safetensors(
 
         put(struct.pack("<Q", len(text)))
         put(text)
-        for name in list(arrays):
-            array = mx.contiguous(arrays.pop(name))
-            # numpy's buffer protocol has no bfloat16.
-            data = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-            mx.eval(data)
-            put(memoryview(data).cast("B") if data.size else b"")
-            progress(data.nbytes)
-            del array, data
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if isinstance(tensor, mx.array):
+                tensor = LazyTensor.of(tensor)
+            for block in tensor.blocks():
+                data = _bytes_of(block)
+                put(data)
+                progress(data.nbytes)
+                del block, data
+            del tensor
             mx.clear_cache()
         size = file.tell()
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _bytes_of(block: mx.array | np.ndarray) -> memoryview:
+    if isinstance(block, mx.array):
+        block = mx.contiguous(block)
+        # numpy's buffer protocol has no bfloat16.
+        block = block.view(mx.uint16) if block.dtype == mx.bfloat16 else block
+        mx.eval(block)
+    else:
+        block = np.ascontiguousarray(block)
+    return memoryview(block).cast("B") if block.size else memoryview(b"")

@@ -16,7 +16,9 @@ from mlx_ifp.atomic import new_directory
 from mlx_ifp.checkpoint import write_checkpoint
 from mlx_ifp.config import HeadConfig, IFPConfig, MaskConfig, TextConfig
 from mlx_ifp.convert import convert
-from mlx_ifp.convert.dense import channel_major, load_dense, save_beside, take_tensors
+from mlx_ifp.convert.dense import load_dense
+from mlx_ifp.convert.plan import plan_dense
+from mlx_ifp.convert.precision import Precision
 from mlx_ifp.structure import build_model, find_body
 
 CHAT_TEMPLATE = (
@@ -129,13 +131,11 @@ def make_predictor_checkpoint(
     dense = make_dense(work / "llm", "llama", **(llm or {}))
     shape = {"hidden_size": 48, "head_dim": 12} | (backbone or {})
     backbone_dir = make_dense(work / "backbone", architecture, seed=7, **shape)
-    parts = load_dense(str(dense))
-    channel_major(parts)
-    trunk, channels = take_tensors(parts)
+    parts = plan_dense(load_dense(str(dense), dense), k, Precision(), "raw")
     model, config = load_model(backbone_dir)
     prefix = f"{find_body(model)}."
     arrays = {n: a for n, a in tree_flatten(model.parameters()) if n.startswith(prefix)}
-    widths = [shape["hidden_size"], 128, len(parts.ffns) * parts.ffns[0].d_ffn]
+    widths = [shape["hidden_size"], 128, parts.layers * parts.d_ffn]
     head = {}
     for i in range(2):
         keys = mx.random.split(mx.random.key(30 + i))
@@ -151,11 +151,10 @@ def make_predictor_checkpoint(
         text=text or TextConfig(),
         head=HeadConfig(widths, list(biases), activation, feature_norm),
     )
-    tensors = {"model": trunk, "channels": channels}
-    tensors |= {"predictor/model": arrays, "predictor/head": head}
+    tensors = parts.tensors | {"predictor/model": arrays, "predictor/head": head}
     with new_directory(path) as directory:
         write_checkpoint(directory, parts.config, ifp, tensors)
-        save_beside(parts, directory)
+        parts.tokenizer.save_pretrained(directory)
         save_config(config, directory / "predictor" / "config.json")
         tiny_tokenizer().save_pretrained(directory / "predictor")
     return path, backbone_dir

@@ -1,0 +1,44 @@
+"""The layouts that PyTorch implementations of IFPruning save, and which one a checkpoint has."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mlx_ifp.config import CONFIG_FILE
+from mlx_ifp.errors import IFPError
+
+from . import manifest, module, split
+from .parts import Given, TrainedModel
+
+TRAINED: dict[str, Callable[[Path, Given], TrainedModel]] = {
+    "split": split.open_split,
+    "module": module.open_module,
+    "manifest": manifest.open_manifest,
+}
+LAYOUTS = (*TRAINED, "dense")
+
+
+def detect_layout(path: Path) -> str:
+    """Which layout a file or directory has.
+
+    Returns:
+        str: one of ``LAYOUTS``; ``dense`` for a model without a predictor.
+
+    Raises:
+        IFPError: if it is none of them.
+    """
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "dense"
+        return module.check_module(path)
+    if (path / CONFIG_FILE).exists():
+        raise IFPError(f"{path} is a checkpoint of mlx_ifp already.")
+    if split.is_split(path):
+        return "split"
+    if manifest.is_manifest(path):
+        return "manifest"
+    if (path / "config.json").is_file():
+        return "module" if module.is_module(path) else "dense"
+    inner = sorted(p.name for p in path.glob("checkpoint-*") if manifest.is_manifest(p))
+    if inner:
+        raise IFPError(f"{path} holds {', '.join(inner)}; name one of them, as {path / inner[-1]}.")
+    return module.check_module(path)

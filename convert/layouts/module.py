@@ -1,0 +1,88 @@
+"""The layout "module": one state dict with ``llm.*`` and ``sparsity_predictor.*``."""
+
+import contextlib
+from pathlib import Path
+
+from mlx_ifp.config import MaskConfig
+from mlx_ifp.errors import IFPError
+
+from ..source_files import SourceTensor, below, open_tensors
+from .parts import Given, TrainedModel, read_config, take_head
+
+_LLM = "llm."
+_PREDICTOR = "sparsity_predictor."
+_BACKBONE = "sparsity_predictor.feature_extractor."
+_HEAD = {
+    "prediction_head1.weight": "linear1.weight",
+    "prediction_head1.bias": "linear1.bias",
+    "prediction_head2.weight": "linear2.weight",
+    "prediction_head2.bias": "linear2.bias",
+}
+
+
+def check_module(path: Path) -> str:
+    """The name of this layout, if a file or directory has it.
+
+    Raises:
+        IFPError: if it is another kind of checkpoint.
+    """
+    _find_prefix(path, open_tensors(path))
+    return "module"
+
+
+def is_module(path: Path) -> bool:
+    """Whether a directory of a model has it."""
+    with contextlib.suppress(IFPError):
+        return check_module(path) == "module"
+    return False
+
+
+def _find_prefix(path: Path, tensors: dict[str, SourceTensor]) -> str:
+    """What stands before ``llm.`` in every name: nothing, or a wrapper such as ``model.``."""
+    for name in sorted(tensors, key=len):
+        prefix, found, _ = name.partition(_LLM)
+        whole = not prefix or prefix.endswith(".")
+        if found and whole and any(n.startswith(prefix + _BACKBONE) for n in tensors):
+            return prefix
+    some = ", ".join(sorted(tensors)[:3])
+    raise IFPError(
+        f"{path} is no checkpoint of a known layout (split, module, manifest) and no model: it "
+        f"has no {_LLM}* and {_BACKBONE}* but {some}, ..."
+    )
+
+
+def open_module(path: Path, given: Given) -> TrainedModel:
+    """Open a checkpoint of this layout. Configs, tokenizers and k are the user's to name.
+
+    Raises:
+        IFPError: naming the tensor that is wrong.
+    """
+    tensors = open_tensors(path)
+    prefix = _find_prefix(path, tensors)
+    own = below(tensors, prefix)
+    others = {}
+    for name in sorted(tensors):
+        if not name.startswith(prefix):
+            others[name] = f"training state: not below {prefix}"
+    for name in sorted(own):
+        if not name.startswith((_LLM, _PREDICTOR)):
+            raise IFPError(f"{path}: the tensor {prefix}{name} is left over.")
+    predictor = below(own, _PREDICTOR)
+    head = {name: t for name, t in predictor.items() if not name.startswith("feature_extractor.")}
+    return TrainedModel(
+        layout="module",
+        llm=below(own, _LLM),
+        backbone=below(own, _BACKBONE),
+        llm_config=read_config(given.llm_config),
+        backbone_config=read_config(given.predictor_config),
+        head=take_head(head, _HEAD, f"{path}: {prefix}{_PREDICTOR[:-1]}"),
+        activation="none",
+        feature_norm="none",
+        mask=MaskConfig("topk"),
+        keep=given.keep,
+        layers=None,
+        d_ffn=None,
+        tokenizer=given.tokenizer,
+        predictor_tokenizer=given.predictor_tokenizer,
+        others=others,
+    )

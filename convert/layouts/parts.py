@@ -1,0 +1,151 @@
+"""What every layout gives, and what a user can add to it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from mlx_ifp.config import HeadConfig, MaskConfig
+from mlx_ifp.errors import IFPError
+
+from ..dense import one_line
+from ..source_files import SourceTensor, read_json
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user names; each is None where the layout has it.
+
+    Attributes:
+        llm_config, predictor_config: a ``config.json``, or a directory or hub id that has one.
+        tokenizer, predictor_tokenizer: a directory or hub id.
+        keep: k.
+    """
+
+    llm_config: str | None = None
+    predictor_config: str | None = None
+    tokenizer: str | None = None
+    predictor_tokenizer: str | None = None
+    keep: Any = None
+
+
+@dataclass
+class TrainedModel:
+    """A trained checkpoint, its data unread.
+
+    Attributes:
+        layout: its name.
+        llm, backbone: tensors by the names that Hugging Face's classes give them.
+        llm_config, backbone_config: Hugging Face's configs.
+        head: ``linear1.weight`` [P, D], ``linear1.bias``, ``linear2.weight`` [L * d_ffn, P], ...
+        activation, feature_norm: of the head, as in ``ifp_config.json``.
+        mask: what inference does with the scores.
+        keep: k.
+        layers, d_ffn: what the layout says of the LLM, or None.
+        tokenizer, predictor_tokenizer: where they are.
+        extra_files: of the LLM, to be copied as they are.
+        others: source tensors that belong to neither, and why they are not used.
+        missing: what the user has to name, as ``--flag (what it is)``.
+        notes: what the user should know.
+    """
+
+    layout: str
+    llm: dict[str, SourceTensor]
+    backbone: dict[str, SourceTensor]
+    llm_config: dict[str, Any] | None
+    backbone_config: dict[str, Any] | None
+    head: dict[str, SourceTensor]
+    activation: str
+    feature_norm: str
+    mask: MaskConfig
+    keep: Any
+    layers: int | None
+    d_ffn: int | None
+    tokenizer: str | None
+    predictor_tokenizer: str | None
+    extra_files: list[Path] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        needed = {
+            "--llm-config": (self.llm_config, "the LLM's config.json"),
+            "--predictor-config": (self.backbone_config, "the config.json of its backbone"),
+            "--tokenizer": (self.tokenizer, "the LLM's tokenizer"),
+            "--predictor-tokenizer": (self.predictor_tokenizer, "the predictor's tokenizer"),
+            "--keep": (self.keep, "k, the channels kept in each layer"),
+        }
+        self.missing += [f"{flag} ({what})" for flag, (it, what) in needed.items() if it is None]
+
+    def head_config(self) -> HeadConfig:
+        """The head's shape, checked.
+
+        Raises:
+            IFPError: naming the tensor that does not fit.
+        """
+        for name in ("linear1.weight", "linear2.weight"):
+            if len(self.head[name].shape) != 2:
+                tensor = self.head[name]
+                raise IFPError(f"{tensor.path}: {tensor.name} must have two axes.")
+        one, two = self.head["linear1.weight"], self.head["linear2.weight"]
+        if one.shape[0] != two.shape[1]:
+            raise IFPError(
+                f"{two.path}: {two.name} takes {two.shape[1]} values, but {one.name} gives "
+                f"{one.shape[0]}."
+            )
+        biases = []
+        for i, weight in enumerate((one, two), 1):
+            bias = self.head.get(f"linear{i}.bias")
+            if bias is not None and bias.shape != weight.shape[:1]:
+                raise IFPError(
+                    f"{bias.path}: {bias.name} has the shape {bias.shape}, expected "
+                    f"{weight.shape[:1]}."
+                )
+            biases.append(bias is not None)
+        widths = [one.shape[1], one.shape[0], two.shape[0]]
+        return HeadConfig(widths, biases, self.activation, self.feature_norm)
+
+
+def read_config(name: str | None) -> dict[str, Any] | None:
+    """A ``config.json``: a file, or that of a directory or hub id."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file():
+        with one_line(name):
+            path = Path(hf_hub_download(name, "config.json"))
+    config = read_json(path)
+    if "model_type" not in config and "text_config" not in config:
+        raise IFPError(f"{path}: model_type is missing.")
+    return config
+
+
+def take_head(
+    tensors: dict[str, SourceTensor], names: dict[str, str], where: str
+) -> dict[str, SourceTensor]:
+    """The head's tensors under our names.
+
+    Args:
+        tensors: the source's, without those of the backbone.
+        names: the source's names -> ours.
+        where: names the file in messages.
+
+    Raises:
+        IFPError: if one is missing or left over.
+    """
+    for name in names:
+        if name not in tensors:
+            raise IFPError(f"{where}: the tensor {name} is missing.")
+    for name in sorted(tensors.keys() - names.keys()):
+        raise IFPError(f"{where}: the tensor {name} is left over.")
+    return {ours: tensors[name] for name, ours in names.items()}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    return any((directory / name).is_file() for name in names)

@@ -1,0 +1,80 @@
+"""The layout "split": ``llama/``, ``extractor.pt``, ``mask_head.pt``, ``predictor_meta.json``."""
+
+from pathlib import Path
+
+from mlx_ifp.config import MaskConfig
+from mlx_ifp.errors import IFPError
+
+from ..source_files import open_tensors, read_json
+from .parts import Given, TrainedModel, has_tokenizer, read_config, take_head
+
+_HEAD = {
+    "0.weight": "linear1.weight",
+    "0.bias": "linear1.bias",
+    "2.weight": "linear2.weight",
+    "2.bias": "linear2.bias",
+}
+# Its trainer's names of the masks -> ours. "soft" keeps the values of SoftTopK at inference.
+_MASKS = {
+    "soft": MaskConfig("sigmoid", 1.0, keep_soft_values=True),
+    "st": MaskConfig("topk"),
+    "none": MaskConfig("topk"),
+}
+_FIELDS = {
+    "num_layers": int,
+    "intermediate_size": int,
+    "topk": int,
+    "mask_method": str,
+    "extractor_config": dict,
+}
+
+
+def is_split(path: Path) -> bool:
+    """Whether a directory looks like it."""
+    return (path / "predictor_meta.json").is_file() or (path / "mask_head.pt").is_file()
+
+
+def open_split(path: Path, given: Given) -> TrainedModel:
+    """Open a checkpoint of this layout.
+
+    Raises:
+        IFPError: naming the file and the field or tensor that is wrong.
+    """
+    meta_file = path / "predictor_meta.json"
+    meta = read_json(meta_file)
+    for name, kind in _FIELDS.items():
+        if not isinstance(meta.get(name), kind):
+            raise IFPError(f"{meta_file}: {name} must be of type {kind.__name__}.")
+    method = meta["mask_method"]
+    if method not in _MASKS:
+        raise IFPError(f"{meta_file}: mask_method must be one of {', '.join(_MASKS)}.")
+    llm = path / "llama"
+    if not llm.is_dir():
+        raise IFPError(f"{llm}: the LLM's directory is missing.")
+    keep, notes = given.keep, []
+    if keep is None:
+        keep = meta["topk"]
+        if method == "none":
+            keep = meta["intermediate_size"]
+            notes.append("mask_method is 'none', dense: k is d_ffn. --keep takes another k.")
+    own_tokenizer = str(llm) if has_tokenizer(llm) else None
+    head_file = path / "mask_head.pt"
+    return TrainedModel(
+        layout="split",
+        llm=open_tensors(llm),
+        backbone=open_tensors(path / "extractor.pt"),
+        llm_config=read_config(given.llm_config or str(llm)),
+        backbone_config=read_config(given.predictor_config)
+        or {"model_type": "llama"} | meta["extractor_config"],
+        head=take_head(open_tensors(head_file), _HEAD, str(head_file)),
+        activation="gelu",
+        feature_norm="none",
+        mask=_MASKS[method],
+        keep=keep,
+        layers=meta["num_layers"],
+        d_ffn=meta["intermediate_size"],
+        tokenizer=given.tokenizer or own_tokenizer,
+        predictor_tokenizer=given.predictor_tokenizer,
+        extra_files=[f for f in [llm / "generation_config.json"] if f.exists()],
+        notes=notes,
+    )

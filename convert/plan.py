@@ -1,0 +1,220 @@
+"""What a conversion will write, known before anything is read or written."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_ifp.checkpoint import HEAD_STEM, PREDICTOR_STEM
+from mlx_ifp.config import IFPConfig, TextConfig
+from mlx_ifp.errors import IFPError
+from mlx_ifp.model import resolve_keep
+
+from .dense import DenseModel, dtype_of, open_tokenizer
+from .layouts.parts import TrainedModel
+from .naming import NamedModel, name_tensors
+from .precision import Precision, Tensors, quantize_config, split_model
+
+MAX_TEXT_TOKENS = 8192
+DEFAULT_KEEP = 0.5
+
+
+@dataclass
+class Plan:
+    """A conversion that is ready to run.
+
+    Attributes:
+        layout: of the source.
+        config, predictor_config: mlx-lm's; the second is None without a predictor.
+        ifp: what ``ifp_config.json`` will say.
+        tensors: file stem -> name -> tensor.
+        layers, d_ffn: of the LLM.
+        tokenizer, predictor_tokenizer: to be saved.
+        extra_files: to be copied as they are.
+        sources: groups of source tensors -> name -> (what became of it, bytes).
+        notes: what the user should know.
+    """
+
+    layout: str
+    config: dict[str, Any]
+    predictor_config: dict[str, Any] | None
+    ifp: IFPConfig
+    tensors: dict[str, Tensors]
+    layers: int
+    d_ffn: int
+    tokenizer: TokenizerWrapper | None
+    predictor_tokenizer: TokenizerWrapper | None = None
+    extra_files: list[Path] = field(default_factory=list)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    skipped: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(t.nbytes for group in self.tensors.values() for t in group.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest of them."""
+        return max(t.nbytes for group in self.tensors.values() for t in group.values())
+
+
+def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: str | None) -> Plan:
+    """A dense model's conversion: no predictor, any k.
+
+    Floats are stored in the type that the config names, as ``mlx_lm.convert`` does.
+
+    Raises:
+        IFPError: if k or the precision does not fit the model.
+    """
+    d_ffn = dense.ffns[0].d_ffn
+    k = resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns))
+    dtype = precision.dtype or dtype_of(dense.config)
+    config, trunk, channels, notes = _store(dense, dense.config, dense.ffns, precision, dtype)
+    if text_format is None:
+        text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
+    ifp = IFPConfig(k=k, text=_text(dense.config, text_format), source=_versions(dense.source))
+    return Plan(
+        layout="dense",
+        config=config,
+        predictor_config=None,
+        ifp=ifp,
+        tensors={"model": trunk, "channels": channels},
+        layers=len(dense.ffns),
+        d_ffn=d_ffn,
+        tokenizer=dense.tokenizer,
+        extra_files=dense.extra_files,
+        sources={"LLM": dense.mapped},
+        skipped={"LLM": dense.skipped},
+        notes=dense.notes + notes,
+    )
+
+
+def plan_trained(
+    trained: TrainedModel,
+    source: dict[str, Any],
+    precision: Precision,
+    predictor_precision: Precision,
+    text_format: str | None,
+    trust_remote_code: bool,
+) -> Plan:
+    """A trained checkpoint's conversion.
+
+    Raises:
+        IFPError: if something is missing, or LLM, predictor, head and k do not fit together.
+    """
+    if trained.missing:
+        raise IFPError(
+            f"The layout {trained.layout!r} has not all that is needed; name "
+            f"{', '.join(trained.missing)}."
+        )
+    llm = name_tensors(trained.llm_config, trained.llm, "the LLM")
+    backbone = name_tensors(
+        trained.backbone_config, trained.backbone, "the predictor's backbone", body_only=True
+    )
+    ffns = llm.ffns
+    layers, d_ffn = len(ffns), ffns[0].d_ffn
+    _check_fit(trained, layers, d_ffn, backbone)
+    config, trunk, channels, notes = _store(llm, llm.config, ffns, precision, precision.dtype)
+    predictor_config, body, _, _ = _store(
+        backbone, backbone.config, [], predictor_precision, predictor_precision.dtype
+    )
+    head = {name: tensor.lazy() for name, tensor in trained.head.items()}
+    head, _ = split_model(backbone.network, head, [], {}, predictor_precision.dtype)
+    ifp = IFPConfig(
+        k=resolve_keep(trained.keep, d_ffn, layers),
+        selector="predictor",
+        mask=trained.mask,
+        text=_text(backbone.config, text_format or "raw"),
+        head=trained.head_config(),
+        source=_versions(source | {"layout": trained.layout}),
+    )
+    return Plan(
+        layout=trained.layout,
+        config=config,
+        predictor_config=predictor_config,
+        ifp=ifp,
+        tensors={
+            "model": trunk,
+            "channels": channels,
+            PREDICTOR_STEM: body,
+            HEAD_STEM: head,
+        },
+        layers=layers,
+        d_ffn=d_ffn,
+        tokenizer=open_tokenizer(trained.tokenizer, trust_remote_code),
+        predictor_tokenizer=open_tokenizer(trained.predictor_tokenizer, trust_remote_code),
+        extra_files=trained.extra_files,
+        sources={
+            "LLM": llm.mapped,
+            "backbone": backbone.mapped,
+            "head": {tensor.name: name for name, tensor in trained.head.items()},
+        },
+        skipped={"LLM": llm.skipped, "backbone": backbone.skipped, "others": trained.others},
+        notes=trained.notes + notes,
+    )
+
+
+def _check_fit(trained: TrainedModel, layers: int, d_ffn: int, backbone: NamedModel) -> None:
+    for name, said, found in (
+        ("layers", trained.layers, layers),
+        ("FFN channels a layer", trained.d_ffn, d_ffn),
+    ):
+        if said is not None and said != found:
+            raise IFPError(
+                f"The predictor was trained for {said} {name}, but the LLM has {found}; "
+                "they are not of one checkpoint."
+            )
+    widths = trained.head_config().widths
+    last = trained.head["linear2.weight"]
+    if widths[-1] != layers * d_ffn:
+        raise IFPError(
+            f"{last.path}: {last.name} gives {widths[-1]} scores, but {layers} layers of {d_ffn} "
+            f"channels need {layers * d_ffn}."
+        )
+    first = trained.head["linear1.weight"]
+    norm = next(t for n, t in backbone.tensors.items() if n.endswith("embed_tokens.weight"))
+    if widths[0] != norm.shape[-1]:
+        raise IFPError(
+            f"{first.path}: {first.name} takes {widths[0]} values, but the backbone gives "
+            f"{norm.shape[-1]}."
+        )
+
+
+def _store(
+    model: DenseModel | NamedModel,
+    config: dict[str, Any],
+    ffns: list,
+    precision: Precision,
+    dtype: str | None,
+) -> tuple[dict[str, Any], Tensors, Tensors, list[str]]:
+    """Config, trunk, channels and notes of a model in a precision."""
+    precision.check()
+    how: dict[str, dict[str, Any]] = {}
+    notes = []
+    if precision.quantize:
+        config, how = quantize_config(config, ffns, precision)
+        left = [ffn for ffn in ffns if ffn.module_path("down_proj") not in how]
+        if left:
+            notes.append(
+                f"The FFN of {len(left)} layers stays unquantized: the hidden size "
+                f"{left[0].hidden_size} is no multiple of the group size."
+            )
+    trunk, channels = split_model(model.network, dict(model.tensors), ffns, how, dtype)
+    model.tensors.clear()
+    return config, trunk, channels, notes
+
+
+def _text(config: dict[str, Any], text_format: str) -> TextConfig:
+    text_config = config.get("text_config") or {}
+    context = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
+    return TextConfig(
+        format=text_format, max_tokens=min(context or MAX_TEXT_TOKENS, MAX_TEXT_TOKENS)
+    )
+
+
+def _versions(source: dict[str, Any]) -> dict[str, Any]:
+    return source | {"mlx_ifp": version("mlx_ifp"), "mlx_lm": version("mlx_lm")}

@@ -1,0 +1,90 @@
+"""What a conversion did with every source tensor, and what it would do."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlx_ifp.tensor_files import LazyTensor
+
+from .layouts.parts import TrainedModel
+from .plan import Plan
+
+REPORT_FILE = "source_tensors.json"
+# Python, MLX and mlx-lm themselves.
+_PROCESS_BYTES = 250 << 20
+
+
+def report_of(plan: Plan) -> dict[str, Any]:
+    """Every source tensor by group: ``mapped`` to a name, or ``skipped`` for a reason."""
+    return {"layout": plan.layout, "mapped": plan.sources, "skipped": plan.skipped}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """A line of counts, and one for each reason why tensors were skipped."""
+    if not any(report["mapped"].values()):
+        return
+    mapped = ", ".join(
+        f"{len(names)} of the {group}" for group, names in report["mapped"].items() if names
+    )
+    print(f"layout {report['layout']}; source tensors: {mapped} mapped")
+    for group, reasons in report["skipped"].items():
+        counts = Counter(reasons.values())
+        for reason, count in counts.items():
+            names = [name for name, why in reasons.items() if why == reason]
+            more = f" and {count - 1} more" if count > 1 else ""
+            print(f"  skipped, {group}: {names[0]}{more}: {reason}")
+
+
+def print_missing(trained: TrainedModel) -> None:
+    """What is known of a checkpoint from which something is missing."""
+    tensors = trained.llm | {f"p.{k}": v for k, v in (trained.backbone | trained.head).items()}
+    last = trained.head["linear2.weight"]
+    print(f"layout:      {trained.layout}")
+    print(f"tensors in:  {len(tensors)}, {_mb(sum(t.nbytes for t in tensors.values()))}")
+    print(f"head:        {last.shape[0]} scores (L * d_ffn)")
+    sys.stdout.flush()
+
+
+def print_dry_run(plan: Plan, mlx_path: Path) -> None:
+    """Layout, architectures, shapes, sizes and memory of a conversion."""
+    ifp = plan.ifp
+    backbone = plan.predictor_config
+    print(f"layout:      {plan.layout}")
+    print(f"LLM:         {plan.config['model_type']}, {plan.layers} layers (L)")
+    print(f"d_ffn:       {plan.d_ffn}")
+    print(f"k:           {ifp.k}")
+    if backbone is not None:
+        head = " -> ".join(map(str, ifp.head.widths))
+        print(f"predictor:   {backbone['model_type']}, head {head}, {ifp.head.activation}")
+        values = "soft values kept" if ifp.mask.keep_soft_values else "hard"
+        print(f"mask:        {ifp.mask.operator}, {values}")
+    print(f"sources:     {', '.join(_counts(plan)) or 'unpacked by mlx-lm'}")
+    for stem, tensors in plan.tensors.items():
+        print(f"out:         {stem}: {_mb(sum(t.nbytes for t in tensors.values()))}")
+    print(f"out, total:  {_mb(plan.nbytes)} in {mlx_path}")
+    print(f"memory:      up to {_mb(memory_of(plan))}")
+    print("missing:     nothing")
+
+
+def _counts(plan: Plan) -> list[str]:
+    counts = [f"{len(n)} of the {group} mapped" for group, n in plan.sources.items() if n]
+    return counts + [f"{len(n)} of the {g} skipped" for g, n in plan.skipped.items() if n]
+
+
+def memory_of(plan: Plan) -> int:
+    """Bytes at most in memory at once: the process, and the tensor that needs most."""
+    return _PROCESS_BYTES + max(
+        _working(tensor) for tensors in plan.tensors.values() for tensor in tensors.values()
+    )
+
+
+def _working(tensor: LazyTensor) -> int:
+    """A tensor made whole is there twice: as read and as written."""
+    if not tensor.step or not tensor.shape:
+        return 2 * tensor.nbytes
+    return 2 * min(tensor.step * tensor.nbytes // max(tensor.shape[0], 1), tensor.nbytes)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

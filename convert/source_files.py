@@ -1,0 +1,198 @@
+"""Trained weights as PyTorch programs save them: every tensor's name, type, shape and rows."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ifp.errors import IFPError
+from mlx_ifp.tensor_files import DTYPES, LazyTensor, len_of, read_any_header
+
+PICKLES = (".pt", ".bin", ".pth", ".ckpt")
+INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a file.
+
+    Attributes:
+        path: the file, for messages.
+        name: in that file.
+        dtype: by safetensors' names: ``F32``, ``BF16``, ``I64``, ...
+        shape: its shape.
+        read: rows start to stop, as a numpy array of unsigned bits.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[int, int], np.ndarray]
+
+    def lazy(self) -> LazyTensor:
+        """To be written as it is.
+
+        Raises:
+            IFPError: if MLX has no such type.
+        """
+        if self.dtype not in DTYPES:
+            raise IFPError(
+                f"{self.path}: {self.name} has the type {self.dtype}, which is not supported."
+            )
+        dtype = DTYPES[self.dtype]
+        row = max(int(np.prod(self.shape[1:])) * dtype.size, 1)
+        return LazyTensor(self.shape, dtype, self.read, max(BLOCK_BYTES // row, 1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole; of an unknown type, one each."""
+        size = DTYPES[self.dtype].size if self.dtype in DTYPES else 1
+        return int(np.prod(self.shape)) * size
+
+    def array(self) -> mx.array:
+        """The whole tensor, in memory."""
+        lazy = self.lazy()
+        bits = self.read(0, len_of(self.shape))
+        return mx.array(bits).view(lazy.dtype).reshape(self.shape)
+
+
+def file_rows(
+    path: Path, offset: int, shape: tuple[int, ...], size: int
+) -> Callable[[int, int], np.ndarray]:
+    """A reader of rows that lie in a file, one after another.
+
+    Args:
+        path: the file.
+        offset: of the first row, in bytes.
+        shape: of the tensor.
+        size: bytes of a value.
+    """
+    values = int(np.prod(shape[1:]))
+
+    def read(start: int, stop: int) -> np.ndarray:
+        count = (stop - start) * values
+        begin = offset + start * values * size
+        bits = np.fromfile(path, dtype=f"<u{size}", count=count, offset=begin)
+        if bits.size != count:
+            raise IFPError(f"{path}: the file was truncated while it was read; get it again.")
+        return bits.reshape(stop - start, *shape[1:]) if shape else bits.reshape(())
+
+    return read
+
+
+def open_tensors(path: Path) -> dict[str, SourceTensor]:
+    """The tensors of a file, or of all files of a directory, their data unread.
+
+    Args:
+        path: a ``.safetensors``, ``.pt``, ``.bin`` or ``.pth`` file; or a directory that holds
+            one, shards with an index, or a checkpoint of ``torch.distributed.checkpoint``.
+
+    Raises:
+        IFPError: if a file is missing, damaged, refused, or of another kind.
+    """
+    if path.is_dir():
+        return _open_directory(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in PICKLES:
+        from .torch_files import open_torch_file
+
+        return open_torch_file(path)
+    raise IFPError(f"{path}: not a .safetensors file nor one of {', '.join(PICKLES)}.")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a directory's weights: those of its index, or the one there is.
+
+    Raises:
+        IFPError: if there are none, several without an index, or the index names a file that is
+            missing or outside of the directory.
+    """
+    for pattern in INDEXES:
+        for index in sorted(directory.glob(pattern)):
+            return sorted(_indexed(index))
+    for pattern in ("model*.safetensors", "*.safetensors"):
+        if found := sorted(directory.glob(pattern)):
+            return found
+    found = sorted(f for f in directory.iterdir() if f.suffix in PICKLES)
+    if len(found) == 1:
+        return found
+    if found:
+        names = ", ".join(f.name for f in found[:4])
+        raise IFPError(f"{directory} holds {names}; name the one to convert with --model.")
+    raise IFPError(f"{directory} holds no weights (.safetensors, .pt, .bin or .pth).")
+
+
+def _indexed(index: Path) -> set[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IFPError(f"{index}: weight_map is missing.")
+    files = set()
+    for name in set(map(str, weight_map.values())):
+        if Path(name).name != name or name in (".", ".."):
+            raise IFPError(f"{index}: the shard {name!r} is not a file of this directory.")
+        if not (index.parent / name).is_file():
+            raise IFPError(f"{index.parent / name}: the shard is missing; {index.name} names it.")
+        files.add(index.parent / name)
+    return files
+
+
+def _open_directory(directory: Path) -> dict[str, SourceTensor]:
+    if (directory / ".metadata").is_file():
+        from .torch_files import open_distributed_checkpoint
+
+        return open_distributed_checkpoint(directory)
+    tensors: dict[str, SourceTensor] = {}
+    for file in weight_files(directory):
+        for name, tensor in open_tensors(file).items():
+            if name in tensors:
+                raise IFPError(f"{file}: {name} is in {tensors[name].path.name} too.")
+            tensors[name] = tensor
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, SourceTensor]:
+    tensors = {}
+    for name, info in read_any_header(path).items():
+        size = DTYPES[info.dtype].size if info.dtype in DTYPES else 1
+        tensors[name] = SourceTensor(
+            path, name, info.dtype, info.shape, file_rows(path, info.offset, info.shape, size)
+        )
+    return tensors
+
+
+def below(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
+    """The tensors under a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def renamed(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
+    """The tensors as others call them, with a prefix before each name."""
+    return {f"{prefix}{name}": replace(tensor) for name, tensor in tensors.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        IFPError: naming the file.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise IFPError(f"{path}: the file is missing.") from error
+    except (ValueError, RecursionError) as error:
+        raise IFPError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise IFPError(f"{path}: must hold a JSON object.")
+    return values
