@@ -1,6 +1,7 @@
 """PyTorch's tensor names -> mlx-lm's, through mlx-lm's own ``sanitize``; none is lost unseen."""
 
 import contextlib
+import copy
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -54,12 +55,16 @@ class NamedModel:
 def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
     """A Hugging Face config as mlx-lm's models read it.
 
-    transformers 5 writes ``rope_parameters``; most of mlx-lm's models read ``rope_theta`` and
-    ``rope_scaling``, and would silently take their defaults.
+    transformers 5 writes some values in other places than mlx-lm's models look for them, and
+    those would silently take their defaults: rotary embeddings in ``rope_parameters``, the
+    pattern of the layers in ``layer_types``, other heads of some layers in ``per_layer_config``,
+    the size of the vocabulary in ``text_config`` alone. What is there already stays.
     """
-    config = dict(config)
+    config = copy.deepcopy(config)
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = mlx_config(config["text_config"])
+        if "vocab_size" in config["text_config"]:
+            config.setdefault("vocab_size", config["text_config"]["vocab_size"])
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
         full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
@@ -68,9 +73,19 @@ def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
         if sliding and "rope_theta" in sliding:
             config.setdefault("rope_local_base_freq", sliding["rope_theta"])
         if full.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
-            config["rope_scaling"] = {k: v for k, v in full.items() if k != "rope_theta"}
-    if "_sliding_window_pattern" in config:
-        config.setdefault("sliding_window_pattern", config["_sliding_window_pattern"])
+            config["rope_scaling"] = dict(full)
+    types = config.get("layer_types")
+    if isinstance(types, list) and len(set(types)) > 1 and "full_attention" in types:
+        every = types.index("full_attention") + 1
+        if all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(types, 1)):
+            config.setdefault("full_attention_interval", every)
+            config.setdefault("sliding_window_pattern", every)
+        last = config.get("per_layer_config") or {}
+        last = last.get(str(types.index("full_attention")), {})
+        if "head_dim" in config:
+            config.setdefault("global_head_dim", last.get("head_dim", config["head_dim"]))
+        if "num_key_value_heads" in last:
+            config.setdefault("num_global_key_value_heads", last["num_key_value_heads"])
     return config
 
 

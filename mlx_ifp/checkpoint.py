@@ -27,6 +27,7 @@ from .structure import (
     find_body,
     find_ffns,
     quantization_of,
+    settle,
     with_width,
 )
 from .tensor_files import (
@@ -140,7 +141,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return chosen
 
     trunk, channels = tensors(TRUNK), tensors(CHANNELS)
-    model = build_model(config, _quantized(trunk))
+    model = _build_llm(config, trunk)
     ffns = find_ffns(model)
     check_tensors(path, trunk, trunk_tensors(model, ffns))
     check_tensors(path, channels, channel_tensors(config, ffns, channels))
@@ -199,6 +200,12 @@ def _digest(path: Path) -> str:
     for file in (path / CONFIG_FILE, path / "config.json", path / PREDICTOR / "config.json"):
         digest.update(file.read_bytes() if file.exists() else b"none")
     return digest.hexdigest()
+
+
+def _build_llm(config: dict[str, Any], trunk: dict[str, TensorInfo]) -> nn.Module:
+    model = build_model(config, _quantized(trunk))
+    settle(model, {name: tensor.shape for name, tensor in trunk.items()})
+    return model
 
 
 def _quantized(tensors: dict[str, TensorInfo]) -> set[str]:
@@ -331,7 +338,7 @@ def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn
         width (int): the ``intermediate_size`` that the model reports.
         dtype (mx.Dtype): cast floats to this type; None keeps them.
     """
-    model = build_model(with_width(checkpoint.config, width), _quantized(checkpoint.trunk))
+    model = _build_llm(with_width(checkpoint.config, width), checkpoint.trunk)
     arrays = load_tensors(checkpoint.trunk, dtype)
     model.load_weights(list(arrays.items()), strict=False)
     mx.eval(list(arrays.values()))

@@ -64,7 +64,8 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
     try:
         model_class, args_class = _get_classes(config)
         with _untouched_random_state():
-            model = model_class(args_class.from_dict(config))
+            # Some of mlx-lm's models change what they are given.
+            model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise IFPError(f"mlx-lm cannot build a model of type {model_type!r}: {error}") from error
     except AssertionError as error:
@@ -79,6 +80,20 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
             )
     model.eval()
     return model
+
+
+def settle(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Let a model adapt to the tensors that are stored, as it does when mlx-lm loads them.
+
+    Gemma 3 drops its output layer in ``sanitize`` if none is stored, for instance.
+
+    Args:
+        model (nn.Module): from :func:`build_model`; changed in place.
+        shapes (dict): names and shapes of the stored tensors.
+    """
+    if hasattr(model, "sanitize"):
+        with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError):
+            model.sanitize({name: mx.zeros(shape) for name, shape in shapes.items()})
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ def test_the_command_makes_a_checkpoint_that_generates(dense_llama, tmp_path):
         "config.json",
         "ifp_config.json",
         "model.safetensors",
+        "source_tensors.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -110,6 +111,7 @@ def test_hugging_face_files_convert_too(tmp_path, architecture):
     arrays = mx.load(str(dense / "model.safetensors"))
     names = sorted(arrays)
     (dense / "model.safetensors").unlink()
+    (dense / "model.safetensors.index.json").unlink()
     for i, part in enumerate((names[::2], names[1::2])):
         mx.save_safetensors(
             str(dense / f"model-0000{i + 1}-of-00002.safetensors"), {n: arrays[n] for n in part}
@@ -174,9 +176,9 @@ def test_sources_that_are_none(tmp_path, tiny_checkpoint):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "fake.gguf").write_bytes(b"not a gguf file at all" * 10)
     out = tmp_path / "out"
-    assert "no config.json" in convert_fails(tmp_path / "empty", out)
+    assert "holds no weights" in convert_fails(tmp_path / "empty", out)
     assert "cannot be loaded" in convert_fails(tmp_path / "nowhere", out)
-    assert "neither a model directory nor a .gguf" in convert_fails(tmp_path / "notes.txt", out)
+    assert "not a .safetensors file nor one of .pt" in convert_fails(tmp_path / "notes.txt", out)
     assert "fake.gguf" in convert_fails(tmp_path / "fake.gguf", out)
     assert "checkpoint of mlx_ifp already" in convert_fails(tiny_checkpoint, out)
 
@@ -193,9 +195,14 @@ def test_damaged_sources(tmp_path):
     mx.eval(arrays)
     del arrays["model.norm.weight"]
     mx.save_safetensors(str(file), arrays)
-    assert "cannot be loaded: Missing 1 parameters" in convert_fails(dense, tmp_path / "out")
+    assert "the tensor model.norm.weight is missing" in convert_fails(dense, tmp_path / "out")
     file.unlink()
-    assert "no model*.safetensors" in convert_fails(dense, tmp_path / "out")
+    index = dense / "model.safetensors.index.json"
+    assert "model.safetensors: the shard is missing" in convert_fails(dense, tmp_path / "out")
+    index.write_text(index.read_text().replace("model.safetensors", "../model.safetensors"))
+    assert "not a file of this directory" in convert_fails(dense, tmp_path / "out")
+    index.unlink()
+    assert "holds no weights" in convert_fails(dense, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 from mlx_ifp.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
-from ..source_files import open_tensors, read_json
+from ..source_files import PICKLES, open_tensors, read_json
 from .parts import Given, TrainedModel, has_tokenizer, read_config, take_head
 
 _HEAD = {
@@ -34,6 +34,14 @@ def is_split(path: Path) -> bool:
     return (path / "predictor_meta.json").is_file() or (path / "mask_head.pt").is_file()
 
 
+def _file(path: Path, stem: str) -> Path:
+    """``STEM.pt``, or one of another kind that holds the same."""
+    for suffix in (".safetensors", *PICKLES):
+        if (path / f"{stem}{suffix}").is_file():
+            return path / f"{stem}{suffix}"
+    raise IFPError(f"{path / stem}.pt: the file is missing.")
+
+
 def open_split(path: Path, given: Given) -> TrainedModel:
     """Open a checkpoint of this layout.
 
@@ -58,11 +66,11 @@ def open_split(path: Path, given: Given) -> TrainedModel:
             keep = meta["intermediate_size"]
             notes.append("mask_method is 'none', dense: k is d_ffn. --keep takes another k.")
     own_tokenizer = str(llm) if has_tokenizer(llm) else None
-    head_file = path / "mask_head.pt"
+    head_file = _file(path, "mask_head")
     return TrainedModel(
         layout="split",
         llm=open_tensors(llm),
-        backbone=open_tensors(path / "extractor.pt"),
+        backbone=open_tensors(_file(path, "extractor")),
         llm_config=read_config(given.llm_config or str(llm)),
         backbone_config=read_config(given.predictor_config)
         or {"model_type": "llama"} | meta["extractor_config"],
