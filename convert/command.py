@@ -108,7 +108,7 @@ def convert(
     )
     given = Given(llm_config, predictor_config, tokenizer, predictor_tokenizer, keep)
 
-    def make_plan() -> Plan:
+    def make_plan(scratch: Path | None) -> Plan:
         path = _find(model, revision)
         source = {"model": str(model) if path.is_dir() else path.name}
         if revision is not None:
@@ -121,6 +121,7 @@ def convert(
                 dequantize=dequantize_weights,
                 tokenizer=tokenizer,
                 trust_remote_code=trust_remote_code,
+                scratch=scratch,
             )
             dense.source = source | dense.source
             return plan_dense(dense, keep, precision, text_format)
@@ -132,10 +133,10 @@ def convert(
         )
 
     if dry_run:
-        print_dry_run(make_plan(), mlx_path)
+        print_dry_run(make_plan(None), mlx_path)
         return mlx_path
     with new_directory(mlx_path) as directory:
-        plan = make_plan()
+        plan = make_plan(directory)
         report = report_of(plan)
         _write(plan, directory, mlx_path)
         if prompts is not None:

@@ -60,6 +60,7 @@ def load_dense(
     dequantize: bool = False,
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    scratch: Path | None = None,
 ) -> DenseModel:
     """Open a dense model without reading its weights into memory.
 
@@ -69,12 +70,13 @@ def load_dense(
         dequantize (bool): undo a quantization, as ``mlx_lm.convert -d`` does.
         tokenizer (str): a directory or hub id to take the tokenizer from instead.
         trust_remote_code (bool): let the tokenizer run code of its repository.
+        scratch (Path): a directory for temporary files; None for the system's own.
 
     Raises:
         IFPError: if it is not such a model, is damaged, or cannot be pruned.
     """
     if path.is_file():
-        gguf = load_gguf(path, with_tokenizer=tokenizer is None)
+        gguf = load_gguf(path, with_tokenizer=tokenizer is None, scratch=scratch)
         network = build_model(
             gguf.config,
             {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")},
@@ -92,14 +94,13 @@ def load_dense(
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
     source = {"model": str(model), "format": "safetensors"}
-    chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
     extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
     if not _is_quantized(path, config):
         named = name_tensors(config, open_tensors(path), str(model))
         return DenseModel(
             named.network,
             named.config,
-            chosen,
+            open_tokenizer(tokenizer or str(path), trust_remote_code),
             source,
             named.tensors,
             named.ffns,
@@ -113,6 +114,7 @@ def load_dense(
         read_any_header(file)
     with one_line(model):
         network, config = load_model(path, lazy=True, model_config=mlx_config(config))
+    chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
     dense = _from_network(network, config, chosen, source, dequantize)
     dense.extra_files = extra_files
     return dense

@@ -36,7 +36,9 @@ class GGUFModel:
     tokenizer: PreTrainedTokenizerFast | None
 
 
-def load_gguf(path: str | Path, with_tokenizer: bool = True) -> GGUFModel:
+def load_gguf(
+    path: str | Path, with_tokenizer: bool = True, scratch: Path | None = None
+) -> GGUFModel:
     """Read a GGUF file of the llama architecture (Llama, Mistral, SmolLM2).
 
     The weights are lazy: to evaluate, write and drop one after the other takes the memory of the
@@ -51,6 +53,7 @@ def load_gguf(path: str | Path, with_tokenizer: bool = True) -> GGUFModel:
     Args:
         path: the file.
         with_tokenizer: False leaves the tokenizer out, whatever its kind.
+        scratch: a directory for the copy; None for the system's own.
 
     Raises:
         IFPError: if the file is missing, not a GGUF or truncated; if its architecture, the type
@@ -59,14 +62,14 @@ def load_gguf(path: str | Path, with_tokenizer: bool = True) -> GGUFModel:
     """
     try:
         with open(path, "rb") as file:
-            return _read_model(file, with_tokenizer)
+            return _read_model(file, with_tokenizer, scratch)
     except IFPError as error:
         raise IFPError(f"{path}: {error}") from error
     except OSError as error:
         raise IFPError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
-def _read_model(file: BinaryIO, with_tokenizer: bool) -> GGUFModel:
+def _read_model(file: BinaryIO, with_tokenizer: bool, scratch: Path | None) -> GGUFModel:
     """As :func:`load_gguf`; the messages of its errors do not name the file yet."""
     metadata, found = read_header(file)
     _check_kind(metadata)
@@ -77,7 +80,7 @@ def _read_model(file: BinaryIO, with_tokenizer: bool) -> GGUFModel:
     if with_tokenizer:
         context = config["max_position_embeddings"]
         tokenizer = build_tokenizer(metadata, config["vocab_size"], context)
-    blocks = copy_blocks(file, tensors)
+    blocks = copy_blocks(file, tensors, scratch)
     if "rope_freqs.weight" in blocks:
         _set_llama3_scaling(blocks["rope_freqs.weight"].flatten().tolist(), config)
     return GGUFModel(config, _read_weights(blocks, tensors, names, config), tokenizer)

@@ -12,6 +12,7 @@ import shutil
 import struct
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
@@ -130,8 +131,13 @@ def check_tensors(found: dict[str, tuple], start: int, size: int) -> dict[str, G
     return tensors
 
 
-def copy_blocks(file: BinaryIO, tensors: dict[str, GGUFTensor]) -> dict[str, mx.array]:
-    """The tensors as they are ``stored``, not evaluated; the file stands where the data start."""
+def copy_blocks(
+    file: BinaryIO, tensors: dict[str, GGUFTensor], scratch: Path | None = None
+) -> dict[str, mx.array]:
+    """The tensors as they are ``stored``, not evaluated; the file stands where the data start.
+
+    They are copied to a temporary file in ``scratch``, or where the system has such files.
+    """
     header = json.dumps(
         {
             name: {
@@ -145,7 +151,7 @@ def copy_blocks(file: BinaryIO, tensors: dict[str, GGUFTensor]) -> dict[str, mx.
     size = 8 + len(header) + max(tensor.span[1] for tensor in tensors.values())
     try:
         # MLX keeps the file open, so it can go at once.
-        with tempfile.NamedTemporaryFile(prefix="mlx_ifp-") as copy:
+        with tempfile.NamedTemporaryFile(prefix="mlx_ifp-", dir=scratch) as copy:
             copy.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(file, copy, 1 << 20)
             if copy.tell() < size:
@@ -154,8 +160,8 @@ def copy_blocks(file: BinaryIO, tensors: dict[str, GGUFTensor]) -> dict[str, mx.
             return mx.load(copy.name, format="safetensors")
     except OSError as error:
         raise IFPError(
-            f"cannot be copied to {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a "
-            f"directory with {size / 1e6:,.0f} MB of free space."
+            f"cannot be copied to {scratch or tempfile.gettempdir()} ({error.strerror}); it takes "
+            f"{size / 1e6:,.0f} MB there."
         ) from error
 
 

@@ -14,7 +14,7 @@ from mlx_ifp.tensor_files import DTYPES, LazyTensor, len_of, read_any_header
 
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,38 @@ class SourceTensor:
         return mx.array(bits).view(lazy.dtype).reshape(self.shape)
 
 
+class _Buffers:
+    """Memory that is used again: fresh pages would cost more than reading into them.
+
+    Blocks take turns in three buffers, so a writer may still hold the last two. A larger read has
+    a buffer of its own, until the next larger read.
+    """
+
+    def __init__(self) -> None:
+        self.blocks = [np.empty(0, np.uint8)] * 3
+        self.large = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes], its content undefined."""
+        if nbytes > BLOCK_BYTES:
+            if self.large.size < nbytes:
+                self.large = np.empty(nbytes, np.uint8)
+            return self.large[:nbytes]
+        self.blocks.append(self.blocks.pop(0))
+        if self.blocks[-1].size < nbytes:
+            self.blocks[-1] = np.empty(BLOCK_BYTES, np.uint8)
+        return self.blocks[-1][:nbytes]
+
+
+buffers = _Buffers()
+
+
 def file_rows(
     path: Path, offset: int, shape: tuple[int, ...], size: int
 ) -> Callable[[int, int], np.ndarray]:
     """A reader of rows that lie in a file, one after another.
+
+    What it returns is good until two more reads.
 
     Args:
         path: the file.
@@ -73,14 +101,19 @@ def file_rows(
         shape: of the tensor.
         size: bytes of a value.
     """
-    values = int(np.prod(shape[1:]))
+    row = int(np.prod(shape[1:])) * size
 
     def read(start: int, stop: int) -> np.ndarray:
-        count = (stop - start) * values
-        begin = offset + start * values * size
-        bits = np.fromfile(path, dtype=f"<u{size}", count=count, offset=begin)
-        if bits.size != count:
+        data = buffers.take((stop - start) * row)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset + start * row)
+            done = 0
+            # One call reads 2 GB at most.
+            while done < data.size and (count := file.readinto(memoryview(data)[done:])):
+                done += count
+        if done < data.size:
             raise IFPError(f"{path}: the file was truncated while it was read; get it again.")
+        bits = data.view(f"<u{size}")
         return bits.reshape(stop - start, *shape[1:]) if shape else bits.reshape(())
 
     return read

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,22 +44,44 @@ def new_file(path: str | Path) -> Iterator[Path]:
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory beside ``path`` that becomes ``path`` if all goes well.
 
-    Whatever goes wrong, Ctrl-C included, nothing is left.
+    Whatever goes wrong, Ctrl-C and ``kill -9`` included, nothing is left.
 
     Raises:
         IFPError: if ``path`` exists, or its parent cannot be written.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise IFPError(f"{path} already exists. Delete it or name another --mlx-path.")
+        raise IFPError(f"{path} already exists. Delete it or name another path.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).absolute()
     except OSError as error:
         raise IFPError(f"{path} cannot be written: {error.strerror}.") from error
+    with _removed_at_death(temporary):
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _removed_at_death(path: Path) -> Iterator[None]:
+    """Let a shell remove a directory if this process dies.
+
+    ``kill -9`` leaves no time for that here. The shell waits on a pipe that only we hold open: it
+    ends with us, however we end. In a session of its own it does not get our Ctrl-C.
+    """
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r line; [ "$line" = done ] || rm -rf -- "$1"', "sh", str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        os.rename(temporary, path)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            watcher.communicate(b"done\n")

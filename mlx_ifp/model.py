@@ -371,6 +371,17 @@ def _load_tokenizer(
         raise IFPError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
 
 
+def load_tokenizer_of(
+    checkpoint: Checkpoint, config: dict[str, Any] | None = None
+) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint's LLM; ``config`` is passed on, as in mlx-lm.
+
+    Raises:
+        IFPError: if it cannot be loaded.
+    """
+    return _load_tokenizer(checkpoint.path, config, checkpoint.config.get("eos_token_id"))
+
+
 def load(
     path_or_hf_repo: str | Path,
     tokenizer_config: dict[str, Any] | None = None,
@@ -406,9 +417,7 @@ def load(
         IFPError: one line that says what is wrong with the checkpoint or an argument.
     """
     checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
-    tokenizer = _load_tokenizer(
-        checkpoint.path, tokenizer_config, checkpoint.config.get("eos_token_id")
-    )
+    tokenizer = load_tokenizer_of(checkpoint, tokenizer_config)
     model = IFPModel(
         checkpoint,
         tokenizer,

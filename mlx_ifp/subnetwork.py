@@ -200,6 +200,15 @@ def share(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, arrays)
 
 
+def check_selection(selection: Selection, ffns: list[FFN]) -> None:
+    """Raises IFPError if a selection does not have the shape of a model's FFNs."""
+    if len(selection.layers) != len(ffns) or selection.d_ffn != ffns[0].d_ffn:
+        raise IFPError(
+            f"The selection is for {len(selection.layers)} layers of {selection.d_ffn} channels, "
+            f"the model has {len(ffns)} of {ffns[0].d_ffn}."
+        )
+
+
 def build_subnetwork(
     trunk: nn.Module,
     reader: ChannelReader,
@@ -221,13 +230,8 @@ def build_subnetwork(
     Returns:
         tuple: the model, the bytes its own FFN takes in memory, and the bytes read for it.
     """
-    if selection is not None and (
-        len(selection.layers) != len(ffns) or selection.d_ffn != ffns[0].d_ffn
-    ):
-        raise IFPError(
-            f"The selection is for {len(selection.layers)} layers of {selection.d_ffn} channels, "
-            f"the model has {len(ffns)} of {ffns[0].d_ffn}."
-        )
+    if selection is not None:
+        check_selection(selection, ffns)
     model = share(trunk)
     nbytes = bytes_read = 0
     for i, ffn in enumerate(ffns):

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ class LazyTensor:
         shape: of the whole.
         dtype: its type.
         read: rows start to stop, along the first axis, as an MLX array, or as a numpy one of
-            ``dtype``'s bits (numpy has no bfloat16). A tensor without axes has one row.
+            ``dtype``'s bits (numpy has no bfloat16), which need only last until two more reads.
+            A tensor without axes has one row.
         step: rows to read at a time; 0 for all at once.
     """
 
@@ -200,11 +202,17 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with open(path, "xb") as file:
+    # A block is hashed while it is written and the next one is read.
+    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(lambda: None)
 
         def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            file.write(data)
+            nonlocal hashed
+            hashed.result()
+            hashed = hasher.submit(digest.update, data)
+            view = memoryview(data)
+            while view.nbytes:
+                view = view[file.write(view) :]
 
         put(struct.pack("<Q", len(text)))
         put(text)
@@ -219,6 +227,7 @@ def write_safetensors(
                 del block, data
             del tensor
             mx.clear_cache()
+        hashed.result()
         size = file.tell()
     return {"bytes": size, "sha256": digest.hexdigest()}
 

@@ -102,7 +102,7 @@ def randomized(model: nn.Module, seed: int) -> nn.Module:
             if parameter.ndim == 1:
                 parameter.copy_(parameter + 0.2 * noise)
             else:
-                parameter.copy_(0.15 * noise)
+                parameter.copy_(0.1 * noise)
     return model.eval().float()
 
 
@@ -204,7 +204,9 @@ def logits_of(llm: nn.Module, ids: list[int], mask: torch.Tensor | None = None) 
     if mask is not None:
         for down, row in zip(downs, mask, strict=True):
             hooks.append(
-                down.register_forward_pre_hook(lambda _, args, row=row: (args[0] * row.to(args[0]),))
+                down.register_forward_pre_hook(
+                    lambda _, args, row=row: (args[0] * row.to(args[0]),)
+                )
             )
     try:
         return llm(input_ids=torch.tensor([ids])).logits[0].float()
@@ -253,6 +255,11 @@ def save_split(path: Path, llm, predictor, k: int, method: str = "soft", legacy=
     return path
 
 
+def save_tensors(tensors, path: Path) -> None:
+    """safetensors wants every tensor contiguous and on its own."""
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
 class Module(nn.Module):
     """The module whose state dict is the layout of that name."""
 
@@ -291,7 +298,9 @@ def save_manifest(path: Path, llm, predictor, k: int, temperature: float = 0.5) 
     predictor.backbone.config.save_pretrained(path.parent / f"{path.name}-backbone")
     tensors = {f"extractor.{n}": t for n, t in predictor.backbone.state_dict().items()}
     tensors |= {f"mlp.{n}": t for n, t in predictor.head.state_dict().items()}
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, path / "predictor.safetensors")
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()}, path / "predictor.safetensors"
+    )
     layers, d_ffn = predictor.shape
     manifest = {
         "chat_template_format": "anything",

@@ -1,0 +1,194 @@
+"""How fast and in how much memory a checkpoint is converted, against ``cp`` of the same files.
+
+Run with ``python -m mlx_ifp.convert.benchmark``. The checkpoint is made up on the spot, of the
+layout "module" with a Llama and a Qwen2 backbone, and removed afterwards.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from mlx_ifp.cli import command
+from mlx_ifp.errors import IFPError
+from mlx_ifp.structure import build_model
+from mlx_ifp.tensor_files import LazyTensor, write_safetensors
+
+_LLM = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+_BACKBONE = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+_P = 128
+
+
+def make_checkpoint(directory: Path, gigabytes: float, suffix: str) -> tuple[Path, list[str]]:
+    """Write a checkpoint of the layout "module", bfloat16, about so large.
+
+    Returns:
+        tuple: the file, and the flags that name what it lacks.
+    """
+    layers = 1
+    while _size(layers) < gigabytes * 1e9:
+        layers += 1
+    llm = _LLM | {"num_hidden_layers": layers}
+    prefixes = {"llm.": llm, "sparsity_predictor.feature_extractor.": _BACKBONE}
+    shapes = {
+        f"{prefix}{name}": array.shape
+        for prefix, config in prefixes.items()
+        for name, array in tree_flatten(build_model(config).parameters())
+    }
+    scores = layers * llm["intermediate_size"]
+    for i, shape in enumerate(((_P, _BACKBONE["hidden_size"]), (scores, _P)), 1):
+        shapes[f"sparsity_predictor.prediction_head{i}.weight"] = shape
+        shapes[f"sparsity_predictor.prediction_head{i}.bias"] = shape[:1]
+    path = directory / f"model{suffix}"
+    _write(path, shapes)
+    for name, config in (("llm", llm), ("backbone", _BACKBONE)):
+        (directory / f"{name}.json").write_text(json.dumps(config))
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory / "tokenizer")
+    flags = ["--llm-config", "llm.json", "--predictor-config", "backbone.json"]
+    flags += ["--tokenizer", "tokenizer", "--predictor-tokenizer", "tokenizer", "--keep", "4096"]
+    return path, [str(directory / f) if not f.startswith(("-", "4")) else f for f in flags]
+
+
+def _size(layers: int) -> int:
+    hidden, ffn = _LLM["hidden_size"], _LLM["intermediate_size"]
+    per_layer = 2.5 * hidden * hidden + 3 * hidden * ffn + _P * ffn
+    return int(2 * (layers * per_layer + 2 * _LLM["vocab_size"] * hidden)) + 400_000_000
+
+
+def _write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Tensors of one random pattern: their values do not matter, their bytes must not be zero."""
+    pattern = np.random.default_rng(0).integers(0x3A00, 0x3C00, 1 << 20, dtype=np.uint16)
+
+    def values(shape: tuple[int, ...]) -> np.ndarray:
+        return np.resize(pattern, shape)
+
+    if path.suffix == ".safetensors":
+        lazy = {
+            name: LazyTensor(tuple(shape), mx.bfloat16, lambda _a, _b, shape=shape: values(shape))
+            for name, shape in shapes.items()
+        }
+        write_safetensors(path, lazy)
+        return
+    import torch
+
+    state = {name: torch.from_numpy(values(s)).view(torch.bfloat16) for name, s in shapes.items()}
+    torch.save(state, path)
+
+
+def run(args: list[str]) -> tuple[float, int]:
+    """Run a command; its seconds, and its peak resident memory in bytes.
+
+    What was written before is on the disk first, so none pays for another's writes.
+    """
+    os.sync()
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            errors.seek(0)
+            raise IFPError(f"{args[0]} failed: {errors.read().splitlines()[-1:]}")
+    # Linux counts in KB, macOS in bytes.
+    return seconds, usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of this benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_ifp.convert.benchmark",
+        description="Time and memory of a conversion, against cp of the same files.",
+    )
+    parser.add_argument("--size", type=float, default=3.0, help="GB of the checkpoint")
+    parser.add_argument(
+        "--suffix", default=".safetensors", choices=[".safetensors", ".pt"], help="Its file"
+    )
+    parser.add_argument("-n", "--num-trials", type=int, default=3, help="Times each is run")
+    parser.add_argument("--convert-args", default="", help="More flags for mlx_ifp.convert")
+    return parser
+
+
+@command
+def main() -> None:
+    """Run the benchmark."""
+    args = setup_arg_parser().parse_args()
+    convert = [sys.executable, "-m", "mlx_ifp", "convert"]
+    with tempfile.TemporaryDirectory(prefix="mlx_ifp-") as name:
+        directory = Path(name)
+        # In a process of its own: a child's peak begins at its parent's size.
+        with get_context("spawn").Pool(1) as pool:
+            path, flags = pool.apply(make_checkpoint, (directory, args.size, args.suffix))
+        size = path.stat().st_size
+        largest = max(_LLM["vocab_size"] * _LLM["hidden_size"], 151936 * 896) * 2
+        out = directory / "out"
+        convert += ["--model", str(path), "--mlx-path", str(out), *flags]
+        convert += args.convert_args.split()
+        figures: dict[str, list[tuple[float, int]]] = {"cp": [], "convert": [], "start": []}
+        subprocess.run(["cp", str(path), str(directory / "copy")], check=True)
+        for _ in range(args.num_trials):
+            for kind, line in (
+                ("cp", ["cp", str(path), str(directory / "copy")]),
+                ("start", [*convert[:4], "--help"]),
+                ("convert", convert),
+            ):
+                (directory / "copy").unlink(missing_ok=True)
+                shutil.rmtree(out, ignore_errors=True)
+                figures[kind].append(run(line))
+    seconds = {kind: statistics.median(s for s, _ in runs) for kind, runs in figures.items()}
+    peak = max(memory for _, memory in figures["convert"]) / 1e6
+    start = seconds["start"]
+    ratios = [
+        [
+            cp / (own - less)
+            for (cp, _), (own, _) in zip(figures["cp"], figures["convert"], strict=True)
+        ]
+        for less in (start, 0)
+    ]
+    print(f"{size / 1e9:.2f} GB, {args.suffix}, median of {args.num_trials}")
+    print(f"cp                        {seconds['cp']:.2f} s")
+    print(f"mlx_ifp.convert           {seconds['convert']:.2f} s, {start:.2f} s of it to start")
+    for what, values in zip(("without the start", "with it"), ratios, strict=True):
+        spread = f"({min(values):.2f}-{max(values):.2f})"
+        print(f"cp / convert, seconds     {statistics.median(values):.2f} {spread} {what}")
+    print(f"peak memory               {peak:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
