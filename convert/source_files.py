@@ -168,7 +168,7 @@ def _indexed(index: Path) -> set[Path]:
         raise IFPError(f"{index}: weight_map is missing.")
     files = set()
     for name in set(map(str, weight_map.values())):
-        if Path(name).name != name or name in (".", ".."):
+        if Path(name).name != name or name in ("", ".", ".."):
             raise IFPError(f"{index}: the shard {name!r} is not a file of this directory.")
         if not (index.parent / name).is_file():
             raise IFPError(f"{index.parent / name}: the shard is missing; {index.name} names it.")
