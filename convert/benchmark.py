@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -160,6 +161,8 @@ def main() -> None:
         out = directory / "out"
         convert += ["--model", str(path), "--mlx-path", str(out), *flags]
         convert += args.convert_args.split()
+        plan = subprocess.run([*convert, "--dry-run"], check=True, capture_output=True, text=True)
+        estimate = re.search(r"memory: +up to ([\d,]+)", plan.stdout)[1]
         figures: dict[str, list[tuple[float, int]]] = {"cp": [], "convert": [], "start": []}
         subprocess.run(["cp", str(path), str(directory / "copy")], check=True)
         for _ in range(args.num_trials):
@@ -187,6 +190,7 @@ def main() -> None:
     for what, values in zip(("without the start", "with it"), ratios, strict=True):
         spread = f"({min(values):.2f}-{max(values):.2f})"
         print(f"cp / convert, seconds     {statistics.median(values):.2f} {spread} {what}")
+    print(f"the dry run says          {estimate} MB")
     print(f"peak memory               {peak:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
 
 

@@ -30,10 +30,12 @@ class Plan:
         config, predictor_config: mlx-lm's; the second is None without a predictor.
         ifp: what ``ifp_config.json`` will say.
         tensors: file stem -> name -> tensor.
+        bytes_in: of the source tensors.
         layers, d_ffn: of the LLM.
         tokenizer, predictor_tokenizer: to be saved.
         extra_files: to be copied as they are.
-        sources: groups of source tensors -> name -> (what became of it, bytes).
+        sources: groups of source tensors -> name -> its name in mlx-lm.
+        skipped: the same groups -> name -> why it is not used.
         notes: what the user should know.
     """
 
@@ -42,6 +44,7 @@ class Plan:
     predictor_config: dict[str, Any] | None
     ifp: IFPConfig
     tensors: dict[str, Tensors]
+    bytes_in: int
     layers: int
     d_ffn: int
     tokenizer: TokenizerWrapper | None
@@ -56,11 +59,6 @@ class Plan:
         """Bytes of all tensors that will be written."""
         return sum(t.nbytes for group in self.tensors.values() for t in group.values())
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest of them."""
-        return max(t.nbytes for group in self.tensors.values() for t in group.values())
-
 
 def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: str | None) -> Plan:
     """A dense model's conversion: no predictor, any k.
@@ -73,6 +71,7 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
     d_ffn = dense.ffns[0].d_ffn
     k = resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns))
     dtype = precision.dtype or dtype_of(dense.config)
+    bytes_in = sum(tensor.nbytes for tensor in dense.tensors.values())
     config, trunk, channels, notes = _store(dense, dense.config, dense.ffns, precision, dtype)
     if text_format is None:
         text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
@@ -83,6 +82,7 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
         predictor_config=None,
         ifp=ifp,
         tensors={"model": trunk, "channels": channels},
+        bytes_in=bytes_in,
         layers=len(dense.ffns),
         d_ffn=d_ffn,
         tokenizer=dense.tokenizer,
@@ -143,6 +143,11 @@ def plan_trained(
             PREDICTOR_STEM: body,
             HEAD_STEM: head,
         },
+        bytes_in=sum(
+            tensor.nbytes
+            for tensors in (trained.llm, trained.backbone, trained.head)
+            for tensor in tensors.values()
+        ),
         layers=layers,
         d_ffn=d_ffn,
         tokenizer=open_tokenizer(trained.tokenizer, trust_remote_code),

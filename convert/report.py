@@ -59,7 +59,7 @@ def print_dry_run(plan: Plan, mlx_path: Path) -> None:
         print(f"predictor:   {backbone['model_type']}, head {head}, {ifp.head.activation}")
         values = "soft values kept" if ifp.mask.keep_soft_values else "hard"
         print(f"mask:        {ifp.mask.operator}, {values}")
-    print(f"sources:     {', '.join(_counts(plan)) or 'unpacked by mlx-lm'}")
+    print(f"in:          {_mb(plan.bytes_in)}; {', '.join(_counts(plan)) or 'by mlx-lm'}")
     for stem, tensors in plan.tensors.items():
         print(f"out:         {stem}: {_mb(sum(t.nbytes for t in tensors.values()))}")
     print(f"out, total:  {_mb(plan.nbytes)} in {mlx_path}")

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ifp.errors import IFPError
-from mlx_ifp.tensor_files import DTYPES, LazyTensor, len_of, read_any_header
+from mlx_ifp.tensor_files import BLOCKS_HELD, DTYPES, LazyTensor, len_of, read_any_header
 
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
@@ -65,12 +65,12 @@ class SourceTensor:
 class _Buffers:
     """Memory that is used again: fresh pages would cost more than reading into them.
 
-    Blocks take turns in three buffers, so a writer may still hold the last two. A larger read has
-    a buffer of its own, until the next larger read.
+    Blocks take turns, so a writer may still hold the last ones. A larger read has a buffer of its
+    own, until the next larger read.
     """
 
     def __init__(self) -> None:
-        self.blocks = [np.empty(0, np.uint8)] * 3
+        self.blocks = [np.empty(0, np.uint8)] * (BLOCKS_HELD + 2)
         self.large = np.empty(0, np.uint8)
 
     def take(self, nbytes: int) -> np.ndarray:
@@ -93,7 +93,7 @@ def file_rows(
 ) -> Callable[[int, int], np.ndarray]:
     """A reader of rows that lie in a file, one after another.
 
-    What it returns is good until two more reads.
+    What it returns is good for BLOCKS_HELD more reads.
 
     Args:
         path: the file.

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ DTYPES = {
     "U8": mx.uint8,
 }
 FLOATS = ("F32", "F16", "BF16")
+# How many blocks are hashed behind the one that is written.
+BLOCKS_HELD = 4
 _BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | {"I64": 8, "I32": 4, "F64": 8}
 
 
@@ -127,7 +130,8 @@ class LazyTensor:
         shape: of the whole.
         dtype: its type.
         read: rows start to stop, along the first axis, as an MLX array, or as a numpy one of
-            ``dtype``'s bits (numpy has no bfloat16), which need only last until two more reads.
+            ``dtype``'s bits (numpy has no bfloat16), which need only last for BLOCKS_HELD more
+            reads.
             A tensor without axes has one row.
         step: rows to read at a time; 0 for all at once.
     """
@@ -202,14 +206,14 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    # A block is hashed while it is written and the next one is read.
+    # Blocks are hashed while they are written and the next ones are read.
     with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        hashed = hasher.submit(lambda: None)
+        hashing: deque[Future] = deque()
 
         def put(data: bytes | memoryview) -> None:
-            nonlocal hashed
-            hashed.result()
-            hashed = hasher.submit(digest.update, data)
+            hashing.append(hasher.submit(digest.update, data))
+            if len(hashing) > BLOCKS_HELD:
+                hashing.popleft().result()
             view = memoryview(data)
             while view.nbytes:
                 view = view[file.write(view) :]
@@ -227,7 +231,8 @@ def write_safetensors(
                 del block, data
             del tensor
             mx.clear_cache()
-        hashed.result()
+        for future in hashing:
+            future.result()
         size = file.tell()
     return {"bytes": size, "sha256": digest.hexdigest()}
 

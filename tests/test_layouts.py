@@ -343,11 +343,12 @@ def test_a_missing_shard(tmp_path):
 
 
 def test_without_pytorch_the_extra_is_named(tmp_path):
-    """Where PyTorch is installed, too: the command finds another torch, which is none."""
+    """Where PyTorch is installed, too: this command cannot import it."""
     run = damaged(tmp_path, "split")
     (run / "extractor.safetensors").rename(run / "extractor.pt")
     (tmp_path / "blocked").mkdir()
-    (tmp_path / "blocked" / "torch.py").write_text("raise ImportError")
+    block = "import sys; sys.modules['torch'] = None"
+    (tmp_path / "blocked" / "sitecustomize.py").write_text(block)
     line = convert_fails(
         run, tmp_path / "out", *FLAGS["split"],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "blocked")},
@@ -396,3 +397,88 @@ def test_a_hub_id_is_downloaded_in_the_ordinary_way(tmp_path, monkeypatch):
         monkeypatch.undo()
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         convert("nobody/nothing", tmp_path / "none")
+
+
+def test_every_byte_is_read_once_and_in_small_pieces(tmp_path, monkeypatch):
+    """Memory is bounded by construction: blocks, and one matrix at a time that is turned."""
+    from mlx_ifp.convert import precision, source_files
+
+    reads, taken = [], []
+    file_rows = source_files.file_rows
+
+    def counting(path, offset, shape, size):
+        read = file_rows(path, offset, shape, size)
+        row = int(np.prod(shape[1:])) * size
+
+        def counted(start, stop):
+            reads.append((stop - start) * row)
+            return read(start, stop)
+
+        return counted
+
+    take = source_files.buffers.take
+    for module in (precision, source_files):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(source_files, "file_rows", counting)
+    monkeypatch.setattr(source_files.buffers, "take", lambda n: taken.append(n) or take(n))
+    out = convert(str(MODELS["module"]), tmp_path / "ifp", **options("module"))
+    checkpoint = open_checkpoint(out)
+    groups = (checkpoint.trunk, checkpoint.channels, checkpoint.predictor, checkpoint.head)
+    assert sum(reads) == sum(tensor.nbytes for group in groups for tensor in group.values())
+    down = checkpoint.channels["model.layers.0.mlp.down_proj.weight"].nbytes
+    assert max(taken) == down
+    assert sorted(taken)[-4] <= 4096  # only the three layers' down projections are read whole
+
+
+def test_uploading(tmp_path, monkeypatch):
+    """A model card as mlx-lm writes one, and the hub's own client."""
+    from huggingface_hub import ModelCard
+
+    from mlx_ifp import hub
+
+    calls = []
+
+    class Recorder:
+        def create_repo(self, **kwargs):
+            calls.append(("create_repo", kwargs))
+
+        def upload_large_folder(self, **kwargs):
+            calls.append(("upload_large_folder", kwargs))
+
+    monkeypatch.setattr(hub, "HfApi", Recorder)
+    out = convert(
+        str(MODELS["split"]), tmp_path / "ifp", upload_repo="me/trained-ifp", **options("split")
+    )
+    assert calls == [
+        ("create_repo", {"repo_id": "me/trained-ifp", "exist_ok": True}),
+        (
+            "upload_large_folder",
+            {"folder_path": str(out), "repo_id": "me/trained-ifp", "repo_type": "model"},
+        ),
+    ]
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "mlx_ifp"
+    assert card.data.pipeline_tag == "text-generation"
+    assert "mlx" in card.data.tags
+    assert 'load("me/trained-ifp")' in card.text
+    assert "qwen2, 3 layers of 75 FFN" in card.text
+    open_checkpoint(out)
+
+
+def test_an_upload_that_fails_keeps_the_checkpoint(tmp_path):
+    """Offline: the checkpoint is complete, the line says that it was not uploaded."""
+    out = tmp_path / "ifp"
+    line = fails_after(
+        "convert", "--model", MODELS["split"], "--mlx-path", out, *FLAGS["split"],
+        "--upload-repo", "me/trained-ifp",
+    )  # fmt: skip
+    assert "not uploaded to me/trained-ifp" in line
+    open_checkpoint(out)
+
+
+def fails_after(*args) -> str:
+    """The last line of a command that fails after its work is done."""
+    done = run_command(*args)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
