@@ -5,16 +5,19 @@ layout "module" with a Llama and a Qwen2 backbone, and removed afterwards.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,9 +28,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mlx_ifp.cli import command
-from mlx_ifp.errors import IFPError
 from mlx_ifp.structure import build_model
 from mlx_ifp.tensor_files import LazyTensor, write_safetensors
+
+from .command import convert_with
+from .command import setup_arg_parser as setup_arg_parser_of_convert
 
 _LLM = {
     "model_type": "llama",
@@ -112,23 +117,31 @@ def _write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     torch.save(state, path)
 
 
-def run(args: list[str]) -> tuple[float, int]:
-    """Run a command; its seconds, and its peak resident memory in bytes.
+def timed(work: Callable[[], object], leftovers: Path) -> float:
+    """Seconds of a piece of work.
 
-    What was written before is on the disk first, so none pays for another's writes.
+    What earlier work has left is removed just before, so that each finds the same pages free: a
+    virtual machine gives them back to its host within seconds, and getting them again is slow.
     """
     os.sync()
+    if leftovers.is_dir():
+        shutil.rmtree(leftovers)
+    else:
+        leftovers.unlink(missing_ok=True)
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
-        if process.returncode:
-            errors.seek(0)
-            raise IFPError(f"{args[0]} failed: {errors.read().splitlines()[-1:]}")
+    work()
+    return time.perf_counter() - start
+
+
+def convert_timed(args: list[str], out: Path, leftovers: Path) -> tuple[float, int, str]:
+    """Convert in this process: seconds, the process's peak memory in bytes, what was printed."""
+    options = setup_arg_parser_of_convert().parse_args([*args, "--mlx-path", str(out)])
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
+        seconds = timed(lambda: convert_with(options), leftovers)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KB, macOS in bytes.
-    return seconds, usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return seconds, usage * (1 if platform.system() == "Darwin" else 1024), text.getvalue()
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -150,48 +163,39 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the benchmark."""
     args = setup_arg_parser().parse_args()
-    convert = [sys.executable, "-m", "mlx_ifp", "convert"]
+    spawn = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="mlx_ifp-") as name:
         directory = Path(name)
-        # In a process of its own: a child's peak begins at its parent's size.
-        with get_context("spawn").Pool(1) as pool:
+        with spawn.Pool(1) as pool:
             path, flags = pool.apply(make_checkpoint, (directory, args.size, args.suffix))
         size = path.stat().st_size
-        largest = max(_LLM["vocab_size"] * _LLM["hidden_size"], 151936 * 896) * 2
-        out = directory / "out"
-        convert += ["--model", str(path), "--mlx-path", str(out), *flags]
-        convert += args.convert_args.split()
-        plan = subprocess.run([*convert, "--dry-run"], check=True, capture_output=True, text=True)
-        estimate = re.search(r"memory: +up to ([\d,]+)", plan.stdout)[1]
-        figures: dict[str, list[tuple[float, int]]] = {"cp": [], "convert": [], "start": []}
-        subprocess.run(["cp", str(path), str(directory / "copy")], check=True)
-        for _ in range(args.num_trials):
-            for kind, line in (
-                ("cp", ["cp", str(path), str(directory / "copy")]),
-                ("start", [*convert[:4], "--help"]),
-                ("convert", convert),
-            ):
-                (directory / "copy").unlink(missing_ok=True)
-                shutil.rmtree(out, ignore_errors=True)
-                figures[kind].append(run(line))
-    seconds = {kind: statistics.median(s for s, _ in runs) for kind, runs in figures.items()}
-    peak = max(memory for _, memory in figures["convert"]) / 1e6
-    start = seconds["start"]
-    ratios = [
-        [
-            cp / (own - less)
-            for (cp, _), (own, _) in zip(figures["cp"], figures["convert"], strict=True)
-        ]
-        for less in (start, 0)
-    ]
-    print(f"{size / 1e9:.2f} GB, {args.suffix}, median of {args.num_trials}")
-    print(f"cp                        {seconds['cp']:.2f} s")
-    print(f"mlx_ifp.convert           {seconds['convert']:.2f} s, {start:.2f} s of it to start")
-    for what, values in zip(("without the start", "with it"), ratios, strict=True):
-        spread = f"({min(values):.2f}-{max(values):.2f})"
-        print(f"cp / convert, seconds     {statistics.median(values):.2f} {spread} {what}")
-    print(f"the dry run says          {estimate} MB")
-    print(f"peak memory               {peak:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
+        copy, out = directory / "copy", directory / "out"
+        flags = ["--model", str(path), *flags, *args.convert_args.split()]
+        copies, conversions = [], []
+        # A process that has all it imports, and has done nothing else.
+        with spawn.Pool(1) as pool:
+            _, _, plan = pool.apply(convert_timed, ([*flags, "--dry-run"], out, out))
+            shutil.copyfile(path, copy)
+            for _ in range(args.num_trials):
+                cp = ["cp", str(path), str(copy)]
+                copies.append(timed(lambda cp=cp: subprocess.run(cp, check=True), copy))
+                seconds, peak, _ = pool.apply(convert_timed, (flags, out, copy))
+                conversions.append(seconds)
+                shutil.copyfile(path, copy)
+                shutil.rmtree(out)
+    ratios = [cp / own for cp, own in zip(copies, conversions, strict=True)]
+    largest = 2 * _LLM["vocab_size"] * _LLM["hidden_size"]
+    estimate = re.search(r"memory: +up to ([\d,]+)", plan)[1]
+    print(f"{size / 1e9:.2f} GB, {args.suffix}, median of {args.num_trials} (min-max)")
+    print(f"cp, s            {_spread(copies)}")
+    print(f"convert, s       {_spread(conversions)}")
+    print(f"cp / convert     {_spread(ratios)}")
+    print(f"peak memory      {peak / 1e6:.0f} MB, the dry run says {estimate} MB at most")
+    print(f"largest tensor   {largest / 1e6:.0f} MB")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 if __name__ == "__main__":

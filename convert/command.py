@@ -335,6 +335,14 @@ def _add_precision_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--predictor-q-group-size", type=int, metavar="SIZE", help="The same")
 
 
+def convert_with(args: argparse.Namespace) -> Path:
+    """Run :func:`convert` as the command line says."""
+    options = dict(vars(args))
+    options["quantize_weights"] = options.pop("quantize")
+    options["dequantize_weights"] = options.pop("dequantize")
+    return convert(**options)
+
+
 def _terminated(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -342,13 +350,11 @@ def _terminated(*_: object) -> None:
 @command
 def main() -> None:
     """Run ``mlx_ifp.convert``."""
-    args = vars(setup_arg_parser().parse_args())
-    args["quantize_weights"] = args.pop("quantize")
-    args["dequantize_weights"] = args.pop("dequantize")
+    args = setup_arg_parser().parse_args()
     # A kill should clean up like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
-    path = convert(**args)
-    if args["dry_run"]:
+    path = convert_with(args)
+    if args.dry_run:
         return
     checkpoint = open_checkpoint(path)
     channels = sum(tensor.nbytes for tensor in checkpoint.channels.values())
