@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import mlx.core as mx
@@ -168,6 +169,7 @@ def main() -> None:
         directory = Path(name)
         with spawn.Pool(1) as pool:
             path, flags = pool.apply(make_checkpoint, (directory, args.size, args.suffix))
+            _end(pool)
         size = path.stat().st_size
         copy, out = directory / "copy", directory / "out"
         flags = ["--model", str(path), *flags, *args.convert_args.split()]
@@ -183,6 +185,7 @@ def main() -> None:
                 conversions.append(seconds)
                 shutil.copyfile(path, copy)
                 shutil.rmtree(out)
+            _end(pool)
     ratios = [cp / own for cp, own in zip(copies, conversions, strict=True)]
     largest = 2 * _LLM["vocab_size"] * _LLM["hidden_size"]
     estimate = re.search(r"memory: +up to ([\d,]+)", plan)[1]
@@ -192,6 +195,12 @@ def main() -> None:
     print(f"cp / convert     {_spread(ratios)}")
     print(f"peak memory      {peak / 1e6:.0f} MB, the dry run says {estimate} MB at most")
     print(f"largest tensor   {largest / 1e6:.0f} MB")
+
+
+def _end(pool: Pool) -> None:
+    """Let the process end by itself: one that is ended from outside is said to leak."""
+    pool.close()
+    pool.join()
 
 
 def _spread(values: list[float]) -> str:
