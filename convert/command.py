@@ -10,13 +10,20 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, _download, save_config
+from mlx_lm.utils import _download, save_config
 from tqdm import tqdm
 
 from mlx_ifp.activations import activation_scores
 from mlx_ifp.atomic import new_directory
 from mlx_ifp.channels import ChannelReader
-from mlx_ifp.checkpoint import PREDICTOR, STATIC_FILE, load_trunk, open_checkpoint, write_checkpoint
+from mlx_ifp.checkpoint import (
+    PREDICTOR,
+    STATIC_FILE,
+    TOKENIZER_PATTERNS,
+    load_trunk,
+    open_checkpoint,
+    write_checkpoint,
+)
 from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.errors import IFPError
@@ -35,8 +42,12 @@ from .report import REPORT_FILE, print_dry_run, print_missing, print_report, rep
 
 # Tokenizer, configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
-# What the layouts have beside a model's own files.
-HUB_PATTERNS = [*DEFAULT_ALLOW_PATTERNS, "*.pt", "*.pth", "llama/*", "predictor*", "*.distcp"]
+# A model's own files, and what the layouts have beside them.
+HUB_PATTERNS = [
+    *TOKENIZER_PATTERNS,
+    *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
+    *("*.pt", "*.pth", "*.distcp", ".metadata"),
+]
 
 
 def convert(
