@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +207,6 @@ def below(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTens
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-
-
-def renamed(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
-    """The tensors as others call them, with a prefix before each name."""
-    return {f"{prefix}{name}": replace(tensor) for name, tensor in tensors.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import pytest
 from mlx_ifp import IFPError
 from mlx_ifp.convert.source_files import open_tensors
 
-from .test_layouts import FLAGS, convert_fails, damaged
+from .test_layouts import FLAGS
+from .test_layouts_bad_input import convert_fails, damaged
 
 torch = pytest.importorskip("torch", reason="needs the extra [torch]")
 
