@@ -65,15 +65,21 @@ def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
         config["text_config"] = mlx_config(config["text_config"])
         if "vocab_size" in config["text_config"]:
             config.setdefault("vocab_size", config["text_config"]["vocab_size"])
+        if "tie_word_embeddings" in config:
+            tied = config["tie_word_embeddings"]
+            config["text_config"].setdefault("tie_word_embeddings", tied)
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
         full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
         if "rope_theta" in full:
             config.setdefault("rope_theta", full["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
         if sliding and "rope_theta" in sliding:
             config.setdefault("rope_local_base_freq", sliding["rope_theta"])
-        if full.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
-            config["rope_scaling"] = dict(full)
+        if config.get("rope_scaling") is None:
+            plain = full.get("rope_type", "default") == "default"
+            config["rope_scaling"] = None if plain else dict(full)
     types = config.get("layer_types")
     if isinstance(types, list) and len(set(types)) > 1 and "full_attention" in types:
         every = types.index("full_attention") + 1

@@ -102,6 +102,10 @@ def convert_module(file: Path, tmp_path: Path, module, **options) -> Path:
         ("qwen3_5", "qwen3_5_text"),
         ("qwen3_5_text", "llama"),
         ("qwen3", "gemma4_text"),
+        ("mistral", "granite"),
+        ("smollm3", "glm4"),
+        ("phi3", "olmo2"),
+        ("gemma2", "phi3"),
     ],
 )
 def test_manifest(tmp_path, architecture, backbone):

@@ -69,6 +69,11 @@ EXTRA = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0,
                             "partial_rotary_factor": 0.5},
     },
+    "glm4": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+    "mistral": {"sliding_window": None},
+    "gemma2": {"hidden_size": 64, "tie_word_embeddings": True, "query_pre_attn_scalar": 8},
     # mlx-lm rounds sqrt(hidden_size), Gemma's scale of embeddings, to bfloat16; that of 64 is 8.
     "gemma3_text": {
         "hidden_size": 64,
