@@ -1,6 +1,7 @@
 """Trained checkpoints of every layout, against what PyTorch computed with them (tests/golden)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -221,6 +222,18 @@ def test_every_byte_is_read_once_and_in_small_pieces(tmp_path, monkeypatch):
     down = checkpoint.channels["model.layers.0.mlp.down_proj.weight"].nbytes
     assert max(taken) == down
     assert sorted(taken)[-4] <= 4096  # only the three layers' down projections are read whole
+
+
+def test_the_end_tokens_of_the_llm_come_along(tmp_path):
+    """``generation_config.json`` stands beside the config that the user names."""
+    shutil.copytree(GOLDEN / "manifest", tmp_path / "llm")
+    config = tmp_path / "llm"
+    shutil.copy(GOLDEN / "module" / "llm.json", config / "config.json")
+    (config / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    out = convert(
+        str(MODELS["module"]), tmp_path / "ifp", **options("module") | {"llm_config": str(config)}
+    )
+    assert load(out, cache=False)[1].eos_token_ids == {7, 9}
 
 
 def test_uploading(tmp_path, monkeypatch):

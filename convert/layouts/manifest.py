@@ -6,7 +6,7 @@ from mlx_ifp.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
 from ..source_files import below, open_tensors, read_json
-from .parts import Given, TrainedModel, has_tokenizer, read_config, take_head
+from .parts import Given, TrainedModel, generation_config, has_tokenizer, read_config, take_head
 
 MANIFEST = "ifpruning_config.json"
 _PREDICTOR = "predictor.safetensors"
@@ -63,7 +63,7 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
         tokenizer=given.tokenizer or (str(path) if has_tokenizer(path) else None),
         predictor_tokenizer=given.predictor_tokenizer
         or (str(tokenizer) if has_tokenizer(tokenizer) else None),
-        extra_files=[f for f in [path / "generation_config.json"] if f.exists()],
+        extra_files=generation_config(path),
     )
 
 

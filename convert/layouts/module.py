@@ -7,7 +7,7 @@ from mlx_ifp.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
 from ..source_files import SourceTensor, below, open_tensors
-from .parts import Given, TrainedModel, read_config, take_head
+from .parts import Given, TrainedModel, generation_config, read_config, take_head
 
 _LLM = "llm."
 _PREDICTOR = "sparsity_predictor."
@@ -84,5 +84,6 @@ def open_module(path: Path, given: Given) -> TrainedModel:
         d_ffn=None,
         tokenizer=given.tokenizer,
         predictor_tokenizer=given.predictor_tokenizer,
+        extra_files=generation_config(given.llm_config),
         others=others,
     )

@@ -149,3 +149,9 @@ def has_tokenizer(directory: Path) -> bool:
     """Whether a directory holds a tokenizer."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     return any((directory / name).is_file() for name in names)
+
+
+def generation_config(where: str | Path | None) -> list[Path]:
+    """The ``generation_config.json`` of a directory, if there is one: it names the end tokens."""
+    files = [Path(where).expanduser() / "generation_config.json"] if where is not None else []
+    return [file for file in files if file.is_file()]

@@ -6,7 +6,7 @@ from mlx_ifp.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
 from ..source_files import PICKLES, open_tensors, read_json
-from .parts import Given, TrainedModel, has_tokenizer, read_config, take_head
+from .parts import Given, TrainedModel, generation_config, has_tokenizer, read_config, take_head
 
 _HEAD = {
     "0.weight": "linear1.weight",
@@ -83,6 +83,6 @@ def open_split(path: Path, given: Given) -> TrainedModel:
         d_ffn=meta["intermediate_size"],
         tokenizer=given.tokenizer or own_tokenizer,
         predictor_tokenizer=given.predictor_tokenizer,
-        extra_files=[f for f in [llm / "generation_config.json"] if f.exists()],
+        extra_files=generation_config(llm),
         notes=notes,
     )
