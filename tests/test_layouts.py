@@ -233,7 +233,7 @@ def test_the_end_tokens_of_the_llm_come_along(tmp_path):
     out = convert(
         str(MODELS["module"]), tmp_path / "ifp", **options("module") | {"llm_config": str(config)}
     )
-    assert load(out, cache=False)[1].eos_token_ids == {7, 9}
+    assert load(out, cache=False)[1].eos_token_ids >= {7, 9}
 
 
 def test_uploading(tmp_path, monkeypatch):
