@@ -20,6 +20,7 @@ from mlx_ifp.checkpoint import (
     PREDICTOR,
     STATIC_FILE,
     TOKENIZER_PATTERNS,
+    expanded,
     load_trunk,
     open_checkpoint,
     write_checkpoint,
@@ -39,6 +40,7 @@ from .layouts.parts import Given
 from .plan import DEFAULT_KEEP, Plan, plan_dense, plan_trained
 from .precision import DTYPES, MODES, RECIPES, Precision
 from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
+from .source_files import PICKLES
 
 # Tokenizer, configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
@@ -48,6 +50,9 @@ HUB_PATTERNS = [
     *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
     *("*.pt", "*.pth", "*.distcp", ".metadata"),
 ]
+
+# A repository may have its weights as safetensors and as pickles: the latter only if need be.
+WEIGHTS = (".safetensors", *PICKLES, ".distcp")
 
 
 def convert(
@@ -125,6 +130,10 @@ def convert(
         if revision is not None:
             source["revision"] = revision
         kind = layout or detect_layout(path)
+        if kind == "dense" and (llm_config or predictor_config or predictor_tokenizer):
+            raise IFPError(f"{model} is a dense model: it has no predictor, and its own config.")
+        if kind != "dense" and dequantize_weights:
+            raise IFPError("-d is for dense models; the layouts have no quantized weights.")
         if kind == "dense":
             dense = load_dense(
                 model,
@@ -144,6 +153,8 @@ def convert(
         )
 
     if dry_run:
+        if mlx_path.exists():
+            raise IFPError(f"{mlx_path} already exists. Delete it or name another path.")
         print_dry_run(make_plan(None), mlx_path)
         return mlx_path
     with new_directory(mlx_path) as directory:
@@ -169,17 +180,23 @@ def _predictor_precision(
     own = replace(precision, dtype=dtype or precision.dtype)
     if bits == 0:
         return Precision(dtype=own.dtype)
-    if bits is not None or group_size is not None:
-        own = replace(own, quantize=True, bits=bits or own.bits, recipe=None)
+    if bits is not None:
+        own = replace(own, quantize=True, bits=bits, mode="affine", recipe=None)
+    elif group_size is not None and not own.quantize:
+        raise IFPError("--predictor-q-group-size needs --predictor-q-bits or -q.")
     return replace(own, group_size=group_size or own.group_size)
 
 
 def _find(model: str, revision: str | None) -> Path:
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.exists():
         return path
     with one_line(model):
-        return _download(model, revision=revision, allow_patterns=HUB_PATTERNS)
+        path = _download(model, revision=revision, allow_patterns=HUB_PATTERNS)
+        if not any(file.suffix in WEIGHTS for file in path.rglob("*")):
+            patterns = [*HUB_PATTERNS, *(f"*{suffix}" for suffix in WEIGHTS)]
+            path = _download(model, revision=revision, allow_patterns=patterns)
+    return path
 
 
 def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:

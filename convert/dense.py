@@ -105,6 +105,7 @@ def load_dense(
             named.tensors,
             named.ffns,
             extra_files,
+            notes=named.notes,
             mapped=named.mapped,
             skipped=named.skipped,
         )

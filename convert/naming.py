@@ -16,6 +16,7 @@ from mlx_ifp.structure import FFN, build_model, find_body, find_ffns
 from mlx_ifp.tensor_files import DTYPES, LazyTensor
 
 from .source_files import SourceTensor
+from .support import check_support
 
 _REASONS = (
     ("rotary_emb", "rotary frequencies, which mlx-lm computes"),
@@ -38,6 +39,7 @@ class NamedModel:
         tensors: mlx-lm's names -> where to read them.
         mapped: the source's names -> mlx-lm's.
         skipped: the source's names -> why they are not used.
+        notes: what mlx-lm's model does in another way than transformers'.
     """
 
     network: nn.Module
@@ -45,6 +47,7 @@ class NamedModel:
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     mapped: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ffns(self) -> list[FFN]:
@@ -55,6 +58,20 @@ class NamedModel:
 def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
     """A Hugging Face config as mlx-lm's models read it.
 
+    Raises:
+        IFPError: if its fields are not of the kinds they should be.
+    """
+    try:
+        return _translated(config)
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        raise IFPError(
+            f"config.json: rope, layer_types or the like is malformed ({error})."
+        ) from error
+
+
+def _translated(config: dict[str, Any]) -> dict[str, Any]:
+    """See :func:`mlx_config`.
+
     transformers 5 writes some values in other places than mlx-lm's models look for them, and
     those would silently take their defaults: rotary embeddings in ``rope_parameters``, the
     pattern of the layers in ``layer_types``, other heads of some layers in ``per_layer_config``,
@@ -62,7 +79,7 @@ def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     config = copy.deepcopy(config)
     if isinstance(config.get("text_config"), dict):
-        config["text_config"] = mlx_config(config["text_config"])
+        config["text_config"] = _translated(config["text_config"])
         if "vocab_size" in config["text_config"]:
             config.setdefault("vocab_size", config["text_config"]["vocab_size"])
         if "tie_word_embeddings" in config:
@@ -116,6 +133,7 @@ def name_tensors(
     """
     config = _buildable(mlx_config(config))
     network = build_model(config)
+    notes = check_support(network, config)
     prefixes = [""]
     if body_only:
         prefixes += list(dict.fromkeys(("model.", f"{find_body(network)}.")))
@@ -123,7 +141,9 @@ def name_tensors(
     for prefix in prefixes:
         named = {f"{prefix}{name}": tensor for name, tensor in sources.items()}
         try:
-            return _name(config, named, prefix, where, body_only)
+            model = _name(config, named, prefix, where, body_only)
+            model.notes = notes
+            return model
         except IFPError as error:
             problems.append(error)
     # A body's names fit one prefix at most; the message about that one tells more.

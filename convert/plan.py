@@ -5,12 +5,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ifp.checkpoint import HEAD_STEM, PREDICTOR_STEM
 from mlx_ifp.config import IFPConfig, TextConfig
 from mlx_ifp.errors import IFPError
 from mlx_ifp.model import resolve_keep
+from mlx_ifp.structure import find_body, get_module
 
 from .dense import DenseModel, dtype_of, open_tokenizer
 from .layouts.parts import TrainedModel
@@ -159,7 +161,7 @@ def plan_trained(
             "head": {tensor.name: name for name, tensor in trained.head.items()},
         },
         skipped={"LLM": llm.skipped, "backbone": backbone.skipped, "others": trained.others},
-        notes=trained.notes + notes,
+        notes=trained.notes + llm.notes + backbone.notes + notes,
     )
 
 
@@ -181,11 +183,12 @@ def _check_fit(trained: TrainedModel, layers: int, d_ffn: int, backbone: NamedMo
             f"channels need {layers * d_ffn}."
         )
     first = trained.head["linear1.weight"]
-    norm = next(t for n, t in backbone.tensors.items() if n.endswith("embed_tokens.weight"))
-    if widths[0] != norm.shape[-1]:
+    body = get_module(backbone.network, find_body(backbone.network))
+    embedding = next(m for _, m in body.named_modules() if isinstance(m, nn.Embedding))
+    if widths[0] != embedding.weight.shape[-1]:
         raise IFPError(
             f"{first.path}: {first.name} takes {widths[0]} values, but the backbone gives "
-            f"{norm.shape[-1]}."
+            f"{embedding.weight.shape[-1]}."
         )
 
 

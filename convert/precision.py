@@ -15,9 +15,9 @@ from mlx_lm.utils import quantize_model
 
 from mlx_ifp.errors import IFPError
 from mlx_ifp.structure import FFN, PROJECTIONS, build_model, get_module, linear
-from mlx_ifp.tensor_files import LazyTensor, len_of
+from mlx_ifp.tensor_files import BLOCK_BYTES, LazyTensor, len_of
 
-from .source_files import BLOCK_BYTES, buffers
+from .source_files import buffers
 
 DTYPES = tuple(MODEL_CONVERSION_DTYPES)
 RECIPES = tuple(QUANT_RECIPES)
@@ -51,6 +51,8 @@ class Precision:
         """Raises IFPError if the options contradict one another."""
         if self.recipe is not None and self.mode != "affine":
             raise IFPError("--quant-predicate needs --q-mode affine.")
+        if any(n is not None and n < 1 for n in (self.bits, self.group_size)):
+            raise IFPError("Bits and group sizes are numbers above 0.")
         given = self.bits or self.group_size or self.mode != "affine" or self.recipe
         if given and not self.quantize:
             raise IFPError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
@@ -162,7 +164,7 @@ def cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
     def read(start: int, stop: int) -> mx.array:
         return as_array(tensor.read(start, stop), tensor.dtype).astype(dtype)
 
-    return LazyTensor(tensor.shape, dtype, read, tensor.step)
+    return LazyTensor(tensor.shape, dtype, read, tensor.step, tensor.held)
 
 
 def rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
@@ -193,7 +195,7 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
         return turned
 
     step = max(BLOCK_BYTES // (count * tensor.dtype.size), 1) if tensor.step else 0
-    return LazyTensor((columns, count), tensor.dtype, read, step)
+    return LazyTensor((columns, count), tensor.dtype, read, step, held=tensor.nbytes)
 
 
 def quantized(name: str, tensor: LazyTensor, how: dict[str, Any] | None) -> Tensors:
@@ -231,7 +233,8 @@ def quantized(name: str, tensor: LazyTensor, how: dict[str, Any] | None) -> Tens
 
     sample = mx.quantize(mx.zeros((1, tensor.shape[-1]), tensor.dtype), **how)
     count = len_of(tensor.shape)
+    held = sum(array.nbytes for array in sample) * count + tensor.held
     return {
-        f"{module}.{key}": LazyTensor((count, array.shape[-1]), array.dtype, reader(key))
+        f"{module}.{key}": LazyTensor((count, array.shape[-1]), array.dtype, reader(key), held=held)
         for key, array in zip(("weight", "scales", "biases"), sample, strict=False)
     }

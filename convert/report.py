@@ -41,6 +41,12 @@ def print_missing(trained: TrainedModel) -> None:
     tensors = trained.llm | {f"p.{k}": v for k, v in (trained.backbone | trained.head).items()}
     last = trained.head["linear2.weight"]
     print(f"layout:      {trained.layout}")
+    for what, config in (("LLM", trained.llm_config), ("predictor", trained.backbone_config)):
+        if config is not None:
+            print(f"{what + ':':12} {config.get('model_type')}")
+    for what, value in (("L", trained.layers), ("d_ffn", trained.d_ffn), ("k", trained.keep)):
+        if value is not None:
+            print(f"{what + ':':12} {value}")
     print(f"tensors in:  {len(tensors)}, {_mb(sum(t.nbytes for t in tensors.values()))}")
     print(f"head:        {last.shape[0]} scores (L * d_ffn)")
     sys.stdout.flush()
@@ -82,8 +88,9 @@ def memory_of(plan: Plan) -> int:
 def _working(tensor: LazyTensor) -> int:
     """A tensor made whole is there twice: as read and as written."""
     if not tensor.step or not tensor.shape:
-        return 2 * tensor.nbytes
-    return 2 * min(tensor.step * tensor.nbytes // max(tensor.shape[0], 1), tensor.nbytes)
+        return tensor.held + 2 * tensor.nbytes
+    block = min(tensor.step * tensor.nbytes // max(tensor.shape[0], 1), tensor.nbytes)
+    return tensor.held + 2 * block
 
 
 def _mb(count: int) -> str:

@@ -10,11 +10,19 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ifp.errors import IFPError
-from mlx_ifp.tensor_files import BLOCKS_HELD, DTYPES, LazyTensor, len_of, read_any_header
+from mlx_ifp.tensor_files import (
+    BLOCK_BYTES,
+    BLOCKS_HELD,
+    DTYPES,
+    LazyTensor,
+    len_of,
+    read_any_header,
+)
 
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
+# transformers looks for them in this order.
+SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,12 @@ class SourceTensor:
 class _Buffers:
     """Memory that is used again: fresh pages would cost more than reading into them.
 
-    Blocks take turns, so a writer may still hold the last ones. A larger read has a buffer of its
-    own, until the next larger read.
+    Blocks take turns, so a writer may still hold the last ones; a block that is turned takes two
+    buffers. A larger read has a buffer of its own, until the next larger read.
     """
 
     def __init__(self) -> None:
-        self.blocks = [np.empty(0, np.uint8)] * (BLOCKS_HELD + 2)
+        self.blocks = [np.empty(0, np.uint8)] * (2 * BLOCKS_HELD + 4)
         self.large = np.empty(0, np.uint8)
 
     def take(self, nbytes: int) -> np.ndarray:
@@ -141,18 +149,23 @@ def open_tensors(path: Path) -> dict[str, SourceTensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a directory's weights: those of its index, or the one there is.
+    """The files that hold a directory's weights: one file, or those of an index.
+
+    What transformers would take comes first, so that a stale index does no harm.
 
     Raises:
         IFPError: if there are none, several without an index, or the index names a file that is
             missing or outside of the directory.
     """
-    for pattern in INDEXES:
-        for index in sorted(directory.glob(pattern)):
-            return sorted(_indexed(index))
-    for pattern in ("model*.safetensors", "*.safetensors"):
-        if found := sorted(directory.glob(pattern)):
-            return found
+    for pattern, index in zip(SINGLE, INDEXES, strict=True):
+        if (directory / pattern).is_file():
+            return [directory / pattern]
+        for file in sorted(directory.glob(index)):
+            return sorted(_indexed(file))
+        if pattern.endswith(".safetensors"):
+            for shards in ("model*.safetensors", "*.safetensors"):
+                if found := sorted(directory.glob(shards)):
+                    return found
     found = sorted(f for f in directory.iterdir() if f.suffix in PICKLES)
     if len(found) == 1:
         return found

@@ -74,12 +74,12 @@ def open_torch_file(path: Path) -> dict[str, SourceTensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    found: dict[str, Any] = {}
-    _flatten(content, "", found, torch)
-    if not found:
-        raise IFPError(f"{path}: no tensors are in it.")
-    make = _zipped_tensor if zipped else _loaded_tensor
-    return {name: make(path, name, tensor, torch) for name, tensor in found.items()}
+        found: dict[str, Any] = {}
+        _flatten(content, "", found, torch)
+        if not found:
+            raise IFPError(f"{path}: no tensors are in it.")
+        make = _zipped_tensor if zipped else _loaded_tensor
+        return {name: make(path, name, tensor, torch) for name, tensor in found.items()}
 
 
 def _check_zip(path: Path) -> None:
@@ -93,6 +93,11 @@ def _check_zip(path: Path) -> None:
         raise IFPError(f"{path}: a compressed zip file; torch.save never writes one. Refused.")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise IFPError(f"{path}: its records overlap or claim more than the file holds. Refused.")
+    with _one_line(path), zipfile.ZipFile(path) as archive:
+        orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
+    if any(order != b"little" for order in orders):
+        # PyTorch would swap bytes that are not there yet, and crash.
+        raise IFPError(f"{path}: written on a big-endian machine; save it as safetensors there.")
 
 
 @contextlib.contextmanager
@@ -102,6 +107,8 @@ def _one_line(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except IFPError:
+        raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
         what = f" (it asks for {asked[1]})" if asked else ""
@@ -120,17 +127,23 @@ def _one_line(path: Path) -> Iterator[None]:
         OSError,
         AssertionError,
         OverflowError,
+        zipfile.BadZipFile,
     ) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IFPError(f"{path}: PyTorch cannot read it ({text}).") from error
 
 
 def _flatten(value: Any, name: str, found: dict[str, Any], torch: Any) -> None:
-    """Names of nested dicts are joined by dots; what is no tensor is left out."""
+    """Names of nested dicts and lists are joined by dots; what is no tensor is left out."""
     if isinstance(value, torch.Tensor):
+        if name in found:
+            raise ValueError(f"two tensors are called {name}")
+        if value.layout != torch.strided or value.is_neg() or value.is_conj():
+            raise ValueError(f"{name} is sparse, or a negative or conjugate view")
         found[name] = value
-    elif isinstance(value, dict):
-        for key, item in value.items():
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
             _flatten(item, f"{name}.{key}" if name else str(key), found, torch)
 
 
@@ -218,12 +231,18 @@ def open_distributed_checkpoint(directory: Path) -> dict[str, SourceTensor]:
         if not (directory / part).is_file():
             raise IFPError(f"{directory / part}: the file is missing; .metadata names it.")
 
+    # PyTorch reads a whole tensor; the blocks of it come one after another.
+    loaded: dict[str, np.ndarray] = {}
+
     def make(name: str, shape: tuple[int, ...], dtype: Any) -> SourceTensor:
         def read(start: int, stop: int) -> np.ndarray:
-            whole = {name: torch.empty(shape, dtype=dtype)}
-            with _one_line(directory):
-                dcp.load(whole, checkpoint_id=directory, no_dist=True)
-            return _bits(whole[name][start:stop] if shape else whole[name], torch)
+            if name not in loaded:
+                loaded.clear()
+                whole = {name: torch.empty(shape, dtype=dtype)}
+                with _one_line(directory):
+                    dcp.load(whole, checkpoint_id=directory, no_dist=True)
+                loaded[name] = _bits(whole[name], torch)
+            return loaded[name][start:stop] if shape else loaded[name]
 
         sample = torch.empty(0, dtype=dtype)
         return SourceTensor(directory, name, _dtype(sample), shape, read)

@@ -52,6 +52,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise IFPError(f"{path} already exists. Delete it or name another path.")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).absolute()
@@ -64,6 +65,10 @@ def new_directory(path: Path) -> Iterator[Path]:
             os.rename(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if not path.exists():
+                with contextlib.suppress(OSError):
+                    for parent in made:
+                        parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -93,13 +93,21 @@ class Checkpoint:
         return ["predictor"] * bool(self.head) + ["activations"] + ["static"] * bool(self.static)
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` resolved; of a user that does not exist it stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
     """The directory of a checkpoint: a local one, or a hub repository that is downloaded.
 
     Raises:
         IFPError: if there is neither.
     """
-    path = Path(path_or_hf_repo).expanduser()
+    path = expanded(path_or_hf_repo)
     if path.is_dir():
         return path
     if path.exists():

@@ -23,6 +23,7 @@ from .channels import ChannelReader
 from .checkpoint import Checkpoint, load_tensors, open_checkpoint, resolve
 from .cli import command
 from .errors import IFPError
+from .hub import uploading
 from .masks import Selection
 from .model import load_tokenizer_of
 from .options import add_model_options, add_task_options, load_model, task_of
@@ -292,7 +293,7 @@ def _check_gguf(config: dict[str, Any]) -> None:
         problem = f"the architecture {config['model_type']!r}; it has {', '.join(GGUF_MODELS)}"
     elif "quantization" in config:
         problem = "quantized weights; add --dequantize"
-    elif config.get("head_dim", 0) * config["num_attention_heads"] not in (
+    elif (config.get("head_dim") or 0) * config["num_attention_heads"] not in (
         0,
         config["hidden_size"],
     ):
@@ -369,10 +370,8 @@ def main() -> None:
     args = setup_arg_parser().parse_args()
     checkpoint = open_checkpoint(resolve(args.model, args.revision))
     selection = _selection(args, checkpoint.digest)
-    if args.save_selection is not None:
-        if selection is None:
-            raise IFPError("--dense selects nothing to save.")
-        save_selection(args.save_selection, selection)
+    if args.save_selection is not None and selection is None:
+        raise IFPError("--dense selects nothing to save.")
     tokenizer = load_tokenizer_of(checkpoint, {"trust_remote_code": args.trust_remote_code})
     notes = export(
         checkpoint,
@@ -382,9 +381,12 @@ def main() -> None:
         dequantize=args.dequantize,
         gguf=args.gguf,
     )
+    if args.save_selection is not None:
+        save_selection(args.save_selection, selection)
     for note in notes:
         print(f"[INFO] {note}", file=sys.stderr)
     k = checkpoint.d_ffn if selection is None else selection.k
     print(f"{args.save_path}: {checkpoint.config['model_type']}, intermediate_size {k}")
     if args.upload_repo is not None:
-        upload_to_hub(args.save_path, args.upload_repo)
+        with uploading(args.save_path, args.upload_repo):
+            upload_to_hub(args.save_path, args.upload_repo)

@@ -1,14 +1,20 @@
 """A checkpoint on the Hugging Face hub: its model card, and the upload."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
+import huggingface_hub.utils
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .checkpoint import open_checkpoint
 from .errors import IFPError
 
+# The hub's client is httpx, under the name that huggingface_hub gives it.
+_HTTPX = getattr(huggingface_hub.utils, "httpx", None)
+_NETWORK_ERRORS = (_HTTPX.TransportError,) if _HTTPX is not None else ()
 TAGS = ["mlx", "instruction-following-pruning"]
 
 
@@ -61,10 +67,17 @@ def upload_checkpoint(directory: Path, repo: str, base_model: str | None = None)
         IFPError: if the hub refuses it; the checkpoint stays where it is.
     """
     write_model_card(directory, repo, base_model)
-    try:
+    with uploading(directory, repo):
         api = HfApi()
         api.create_repo(repo_id=repo, exist_ok=True)
         api.upload_large_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+
+
+@contextlib.contextmanager
+def uploading(directory: str | Path, repo: str) -> Iterator[None]:
+    """An upload's errors in one line that says what is complete all the same."""
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, *_NETWORK_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise IFPError(f"{directory} is complete, but not uploaded to {repo}: {reason}") from error

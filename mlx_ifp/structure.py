@@ -68,6 +68,8 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
             model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise IFPError(f"mlx-lm cannot build a model of type {model_type!r}: {error}") from error
+    except SystemExit as error:  # mlx-lm's olmo, if the package it needs is missing
+        raise IFPError(f"mlx-lm cannot build a model of type {model_type!r} here.") from error
     except AssertionError as error:
         raise IFPError(f"mlx-lm cannot build this model of type {model_type!r}.") from error
     if quantized:

@@ -27,6 +27,8 @@ DTYPES = {
     "U8": mx.uint8,
 }
 FLOATS = ("F32", "F16", "BF16")
+# What is read at a time. Two MB stay in a processor's cache until they are written.
+BLOCK_BYTES = 2 << 20
 # How many blocks are hashed behind the one that is written.
 BLOCKS_HELD = 4
 _BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | {"I64": 8, "I32": 4, "F64": 8}
@@ -50,10 +52,21 @@ def _parse(path: Path) -> tuple[dict[str, Any], int]:
         tensors = parse_local_safetensors_file_metadata(path).tensors
         with open(path, "rb") as file:
             start = 8 + struct.unpack("<Q", file.read(8))[0]
+        for name, tensor in tensors.items():
+            numbers = [*tensor.data_offsets, *tensor.shape]
+            if len(tensor.data_offsets) != 2 or not all(map(_is_size, numbers)):
+                raise ValueError(name)
         ends = [(tensor.data_offsets[1], name) for name, tensor in tensors.items()]
     except FileNotFoundError as error:
         raise IFPError(f"{path}: the file is missing.") from error
-    except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        SafetensorsParsingError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise IFPError(f"{path}: not a readable safetensors file, or truncated.") from error
     end, name = max(ends, default=(0, ""))
     if start + end > size:
@@ -62,6 +75,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], int]:
             "it is truncated. Download or convert it again."
         )
     return tensors, start
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def read_any_header(path: Path) -> dict[str, TensorInfo]:
@@ -134,12 +151,14 @@ class LazyTensor:
             reads.
             A tensor without axes has one row.
         step: rows to read at a time; 0 for all at once.
+        held: bytes that reading keeps in memory besides what it returns.
     """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     read: Callable[[int, int], mx.array | np.ndarray]
     step: int = 0
+    held: int = 0
 
     @classmethod
     def of(cls, array: mx.array) -> "LazyTensor":
@@ -217,6 +236,10 @@ def write_safetensors(
             view = memoryview(data)
             while view.nbytes:
                 view = view[file.write(view) :]
+            if memoryview(data).nbytes > BLOCK_BYTES:
+                # There is one large buffer, and the next read may need it.
+                while hashing:
+                    hashing.popleft().result()
 
         put(struct.pack("<Q", len(text)))
         put(text)

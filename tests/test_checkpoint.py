@@ -1,5 +1,6 @@
 """A checkpoint is checked when it is opened; each fault has its one line."""
 
+import hashlib
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from mlx_ifp import IFPError, load
 from mlx_ifp.atomic import new_directory
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
-from mlx_ifp.tensor_files import read_header, write_safetensors
+from mlx_ifp.tensor_files import LazyTensor, read_header, write_safetensors
 
 from .conftest import make_dense, make_predictor_checkpoint
 
@@ -45,6 +46,22 @@ def message(checkpoint):
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def test_the_digest_of_large_rows_is_right(tmp_path):
+    """A row larger than a block has one buffer; it must not be read into while it is hashed."""
+    rows = np.arange(6 * 900_000, dtype=np.uint32).reshape(6, -1)
+    buffer = np.empty((1, 900_000), np.uint32)
+
+    def read(start, stop):
+        buffer[...] = rows[start:stop]
+        return buffer
+
+    lazy = LazyTensor(rows.shape, mx.uint32, read, step=1)
+    record = write_safetensors(tmp_path / "a.safetensors", {"a": lazy})
+    data = (tmp_path / "a.safetensors").read_bytes()
+    assert record["sha256"] == hashlib.sha256(data).hexdigest()
+    assert data.endswith(rows.tobytes())
 
 
 def test_the_config_tells_what_the_checkpoint_is(predictor_checkpoint):

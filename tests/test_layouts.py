@@ -1,7 +1,9 @@
 """Trained checkpoints of every layout, against what PyTorch computed with them (tests/golden)."""
 
+import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -236,6 +238,39 @@ def test_the_end_tokens_of_the_llm_come_along(tmp_path):
     assert load(out, cache=False)[1].eos_token_ids >= {7, 9}
 
 
+def test_what_mlx_lm_does_not_do_is_said(tmp_path, capfd):
+    shutil.copytree(GOLDEN / "split", tmp_path / "run")
+    file = tmp_path / "run" / "llama" / "config.json"
+    values = {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    convert(str(tmp_path / "run"), tmp_path / "ifp", **options("split"))
+    assert "mlx-lm's qwen2 has no sliding window" in capfd.readouterr().err
+
+
+def test_digests_are_right_however_late_they_are_computed(tmp_path, monkeypatch):
+    """Blocks are hashed behind the writing; their buffers must not be used again before."""
+    from mlx_ifp import tensor_files
+
+    sha256 = hashlib.sha256
+
+    class Slow:
+        def __init__(self):
+            self.digest = sha256()
+
+        def update(self, data):
+            time.sleep(0.002)
+            self.digest.update(data)
+
+        def hexdigest(self):
+            return self.digest.hexdigest()
+
+    monkeypatch.setattr(tensor_files.hashlib, "sha256", Slow)
+    out = convert(str(MODELS["split"]), tmp_path / "ifp", **options("split"))
+    monkeypatch.undo()
+    for name, record in open_checkpoint(out).ifp.files.items():
+        assert record["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest(), name
+
+
 def test_uploading(tmp_path, monkeypatch):
     """A model card as mlx-lm writes one, and the hub's own client."""
     from huggingface_hub import ModelCard
@@ -271,8 +306,12 @@ def test_uploading(tmp_path, monkeypatch):
     open_checkpoint(out)
 
 
-def test_an_upload_that_fails_keeps_the_checkpoint(tmp_path):
-    """Offline: the checkpoint is complete, the line says that it was not uploaded."""
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_an_upload_that_fails_keeps_the_checkpoint(tmp_path, monkeypatch, offline):
+    """Offline, or no answer: the checkpoint is complete, the line says that nothing went up."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
     out = tmp_path / "ifp"
     line = fails_after(
         "convert", "--model", MODELS["split"], "--mlx-path", out, *FLAGS["split"],

@@ -71,6 +71,10 @@ def edit_tensors(file: Path, change) -> None:
         ("predictor_meta.json", {"topk": "31"}, "topk must be of type int"),
         ("predictor_meta.json", {"mask_method": "hardest"}, "mask_method must be one of"),
         ("predictor_meta.json", {"extractor_config": {"model_type": "none"}}, "mlx-lm cannot"),
+        ("llama/config.json", {"hidden_act": "gelu"}, "activation is 'gelu', but mlx-lm's qwen2"),
+        ("llama/config.json", {"hidden_act": "mish"}, "activation 'mish' is not known"),
+        ("llama/config.json", {"layer_types": [["a"], ["b"]]}, "malformed"),
+        ("llama/config.json", {"rope_parameters": {"full_attention": 5}}, "malformed"),
         ("llama/config.json", {"num_hidden_layers": 2}, "is left over"),
         ("llama/config.json", {"num_hidden_layers": 4}, "is missing"),
         ("llama/config.json", {"intermediate_size": 76}, "has the shape"),
@@ -170,6 +174,7 @@ def test_the_folder_above_its_checkpoints(tmp_path):
 def test_an_index_that_leaves_the_directory(tmp_path, shard):
     run = damaged(tmp_path, "split")
     index = {"weight_map": {"model.norm.weight": shard}}
+    (run / "llama" / "model.safetensors").unlink()
     (run / "llama" / "model.safetensors.index.json").write_text(json.dumps(index))
     line = convert_fails(run, tmp_path / "out", *FLAGS["split"])
     assert "is not a file of this directory" in line
@@ -178,6 +183,7 @@ def test_an_index_that_leaves_the_directory(tmp_path, shard):
 def test_a_missing_shard(tmp_path):
     run = damaged(tmp_path, "split")
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (run / "llama" / "model.safetensors").unlink()
     (run / "llama" / "model.safetensors.index.json").write_text(json.dumps(index))
     line = convert_fails(run, tmp_path / "out", *FLAGS["split"])
     assert "model-00002-of-00002.safetensors: the shard is missing" in line
@@ -198,6 +204,50 @@ def test_without_pytorch_the_extra_is_named(tmp_path):
     assert "pip install 'mlx_ifp[torch]'" in line
 
 
+def test_a_pattern_of_layers_that_mlx_lm_does_not_have(tmp_path):
+    """Its Gemma 3 knows one full layer in every few, and would take its default."""
+    run = damaged(tmp_path, "manifest")
+    config = json.loads((run / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["full_attention", "full_attention", "sliding_attention"]
+    config["text_config"].pop("_sliding_window_pattern", None)
+    edit(run / "config.json", **config)
+    line = convert_fails(run, tmp_path / "out", *FLAGS["manifest"])
+    assert "layer_types is not" in line
+
+
+def test_a_stale_index_does_no_harm(tmp_path):
+    """``model.safetensors`` comes first, as in transformers."""
+    run = damaged(tmp_path, "split")
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (run / "llama" / name).write_text(json.dumps({"weight_map": {"a": "gone.bin"}}))
+    convert(str(run), tmp_path / "ifp", **options("split"))
+
+
+def test_a_directory_that_was_made_for_nothing_goes(tmp_path):
+    line = convert_fails(MODELS["module"], tmp_path / "deep" / "er" / "out")
+    assert "--keep" in line
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":["a","b"]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,9]}}',
+        b'{"a":{"dtype":"F32","shape":null,"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}',
+        b"[" * 200_000,
+    ],
+)
+def test_a_header_that_is_none(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    line = convert_fails(file, tmp_path / "out", *FLAGS["module"])
+    assert "not a readable safetensors file" in line
+
+
 def test_an_existing_path_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     line = fails(
@@ -212,6 +262,10 @@ def test_precisions_that_contradict(tmp_path):
         (["--quant-predicate", "mixed_4_6"], "need -q"),
         (["-q", "--quant-predicate", "mixed_4_6", "--q-mode", "mxfp4"], "needs --q-mode affine"),
         (["--predictor-q-bits", "9"], "cannot be quantized"),
+        (["--predictor-q-group-size", "32"], "needs --predictor-q-bits"),
+        (["-q", "--q-bits", "0"], "numbers above 0"),
+        (["-d"], "-d is for dense models"),
+        (["--llm-config", "~nosuchuser/x"], "~nosuchuser/x"),
     ):
         line = convert_fails(MODELS["split"], tmp_path / "out", *FLAGS["split"], *flags)
         assert expected in line

@@ -142,6 +142,47 @@ def test_a_tensor_larger_than_its_data(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_that_have_no_plain_data(tmp_path):
+    cyclic = {}
+    cyclic["a"] = cyclic
+    for content, expected in (
+        ({"a": torch.eye(3).to_sparse()}, "cannot read it"),
+        ({"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}, "two tensors are called a.b"),
+        ({"a": torch._neg_view(torch.ones(2))}, "negative or conjugate"),
+        (cyclic, "cannot read it"),
+    ):
+        torch.save(content, tmp_path / "model.pt")
+        with pytest.raises(IFPError, match=expected):
+            open_tensors(tmp_path / "model.pt")
+    torch.save({"list": [torch.ones(1), {"b": torch.ones(2)}]}, tmp_path / "model.pt")
+    assert sorted(open_tensors(tmp_path / "model.pt")) == ["list.0", "list.1.b"]
+
+
+def test_a_file_of_a_big_endian_machine(tmp_path):
+    """PyTorch itself would crash on it."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "good.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as good,
+        zipfile.ZipFile(tmp_path / "model.pt", "w") as archive,
+    ):
+        for name in good.namelist():
+            archive.writestr(name, b"big" if name.endswith("byteorder") else good.read(name))
+    line = convert_fails(tmp_path / "model.pt", tmp_path / "out", *FLAGS["module"])
+    assert "big-endian" in line
+
+
+def test_a_distributed_tensor_is_loaded_once(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"a": torch.randn(10, 3), "b": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    loads, load = [], dcp.load
+    monkeypatch.setattr(dcp, "load", lambda state, **kw: loads.append(1) or load(state, **kw))
+    tensor = open_tensors(tmp_path)["a"]
+    for start in range(0, 10, 2):
+        tensor.read(start, start + 2)
+    assert len(loads) == 1
+
+
 def test_a_truncated_file(tmp_path, legacy):
     file = tmp_path / "model.pt"
     torch.save({"a": torch.randn(5000)}, file, _use_new_zipfile_serialization=not legacy)
@@ -154,7 +195,7 @@ def test_a_truncated_file(tmp_path, legacy):
 
 def test_what_is_no_checkpoint(tmp_path):
     file = tmp_path / "model.pt"
-    for content in ([torch.ones(2)], {"step": 3}, "text"):
+    for content in ([1, 2], {"step": 3}, "text"):
         torch.save(content, file)
         assert "no tensors" in convert_fails(file, tmp_path / "out", *FLAGS["module"])
     file.write_bytes(b"garbage" * 100)

@@ -34,7 +34,8 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
         if not isinstance(manifest.get(name), int):
             raise IFPError(f"{path / MANIFEST}: {name} must be a number.")
     temperature = manifest.get("mask_temperature", 1.0)
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 < temperature < 1e6:
         raise IFPError(f"{path / MANIFEST}: mask_temperature must be above 0.")
     tensors = open_tensors(path / _PREDICTOR)
     head = {name: t for name, t in tensors.items() if not name.startswith("extractor.")}

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from mlx_ifp.checkpoint import expanded
 from mlx_ifp.config import HeadConfig, MaskConfig
 from mlx_ifp.errors import IFPError
 
@@ -112,7 +113,7 @@ def read_config(name: str | None) -> dict[str, Any] | None:
     """A ``config.json``: a file, or that of a directory or hub id."""
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
@@ -153,5 +154,5 @@ def has_tokenizer(directory: Path) -> bool:
 
 def generation_config(where: str | Path | None) -> list[Path]:
     """The ``generation_config.json`` of a directory, if there is one: it names the end tokens."""
-    files = [Path(where).expanduser() / "generation_config.json"] if where is not None else []
+    files = [expanded(where) / "generation_config.json"] if where is not None else []
     return [file for file in files if file.is_file()]
