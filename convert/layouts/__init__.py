@@ -18,18 +18,16 @@ LAYOUTS = (*TRAINED, "dense")
 
 
 def detect_layout(path: Path) -> str:
-    """Which layout a file or directory has.
+    """Which layout a file or directory has, or looks most like.
 
     Returns:
         str: one of ``LAYOUTS``; ``dense`` for a model without a predictor.
 
     Raises:
-        IFPError: if it is none of them.
+        IFPError: if it is converted already, or holds several checkpoints.
     """
     if path.is_file():
-        if path.suffix == ".gguf":
-            return "dense"
-        return module.check_module(path)
+        return "dense" if path.suffix == ".gguf" else "module"
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{path} is a checkpoint of mlx_ifp already.")
     if split.is_split(path):
@@ -41,4 +39,4 @@ def detect_layout(path: Path) -> str:
     inner = sorted(p.name for p in path.glob("checkpoint-*") if manifest.is_manifest(p))
     if inner:
         raise IFPError(f"{path} holds {', '.join(inner)}; name one of them, as {path / inner[-1]}.")
-    return module.check_module(path)
+    return "module"

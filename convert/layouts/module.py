@@ -20,20 +20,11 @@ _HEAD = {
 }
 
 
-def check_module(path: Path) -> str:
-    """The name of this layout, if a file or directory has it.
-
-    Raises:
-        IFPError: if it is another kind of checkpoint.
-    """
-    _find_prefix(path, open_tensors(path))
-    return "module"
-
-
 def is_module(path: Path) -> bool:
     """Whether a directory of a model has it."""
     with contextlib.suppress(IFPError):
-        return check_module(path) == "module"
+        _find_prefix(path, open_tensors(path))
+        return True
     return False
 
 
