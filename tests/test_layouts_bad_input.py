@@ -220,7 +220,8 @@ def test_a_stale_index_does_no_harm(tmp_path):
     run = damaged(tmp_path, "split")
     for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         (run / "llama" / name).write_text(json.dumps({"weight_map": {"a": "gone.bin"}}))
-    convert(str(run), tmp_path / "ifp", **options("split"))
+    out = convert(str(run), tmp_path / "ifp", **options("split"))
+    assert len(open_checkpoint(out).ffns) == 3
 
 
 def test_a_directory_that_was_made_for_nothing_goes(tmp_path):
