@@ -91,6 +91,7 @@ def load_dense(
         config = load_config(path) if (path / "config.json").is_file() else None
     if not path.is_dir() or config is None:
         raise IFPError(f"{model} is no model directory: it has no config.json.")
+    config = mlx_config(config)
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
     source = {"model": str(model), "format": "safetensors"}
@@ -114,7 +115,7 @@ def load_dense(
     for file in files:
         read_any_header(file)
     with one_line(model):
-        network, config = load_model(path, lazy=True, model_config=mlx_config(config))
+        network, config = load_model(path, lazy=True, model_config=config)
     chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
     dense = _from_network(network, config, chosen, source, dequantize)
     dense.extra_files = extra_files

@@ -78,7 +78,9 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
     the size of the vocabulary in ``text_config`` alone. What is there already stays.
     """
     config = copy.deepcopy(config)
-    if isinstance(config.get("text_config"), dict):
+    if config.get("text_config") is not None:
+        if not isinstance(config["text_config"], dict):
+            raise TypeError("text_config must be an object")
         config["text_config"] = _translated(config["text_config"])
         if "vocab_size" in config["text_config"]:
             config.setdefault("vocab_size", config["text_config"]["vocab_size"])

@@ -47,7 +47,7 @@ def check_support(network: nn.Module, config: dict[str, Any]) -> list[str]:
     layered = "layer_types" in known and text.get("layer_types")
     if not used or layered or "sliding_window_pattern" in known:
         return []
-    if context is not None and window >= context:
+    if isinstance(context, int) and window >= context:
         return []
     return [
         f"mlx-lm's {text.get('model_type')} has no sliding window: prompts of more than {window} "
@@ -84,7 +84,7 @@ def _check_layer_types(config: dict[str, Any], known: set[str]) -> None:
 def _check_activation(network: nn.Module, config: dict[str, Any]) -> None:
     """Try the FFN's activation, and compare it with the one that the config names."""
     name = config.get("hidden_activation") or config.get("hidden_act")
-    expected = _ACTIVATIONS.get(name)
+    expected = _ACTIVATIONS.get(str(name))
     try:
         ffn = find_ffns(network)[0]
     except IFPError:

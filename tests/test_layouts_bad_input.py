@@ -74,6 +74,8 @@ def edit_tensors(file: Path, change) -> None:
         ("llama/config.json", {"hidden_act": "gelu"}, "activation is 'gelu', but mlx-lm's qwen2"),
         ("llama/config.json", {"hidden_act": "mish"}, "activation 'mish' is not known"),
         ("llama/config.json", {"layer_types": [["a"], ["b"]]}, "malformed"),
+        ("llama/config.json", {"text_config": [1]}, "text_config must be an object"),
+        ("llama/config.json", {"hidden_act": ["silu"]}, "is not known"),
         ("llama/config.json", {"rope_parameters": {"full_attention": 5}}, "malformed"),
         ("llama/config.json", {"num_hidden_layers": 2}, "is left over"),
         ("llama/config.json", {"num_hidden_layers": 4}, "is missing"),
