@@ -4,7 +4,6 @@ CHECKPOINT.md describes the format.
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +13,31 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load_config, make_shards, save_config
 
-from .config import CONFIG_FILE, IFPConfig
+from .config import CONFIG_FILE, HeadConfig, IFPConfig
 from .errors import IFPError
+from .expected import (
+    backbone_tensors,
+    channel_tensors,
+    head_tensors,
+    quantized_modules,
+    trunk_tensors,
+)
 from .structure import (
     FFN,
-    PROJECTIONS,
     build_model,
+    embedding_shape,
     evaluate,
     find_body,
+    find_embedding,
     find_ffns,
-    quantization_of,
+    get_module,
+    set_module,
     settle,
     with_width,
 )
-from .tensor_files import (
-    FLOATS,
-    LazyTensor,
-    TensorInfo,
-    check_tensors,
-    read_header,
-    write_safetensors,
-)
+from .tensor_files import LazyTensor, TensorInfo, check_tensors, read_header, write_safetensors
 
 TRUNK = "model"  # mlx-lm's own stem: `mlx_lm.load` then fails on the missing FFN, loudly
 CHANNELS = "channels"
@@ -48,8 +48,6 @@ HEAD_FILE = f"{HEAD_STEM}.safetensors"
 STATIC_FILE = "static.safetensors"
 TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors"]
-
-Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
 @dataclass
@@ -157,8 +155,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     predictor_config = None
     if ifp.head is not None:
         predictor_config = _load_llm_config(path / PREDICTOR)
-        _check_predictor(path, ifp, predictor_config, ffns, tensors(PREDICTOR_STEM),
-                         files.get(HEAD_FILE, {}))  # fmt: skip
+        _check_predictor(path, ifp, predictor_config, model, tensors(PREDICTOR_STEM))
+        _check_head(path, ifp.head, predictor_config, ffns, files.get(HEAD_FILE, {}))
     static = files.get(STATIC_FILE, {})
     if static or ifp.selector == "static":
         check_tensors(
@@ -211,71 +209,9 @@ def _digest(path: Path) -> str:
 
 
 def _build_llm(config: dict[str, Any], trunk: dict[str, TensorInfo]) -> nn.Module:
-    model = build_model(config, _quantized(trunk))
+    model = build_model(config, quantized_modules(trunk))
     settle(model, {name: tensor.shape for name, tensor in trunk.items()})
     return model
-
-
-def _quantized(tensors: dict[str, TensorInfo]) -> set[str]:
-    return {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
-
-
-def trunk_tensors(model: nn.Module, ffns: list[FFN]) -> Expected:
-    """What the trunk of a model is made of: name -> (shape, allowed dtypes).
-
-    It is every parameter but the FFN's, and the down projection's bias, which no channel owns.
-    """
-    prefixes = tuple(f"{ffn.path}." for ffn in ffns)
-    biases = {f"{ffn.path}.down_proj.bias" for ffn in ffns if "down_proj" in ffn.biases}
-    return {
-        name: (tuple(array.shape), _allowed(array))
-        for name, array in tree_flatten(model.parameters())
-        if not name.startswith(prefixes) or name in biases
-    }
-
-
-def backbone_tensors(model: nn.Module) -> Expected:
-    """What a predictor's backbone is made of: the model without its output layer."""
-    prefix = f"{find_body(model)}."
-    return {
-        name: (tuple(array.shape), _allowed(array))
-        for name, array in tree_flatten(model.parameters())
-        if name.startswith(prefix)
-    }
-
-
-def _allowed(array: mx.array) -> tuple[str, ...]:
-    if array.dtype == mx.uint32:
-        return ("U32",)
-    return ("U8",) if array.dtype == mx.uint8 else FLOATS
-
-
-def channel_tensors(
-    config: dict[str, Any], ffns: list[FFN], found: dict[str, TensorInfo]
-) -> Expected:
-    """What the channels are made of: name -> (shape, allowed dtypes).
-
-    A projection is quantized if its ``scales`` are there; how is in the LLM's config.
-    """
-    expected: Expected = {}
-    for ffn in ffns:
-        for projection in PROJECTIONS:
-            name = f"{ffn.path}.{projection}"
-            rows, width = ffn.d_ffn, ffn.hidden_size
-            if f"{name}.scales" in found:
-                how = quantization_of(config, ffn.module_path(projection))
-                groups = width // how["group_size"]
-                expected[f"{name}.weight"] = ((rows, width * how["bits"] // 32), ("U32",))
-                if how["mode"] == "affine":
-                    expected[f"{name}.scales"] = ((rows, groups), FLOATS)
-                    expected[f"{name}.biases"] = ((rows, groups), FLOATS)
-                else:
-                    expected[f"{name}.scales"] = ((rows, groups), ("U8",))
-            else:
-                expected[f"{name}.weight"] = ((rows, width), FLOATS)
-            if projection in ffn.biases and projection != "down_proj":
-                expected[f"{name}.bias"] = ((rows,), FLOATS)
-    return expected
 
 
 def _check_k(path: Path, ifp: IFPConfig, ffns: list[FFN]) -> None:
@@ -291,27 +227,46 @@ def _check_predictor(
     path: Path,
     ifp: IFPConfig,
     config: dict[str, Any],
-    ffns: list[FFN],
-    backbone: dict[str, TensorInfo],
-    head: dict[str, TensorInfo],
+    llm: nn.Module,
+    tensors: dict[str, TensorInfo],
 ) -> None:
-    """The backbone is a stock mlx-lm model without its output layer; the head is ours."""
-    check_tensors(
-        path / PREDICTOR, backbone, backbone_tensors(build_model(config, _quantized(backbone)))
-    )
-    widths = ifp.head.widths
-    scores = len(ffns) * ffns[0].d_ffn
-    if widths[-1] != scores:
+    """The backbone is a stock mlx-lm model without its output layer, and maybe its embedding."""
+    backbone = build_model(config, quantized_modules(tensors))
+    own = ifp.predictor_embedding == "own"
+    if not own:
+        _check_shared_embedding(path, llm, backbone)
+    check_tensors(path / PREDICTOR, tensors, backbone_tensors(backbone, own))
+
+
+def _check_shared_embedding(path: Path, llm: nn.Module, backbone: nn.Module) -> None:
+    shapes, names = [], []
+    for model in (llm, backbone):
+        name = find_embedding(model)
+        shapes.append(embedding_shape(get_module(model, name)))
+        names.append(f"{name}.weight")
+    if shapes[0] != shapes[1]:
         raise IFPError(
-            f"{path / CONFIG_FILE}: the head gives {widths[-1]} scores, but {len(ffns)} layers of "
-            f"{ffns[0].d_ffn} channels need {scores}."
+            f"{path / PREDICTOR / 'config.json'}: the backbone's {names[1]} is to be the LLM's "
+            f"(predictor_embedding is 'llm'), but it needs {shapes[1][0]} tokens of "
+            f"{shapes[1][1]} values, and {names[0]} in {path / TRUNK}*.safetensors has "
+            f"{shapes[0][0]} of {shapes[0][1]}."
         )
-    expected = {}
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        expected[f"linear{i + 1}.weight"] = ((outputs, inputs), FLOATS)
-        if ifp.head.biases[i]:
-            expected[f"linear{i + 1}.bias"] = ((outputs,), FLOATS)
-    check_tensors(path / HEAD_FILE, head, expected)
+
+
+def _check_head(
+    path: Path,
+    head: HeadConfig,
+    config: dict[str, Any],
+    ffns: list[FFN],
+    tensors: dict[str, TensorInfo],
+) -> None:
+    scores = len(ffns) * ffns[0].d_ffn
+    if head.widths[-1] != scores:
+        raise IFPError(
+            f"{path / CONFIG_FILE}: the head gives {head.widths[-1]} scores, but {len(ffns)} "
+            f"layers of {ffns[0].d_ffn} channels need {scores}."
+        )
+    check_tensors(path / HEAD_FILE, tensors, head_tensors(head, config, tensors))
 
 
 def load_tensors(tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> dict[str, mx.array]:
@@ -329,9 +284,25 @@ def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return array.astype(dtype)
 
 
-def load_backbone(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> nn.Module:
-    """The predictor's backbone, a stock mlx-lm model; its output layer, if any, stays unset."""
-    model = build_model(checkpoint.predictor_config, _quantized(checkpoint.predictor))
+def load_backbone(
+    checkpoint: Checkpoint, dtype: mx.Dtype | None, trunk: nn.Module | None = None
+) -> nn.Module:
+    """The predictor's backbone, a stock mlx-lm model; its output layer, if any, stays unset.
+
+    Args:
+        checkpoint (Checkpoint): one that has a predictor.
+        dtype (mx.Dtype): cast floats to this type; None keeps them.
+        trunk (nn.Module): from :func:`load_trunk`; needed if ``predictor_embedding`` is ``llm``.
+            Its embedding module becomes the backbone's.
+
+    Raises:
+        ValueError: if it is needed and missing.
+    """
+    model = build_model(checkpoint.predictor_config, quantized_modules(checkpoint.predictor))
+    if checkpoint.ifp.predictor_embedding == "llm":
+        if trunk is None:
+            raise ValueError("The predictor shares the LLM's embedding: the trunk is needed.")
+        set_module(model, find_embedding(model), get_module(trunk, find_embedding(trunk)))
     arrays = load_tensors(checkpoint.predictor, dtype)
     model.load_weights(list(arrays.items()), strict=False)
     evaluate(model, prefix=f"{find_body(model)}.")

@@ -14,6 +14,7 @@ SELECTORS = ("predictor", "activations", "static")
 ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
+EMBEDDINGS = ("own", "llm")
 
 
 @dataclass
@@ -102,13 +103,19 @@ class TextConfig:
 
 @dataclass
 class IFPConfig:
-    """The whole of ``ifp_config.json``; CHECKPOINT.md explains each field."""
+    """The whole of ``ifp_config.json``; CHECKPOINT.md explains each field.
+
+    Attributes:
+        predictor_embedding: ``own``, or ``llm`` if the backbone uses the LLM's embedding and
+            tokenizer and has neither in ``predictor/``.
+    """
 
     k: int | list[int]
     selector: str = "activations"
     mask: MaskConfig = field(default_factory=MaskConfig)
     text: TextConfig = field(default_factory=TextConfig)
     head: HeadConfig | None = None
+    predictor_embedding: str = "own"
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -167,7 +174,9 @@ class IFPConfig:
         self.text.check()
         if self.head is not None:
             self.head.check()
-        _require(self.selector != "predictor" or self.head is not None, "head is missing")
+        _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
+        needed = self.selector == "predictor" or self.predictor_embedding == "llm"
+        _require(not needed or self.head is not None, "head is missing")
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -199,7 +199,7 @@ class IFPModel:
         """The sparsity predictor, loaded at the first use."""
         with self._lock:
             if self._predictor is None:
-                self._predictor = load_predictor(self.checkpoint, self.dtype)
+                self._predictor = load_predictor(self.checkpoint, self.dtype, self.trunk)
                 self.predictor_loads += 1
             return self._predictor
 
@@ -210,7 +210,8 @@ class IFPModel:
 
     def selector_tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with."""
-        if self._checked_selector(selector) != "predictor":
+        shared = self.checkpoint.ifp.predictor_embedding == "llm"
+        if self._checked_selector(selector) != "predictor" or shared:
             return self.tokenizer
         with self._lock:
             if self._predictor_tokenizer is None:

@@ -108,20 +108,28 @@ def _untouched_random_state() -> Iterator[None]:
         mx.random.seed(high << 32 | low)
 
 
-def quantization_of(config: dict[str, Any], path: str) -> dict[str, Any]:
+def quantization_of(config: dict[str, Any], path: str, file: str = "config.json") -> dict[str, Any]:
     """Group size, bits and mode of a quantized module, by mlx-lm's convention in ``config.json``.
 
+    Args:
+        config (dict): its content.
+        path (str): of the module.
+        file (str): what an error calls the config.
+
     Raises:
-        IFPError: if the config has no ``quantization``.
+        IFPError: if the config has no ``quantization``, or one that is none.
     """
     quantization = config.get("quantization")
     if not isinstance(quantization, dict):
-        raise IFPError(f"{path} is quantized, but config.json has no 'quantization'.")
+        raise IFPError(f"{path} is quantized, but {file} has no 'quantization'.")
     own = quantization.get(path)
     chosen = own if isinstance(own, dict) else quantization
     chosen = {key: chosen[key] for key in _QUANTIZATION_DEFAULTS if key in chosen}
     if not {"group_size", "bits"} <= chosen.keys():
-        raise IFPError(f"config.json: the quantization of {path} lacks group_size or bits.")
+        raise IFPError(f"{file}: the quantization of {path} lacks group_size or bits.")
+    for key in ("group_size", "bits"):
+        if not isinstance(chosen[key], int) or chosen[key] < 1:
+            raise IFPError(f"{file}: {key} of {path} must be a number, not {chosen[key]!r}.")
     return {"mode": "affine"} | chosen
 
 
@@ -249,6 +257,26 @@ def linear(weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
     return module
 
 
+def quantized_linear(
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    how: dict[str, Any],
+    bias: mx.array | None = None,
+) -> nn.QuantizedLinear:
+    """The same around packed weights [output, ...]; ``how`` is group_size, bits and mode."""
+    module = nn.QuantizedLinear.__new__(nn.QuantizedLinear)
+    nn.Module.__init__(module)
+    module.group_size, module.bits, module.mode = how["group_size"], how["bits"], how["mode"]
+    module.weight, module.scales = weight, scales
+    if biases is not None:
+        module.biases = biases
+    if bias is not None:
+        module.bias = bias
+    module.freeze()
+    return module
+
+
 def find_body(model: nn.Module) -> str:
     """The path of the part that turns tokens into the final hidden states, after the last norm.
 
@@ -261,6 +289,34 @@ def find_body(model: nn.Module) -> str:
         if isinstance(own, list) and layers and own[0] is layers[0]:
             return path
     raise IFPError(f"{_name(model)} has no module that holds its layers.")
+
+
+def find_embedding(model: nn.Module) -> str:
+    """The path of the embedding of tokens, quantized or not, which the model's body begins with.
+
+    Raises:
+        IFPError: if there is none, or another one besides.
+    """
+    body = find_body(model)
+    found = [
+        f"{body}.{path}"
+        for path, module in get_module(model, body).named_modules()
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+    ]
+    if len(found) != 1:
+        names = f" ({', '.join(sorted(found))})" if found else ""
+        raise IFPError(
+            f"{_name(model)} has {len(found)} embeddings in {body}{names}; "
+            "only one that is alone can be shared."
+        )
+    return found[0]
+
+
+def embedding_shape(module: nn.Embedding | nn.QuantizedEmbedding) -> tuple[int, int]:
+    """Vocabulary and hidden size."""
+    rows, width = module.weight.shape
+    quantized = isinstance(module, nn.QuantizedEmbedding)
+    return rows, width * 32 // module.bits if quantized else width
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
