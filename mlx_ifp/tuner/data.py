@@ -3,8 +3,8 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,35 +102,36 @@ def load_examples(
     Raises:
         IFPError: naming the file and line of the first row that is not usable.
     """
-    if stage not in STAGES:
-        raise IFPError(f"stage must be one of {', '.join(STAGES)}, not {stage!r}.")
-    if stage == "pretrain":
-        _check_chunks(chunk_size, max_seq_length, text, task_texts)
+    _require(stage in STAGES, f"stage must be one of {', '.join(STAGES)}, not {stage!r}.")
+    if stage == "sft":
+        make = partial(
+            _answer, tokenizer=selector_tokenizer, how=text, limit=max_seq_length, texts=task_texts
+        )
+    else:
+        _check_chunks(chunk_size, max_seq_length, task_texts)
+        tokenizers = (tokenizer, selector_tokenizer)
+        make = partial(
+            _chunks, tokenizers=tokenizers, how=text, size=chunk_size, limit=max_seq_length
+        )
     examples: dict[str, list[Example]] = {}
     for split, dataset in _load_datasets(data, tokenizer, stage).items():
-        examples[split] = []
-        described: dict[str, list[int]] = {}
-        for where, row in _checked_rows(data, split, dataset, stage):
+        examples[split], first = [], None
+        for i in range(len(dataset)):
+            row = dataset[i]
             try:
-                if stage == "pretrain":
-                    tokens = _process(dataset, row)[0]
-                    examples[split] += _chunk_examples(
-                        tokens, row.get("task"), tokenizer, selector_tokenizer, text,
-                        chunk_size, max_seq_length,
-                    )  # fmt: skip
-                    continue
-                selecting = _selecting(row, selector_tokenizer, text, task_texts, described)
-                tokens, offset = _process(dataset, row)
-                _check_answer(tokens, offset, max_seq_length)
+                first = _check_row(row, first, stage)
+                examples[split] += make(row, *_process(dataset, row, first))
             except IFPError as error:
+                # Blank lines are refused, so row i of a file is line i + 1.
+                file = f"{Path(data) / split}.jsonl: line {i + 1}"
+                where = file if Path(data).is_dir() else f"{data}: {split} row {i}"
                 raise IFPError(f"{where}: {error}") from error
-            examples[split].append(Example(tokens, offset, selecting, row.get("task")))
-    if not examples["train"]:
-        # Only chunks give nothing: a row of sft is an example or an error.
-        raise IFPError(
-            f"{data}: no text of train is longer than one chunk of {chunk_size:,} tokens; lower "
-            "--chunk-size or give longer texts."
-        )
+    # Only chunks give nothing: a row of sft is an example or an error.
+    _require(
+        bool(examples["train"]),
+        f"{data}: no text of train is longer than one chunk of {chunk_size:,} tokens; lower "
+        "--chunk-size or give longer texts.",
+    )
     return examples
 
 
@@ -139,42 +140,39 @@ def task_counts(examples: list[Example]) -> dict[str | None, int]:
     return dict(Counter(example.task for example in examples))
 
 
-def _check_chunks(
-    chunk_size: int, max_seq_length: int, text: TextConfig, task_texts: dict[str, str] | None
-) -> None:
-    if task_texts is not None:
-        raise IFPError("In stage pretrain chunks select; task descriptions are for stage sft.")
-    if chunk_size < 1:
-        raise IFPError(f"--chunk-size must be 1 or more, not {chunk_size}.")
-    if max_seq_length < 2 * chunk_size:
-        raise IFPError(
-            f"--max-seq-length {max_seq_length:,} does not hold two chunks of {chunk_size:,} "
-            "tokens, one that selects and one that is predicted; lower --chunk-size."
-        )
-    if chunk_size > text.max_tokens:
-        raise IFPError(
-            f"A chunk of {chunk_size:,} tokens is longer than the {text.max_tokens:,} that this "
-            "checkpoint's selectors take; lower --chunk-size."
-        )
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise IFPError(message)
+
+
+def _check_chunks(size: int, limit: int, task_texts: dict[str, str] | None) -> None:
+    _require(
+        task_texts is None, "In stage pretrain chunks select; task descriptions are for stage sft."
+    )
+    _require(size >= 1, f"--chunk-size must be 1 or more, not {size}.")
+    _require(
+        limit >= 2 * size,
+        f"--max-seq-length {limit:,} does not hold two chunks of {size:,} tokens, one that selects "
+        "and one that is predicted; lower --chunk-size.",
+    )
 
 
 def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, Any]:
     """mlx-lm's dataset of each split, after a check of the files it would read."""
     path = Path(data)
-    if path.is_file() or (path.suffix == ".jsonl" and not path.exists()):
-        raise IFPError(
-            f"{data}: give the directory that holds train.jsonl (and valid.jsonl, test.jsonl), "
-            "not a file."
-        )
-    local = path.is_dir()
-    if local:
-        if not (path / "train.jsonl").exists():
-            raise IFPError(f"{path / 'train.jsonl'} is missing; put the training rows there.")
-        for split in SPLITS:
-            if (path / f"{split}.jsonl").exists():
-                _check_file(path / f"{split}.jsonl", stage)
-    # mlx-lm refuses to mask prompts of text rows before it says which split they are in, so masks
-    # are switched on below.
+    _require(
+        not path.is_file() and (path.suffix != ".jsonl" or path.exists()),
+        f"{data}: give the directory that holds train.jsonl (and valid.jsonl, test.jsonl), "
+        "not a file.",
+    )
+    if path.is_dir():
+        files = {split: path / f"{split}.jsonl" for split in SPLITS}
+        _require(files["train"].exists(), f"{files['train']} is missing; put the rows there.")
+        for file in files.values():
+            if file.exists():
+                _check_file(file, stage)
+    # mlx-lm refuses to mask the prompts of text rows in words of its own, so masks are switched
+    # on below.
     args = SimpleNamespace(data=data, train=False, test=False, mask_prompt=False)
     try:
         datasets = dict(zip(SPLITS, load_dataset(args, tokenizer), strict=True))
@@ -189,8 +187,7 @@ def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[s
         raise IFPError(
             f"{data}: neither a directory nor a dataset that can be loaded from the hub ({reason})."
         ) from error
-    if not len(datasets["train"]):
-        raise IFPError(f"{data}: there is no split named train, or it is empty.")
+    _require(len(datasets["train"]) > 0, f"{data}: there is no split named train.")
     for dataset in datasets.values():
         if stage == "sft" and hasattr(dataset, "mask_prompt"):
             dataset.mask_prompt = True
@@ -204,44 +201,20 @@ def _check_file(path: Path, stage: str) -> None:
         with open(path, encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                first = _check_row(_parse(line), first, stage)
+                _require(bool(line.strip()), "the line is blank; remove it.")
+                first = _check_row(json.loads(line), first, stage)
     except UnicodeDecodeError as error:
-        raise IFPError(f"{path}: line {number + 1} or after: not UTF-8 text.") from error
+        # Text is decoded in blocks, so the line is not known.
+        raise IFPError(f"{path}: not UTF-8 text, in line {number + 1} or after.") from error
     except OSError as error:
         raise IFPError(f"{path}: cannot be read ({error.strerror}).") from error
     except IFPError as error:
         raise IFPError(f"{path}: line {number}: {error}") from error
-    if number == 0:
-        raise IFPError(f"{path}: the file is empty; give one JSON object a line.")
-
-
-def _parse(line: str) -> Any:
-    if not line.strip():
-        raise IFPError("the line is blank; remove it.")
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise IFPError(f"not JSON ({error.msg}, column {error.colno}).") from error
     except (ValueError, RecursionError) as error:
-        raise IFPError(f"not JSON that can be read ({error}).") from error
-
-
-def _checked_rows(
-    data: str, split: str, dataset: Any, stage: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row, and the words that say where it is."""
-    local = Path(data).is_dir()
-    first = None
-    for i in range(len(dataset)):
-        # Blank lines are refused, so row i of a file is line i + 1.
-        where = f"{Path(data) / split}.jsonl: line {i + 1}" if local else f"{data}: {split} row {i}"
-        row = dataset[i]
-        if not local:
-            try:
-                first = _check_row(row, first, stage)
-            except IFPError as error:
-                raise IFPError(f"{where}: {error}") from error
-        yield where, row
+        # A JSONDecodeError counts lines of its own; its msg leaves them out.
+        reason = getattr(error, "msg", error)
+        raise IFPError(f"{path}: line {number}: not JSON that can be read ({reason}).") from error
+    _require(number > 0, f"{path}: the file is empty; give one JSON object a line.")
 
 
 def _check_row(row: Any, first: str | None, stage: str) -> str:
@@ -258,139 +231,122 @@ def _check_row(row: Any, first: str | None, stage: str) -> str:
     Raises:
         IFPError: what is wrong, without where.
     """
-    if not isinstance(row, dict):
-        raise IFPError(f"a row must be a JSON object, not {type(row).__name__}.")
-    kind = _row_format(row)
-    if first is not None and kind != first:
-        raise IFPError(f"a row of format {kind}, but the first one is {first}; use one format.")
-    if not isinstance(row.get("task"), str | None):
-        raise IFPError("task must be a string.")
-    if kind == "text":
-        if stage == "sft":
-            raise IFPError("a row of format text has no prompt to select; use --stage pretrain.")
-        if not isinstance(row["text"], str):
-            raise IFPError("text must be a string.")
-    elif kind == "completions":
-        for name in ("prompt", "completion"):
-            if not isinstance(row[name], str):
-                raise IFPError(f"{name} must be a string.")
-        if stage == "sft" and not row["completion"].strip():
-            raise IFPError("the completion is empty.")
-    else:
+    _require(isinstance(row, dict), f"a row must be a JSON object, not {type(row).__name__}.")
+    # The order is mlx-lm's.
+    formats = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
+    kind = next((kind for kind, names in formats.items() if all(n in row for n in names)), None)
+    _require(
+        kind is not None,
+        f"unknown format, with the fields {', '.join(sorted(row)) or 'none'}; a row has text, or "
+        "prompt and completion, or messages.",
+    )
+    _require(first in (None, kind), f"the format is {kind}, but {first} in the first row.")
+    _require(isinstance(row.get("task"), str | None), "task must be a string.")
+    if kind == "chat":
         _check_messages(row["messages"], stage)
+    else:
+        for name in formats[kind]:
+            _require(isinstance(row[name], str), f"{name} must be a string.")
+    if stage == "sft":
+        _require(kind != "text", "a text has no prompt that selects; use --stage pretrain.")
+        _require(kind != "completions" or bool(row["completion"].strip()), "the answer is empty.")
     return kind
 
 
-def _row_format(row: dict[str, Any]) -> str:
-    # The order is mlx-lm's.
-    if "prompt" in row and "completion" in row:
-        return "completions"
-    if "messages" in row:
-        return "chat"
-    if "text" in row:
-        return "text"
-    raise IFPError(
-        f"unknown format, with the fields {', '.join(sorted(row)) or 'none'}; a row has text, or "
-        "prompt and completion, or messages."
-    )
-
-
 def _check_messages(messages: Any, stage: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise IFPError("messages must be a list of at least one message.")
+    _require(isinstance(messages, list) and bool(messages), "messages must be a list, not empty.")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise IFPError(f"message {number} must be an object with role and content.")
-        content = message.get("content")
-        # Only a message that calls tools may do without content.
-        if not isinstance(content, str | list) and not message.get("tool_calls"):
-            raise IFPError(f"the content of message {number} must be a string.")
-    if stage == "sft":
-        last = messages[-1]
-        if last["role"] != "assistant":
-            raise IFPError(f"the last message must be the assistant's, not of {last['role']!r}.")
-        content = last.get("content")
-        if not (content.strip() if isinstance(content, str) else content or last.get("tool_calls")):
-            raise IFPError("the last message, the answer, is empty.")
-
-
-def _process(dataset: Any, row: dict[str, Any]) -> tuple[list[int], int]:
-    """mlx-lm's tokens and offset of a row."""
-    if row.get("text") == "" and _row_format(row) == "text":
-        return [], 0  # mlx-lm looks at the last token
-    if _row_format(row) != "text" and not dataset.tokenizer.has_chat_template:
-        raise IFPError("this model has no chat template; give rows of format text.")
-    try:
-        tokens, offset = dataset.process(row)
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise IFPError(f"the chat template does not take these messages: {error}.") from error
-    return list(tokens), offset
-
-
-def _check_answer(tokens: list[int], offset: int, max_seq_length: int) -> None:
-    if len(tokens) > max_seq_length:
-        raise IFPError(
-            f"{len(tokens):,} tokens, {len(tokens) - offset:,} of them the answer, are more than "
-            f"{max_seq_length:,}; raise --max-seq-length or split the row before training."
+        _require(
+            isinstance(message, dict) and isinstance(message.get("role"), str),
+            f"message {number} must be an object with role and content.",
         )
-    if offset >= len(tokens):
-        raise IFPError("the chat template makes no tokens of the answer.")
-    if offset < 1:
-        raise IFPError("there is nothing before the answer.")
+        # Only a message that calls tools may do without content.
+        _require(
+            isinstance(message.get("content"), str | list) or bool(message.get("tool_calls")),
+            f"the content of message {number} must be a string.",
+        )
+    if stage == "sft":
+        _require(len(messages) > 1, "there is nothing before the last message, the answer.")
+        role, content = messages[-1]["role"], messages[-1].get("content")
+        _require(role == "assistant", f"the last message must be the assistant's, not of {role!r}.")
+        said = content.strip() if isinstance(content, str) else content
+        _require(bool(said or messages[-1].get("tool_calls")), "the answer is empty.")
 
 
-def _selecting(
+def _process(dataset: Any, row: dict[str, Any], kind: str) -> tuple[list[int], int]:
+    """mlx-lm's tokens and offset of a row."""
+    if kind == "text" and not row["text"].strip():
+        return [], 0  # mlx-lm looks at the last token, which there may not be
+    _require(
+        kind == "text" or dataset.tokenizer.has_chat_template,
+        "this model has no chat template; give rows of format text.",
+    )
+    try:
+        return dataset.process(row)
+    except (TemplateError, ValueError, TypeError, LookupError) as error:
+        what = "tokenizer" if kind == "text" else "chat template"
+        reason = " ".join(str(error).split())
+        raise IFPError(f"the {what} does not take this row ({reason}).") from error
+
+
+def _answer(
     row: dict[str, Any],
-    tokenizer: TokenizerWrapper,
-    text: TextConfig,
-    task_texts: dict[str, str] | None,
-    described: dict[str, list[int]],
-) -> list[int]:
-    """The selector's tokens for a row; ``described`` keeps those of the tasks."""
-    if task_texts is None:
-        messages = row.get("messages")
-        if _row_format(row) == "completions":
-            messages = [{"role": "user", "content": row["prompt"]}]
-        return selector_tokens(tokenizer, selecting_text(messages, text.source), text)
-    task = row.get("task")
-    if task is None:
-        raise IFPError("the row has no task, but task descriptions are to select; add the field.")
-    if task not in task_texts:
-        raise IFPError(f"the task {task!r} has no description.")
-    if task not in described:
-        described[task] = selector_tokens(tokenizer, task_texts[task], text)
-    return described[task]
-
-
-def _chunk_examples(
     tokens: list[int],
-    task: str | None,
+    offset: int,
+    *,
     tokenizer: TokenizerWrapper,
-    selector_tokenizer: TokenizerWrapper,
-    text: TextConfig,
-    chunk_size: int,
-    max_seq_length: int,
+    how: TextConfig,
+    limit: int,
+    texts: dict[str, str] | None,
+) -> list[Example]:
+    """The prompt, or the description of the task, selects for the answer."""
+    _require(
+        len(tokens) <= limit,
+        f"{len(tokens):,} tokens, {len(tokens) - offset:,} of them the answer, are more than "
+        f"{limit:,}; raise --max-seq-length or split the row before training.",
+    )
+    _require(offset < len(tokens), "the chat template makes no tokens of the answer.")
+    _require(offset > 0, "the chat template makes no tokens before the answer.")
+    task = row.get("task")
+    if texts is None:
+        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+        selects = selecting_text(messages, how.source)
+    else:
+        _require(task is not None, "the row has no task, but task descriptions are to select.")
+        _require(task in texts, f"the task {task!r} has no description.")
+        selects = texts[task]
+    return [Example(tokens, offset, selector_tokens(tokenizer, selects, how), task)]
+
+
+def _chunks(
+    row: dict[str, Any],
+    tokens: list[int],
+    _: int,
+    *,
+    tokenizers: tuple[TokenizerWrapper, TokenizerWrapper],
+    how: TextConfig,
+    size: int,
+    limit: int,
 ) -> list[Example]:
     """Chunk k selects for chunk k + 1, for all k (paper, equation 5)."""
+    own, selectors = tokenizers
     examples = []
-    for start in range(chunk_size, len(tokens), chunk_size):
-        selecting = tokens[start - chunk_size : start]
-        if selector_tokenizer is not tokenizer:
-            selecting = selector_tokenizer.encode(
-                tokenizer.decode(selecting, skip_special_tokens=True), add_special_tokens=False
+    for start in range(size, len(tokens), size):
+        selecting = tokens[start - size : start]
+        if selectors is not own:
+            selecting = selectors.encode(
+                own.decode(selecting, skip_special_tokens=True), add_special_tokens=False
             )
-            if not selecting:
-                continue  # a chunk of special tokens
-            if len(selecting) > text.max_tokens:
-                raise IFPError(
-                    f"a chunk has {len(selecting):,} tokens of the selector's, which takes "
-                    f"{text.max_tokens:,}; lower --chunk-size."
-                )
-        end = min(start + chunk_size, len(tokens))
+        _require(
+            len(selecting) <= how.max_tokens,
+            f"a chunk has {len(selecting):,} tokens, this checkpoint's selectors take "
+            f"{how.max_tokens:,}; lower --chunk-size.",
+        )
+        end = min(start + size, len(tokens))
         # The first chunks go, whole, until the rest fits.
-        over = max(0, end - max_seq_length)
-        left = math.ceil(over / chunk_size) * chunk_size
-        examples.append(Example(tokens[left:end], start - left, selecting, task))
+        left = math.ceil(max(0, end - limit) / size) * size
+        if selecting:  # nothing is left of a chunk of special tokens
+            examples.append(Example(tokens[left:end], start - left, selecting, row.get("task")))
     return examples
 
 
@@ -452,15 +408,13 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not examples:
-            raise IFPError("There are no examples to make batches of.")
-        if batch_size < 1 or batch_size % world_size:
-            raise IFPError(
-                f"--batch-size {batch_size} must be a positive multiple of the {world_size} "
-                "processes that share it."
-            )
-        if seed < 0:
-            raise IFPError(f"--seed must be 0 or more, not {seed}.")
+        _require(bool(examples), "There are no examples to make batches of.")
+        _require(
+            batch_size >= 1 and batch_size % world_size == 0,
+            f"--batch-size {batch_size} must be a positive multiple of the {world_size} processes "
+            "that share it.",
+        )
+        _require(seed >= 0, f"--seed must be 0 or more, not {seed}.")
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
