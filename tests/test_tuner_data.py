@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from tokenizers import processors
 
 from mlx_ifp.config import TextConfig
 from mlx_ifp.convert.gguf import load_gguf
@@ -198,6 +199,13 @@ def test_the_first_chunks_go_if_a_text_is_too_long(load, tokenizer):
     assert last.offset == (end - 1) // 16 * 16 - start
 
 
+@pytest.mark.parametrize(("limit", "lengths"), [(48, [32, 48, 48]), (47, [32, 32, 32])])
+def test_as_many_whole_chunks_stay_as_fit(load, limit, lengths):
+    rows = [{"text": text_of(60)}]
+    examples = load(rows, stage="pretrain", chunk_size=16, max_seq_length=limit)["train"]
+    assert [len(e.tokens) for e in examples[:3]] == lengths
+
+
 def test_a_chunk_of_one_token_is_predicted(load, tokenizer):
     length = len(tokenizer.encode(text_of(10))) + 1
     row = {"text": text_of(10)}
@@ -224,6 +232,9 @@ def test_chats_and_completions_are_texts_too(load, tokenizer):
 
 def test_another_tokenizer_reads_the_chunk_without_special_tokens(load, tokenizer):
     other = load_tokenizer(GOLDEN)
+    start = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    other._tokenizer.backend_tokenizer.post_processor = start
+    assert other.encode("x")[0] == 0
     (example, *_) = load([COMPLETION], stage="pretrain", chunk_size=16, selector=other)["train"]
     chunk = tokenizer.decode(example.tokens[: example.offset], skip_special_tokens=True)
     assert example.selecting == other.encode(chunk, add_special_tokens=False)
@@ -494,6 +505,12 @@ def test_examples_of_a_batch_are_of_similar_length():
     lengths = [[len(examples[i].tokens) for i in batch] for batch in epoch_of(Batches(examples, 4))]
     # Random batches of four lengths between 4 and 400 spread over some 240 tokens.
     assert np.mean([max(batch) - min(batch) for batch in lengths]) < 60
+
+
+def test_examples_meet_others_in_each_epoch():
+    batches = Batches([example(length) for length in range(4, 324)], 4)
+    first, second = ({frozenset(batch) for batch in epoch_of(batches, e)} for e in range(2))
+    assert len(first & second) < 10
 
 
 def test_batches_are_not_in_order_of_length():
