@@ -1,4 +1,4 @@
-"""``mlx_ifp.convert``: a dense or trained model becomes a checkpoint."""
+"""``mlx_ifp.convert``: a dense or trained model, or another checkpoint, becomes a checkpoint."""
 
 import argparse
 import json
@@ -30,25 +30,26 @@ from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.errors import IFPError
 from mlx_ifp.hub import upload_checkpoint
 from mlx_ifp.model import Keep, default_dtype
-from mlx_ifp.options import parse_keep
 from mlx_ifp.tensor_files import write_safetensors
 from mlx_ifp.text import selector_tokens
 
 from .dense import load_dense, one_line
-from .layouts import LAYOUTS, TRAINED, detect_layout
+from .layouts import CHECKPOINT, TRAINED, detect_layout
 from .layouts.parts import Given
-from .plan import DEFAULT_KEEP, Plan, plan_dense, plan_trained
-from .precision import DTYPES, MODES, RECIPES, Precision
+from .options import setup_arg_parser
+from .plan import Plan, plan_dense, plan_trained
+from .precision import DEFAULT_GROUP_SIZE, Precision
 from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
+from .requantize import plan_requantized
 from .source_files import PICKLES
 
 # Tokenizer, configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
-# A model's own files, and what the layouts have beside them.
+# A model's own files, and what the layouts and our checkpoints have beside them.
 HUB_PATTERNS = [
     *TOKENIZER_PATTERNS,
     *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
-    *("*.pt", "*.pth", "*.distcp", ".metadata"),
+    *("*.pt", "*.pth", "*.distcp", ".metadata", "channels*.safetensors", STATIC_FILE),
 ]
 
 # A repository may have its weights as safetensors and as pickles: the latter only if need be.
@@ -70,6 +71,7 @@ def convert(
     predictor_dtype: str | None = None,
     predictor_q_bits: int | None = None,
     predictor_q_group_size: int | None = None,
+    head_q_bits: int | None = None,
     layout: str | None = None,
     llm_config: str | None = None,
     predictor_config: str | None = None,
@@ -82,21 +84,24 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Make a checkpoint from a dense model, or from one that was trained with PyTorch.
+    """Make a checkpoint from a dense model, from one trained with PyTorch, or from a checkpoint.
 
-    Tensors stream through memory, the largest ones in parts.
+    A checkpoint stays what it is but for its precision and k. Tensors stream through memory, the
+    largest ones in parts.
 
     Args:
         model (str): a file, a directory or a hub id: a model of Hugging Face or mlx-lm, a GGUF
-            file of the llama architecture, or a trained checkpoint of a known layout.
+            file of the llama architecture, a trained checkpoint of a known layout, or a
+            checkpoint of mlx_ifp.
         mlx_path: the checkpoint to make; it must not exist.
         keep: k, a count, a fraction (float) or a list of L counts; None for what the layout
             says, or half of the channels of a dense model.
         quantize_weights, q_bits, q_group_size, q_mode, quant_predicate, dequantize_weights,
-            dtype: as in ``mlx_lm.convert``. A trained checkpoint keeps its types unless ``dtype``
-            is given.
+            dtype: as in ``mlx_lm.convert``. A trained checkpoint and one of mlx_ifp keep their
+            types unless ``dtype`` is given; one of mlx_ifp may be dequantized and quantized anew.
         predictor_dtype, predictor_q_bits, predictor_q_group_size: the same for the predictor, if
             it is to differ; ``predictor_q_bits=0`` leaves it unquantized.
+        head_q_bits (int): quantize the predictor's head, in the predictor's groups; None does not.
         layout (str): ``split``, ``module``, ``manifest`` or ``dense``; None finds out.
         llm_config, predictor_config: a ``config.json``, or a directory or hub id that has one.
         tokenizer, predictor_tokenizer (str): where to take them from, if not from the model.
@@ -120,7 +125,10 @@ def convert(
     precision = Precision(dtype, quantize_weights, q_bits, q_group_size, q_mode, quant_predicate)
     precision.check()
     predictor_precision = _predictor_precision(
-        precision, predictor_dtype, predictor_q_bits, predictor_q_group_size
+        precision, predictor_dtype, predictor_q_bits, predictor_q_group_size, head_q_bits
+    )
+    head_precision = _head_precision(
+        predictor_precision, head_q_bits, predictor_q_group_size or q_group_size
     )
     given = Given(llm_config, predictor_config, tokenizer, predictor_tokenizer, keep)
 
@@ -130,7 +138,20 @@ def convert(
         if revision is not None:
             source["revision"] = revision
         kind = layout or detect_layout(path)
-        if kind == "dense" and (llm_config or predictor_config or predictor_tokenizer):
+        if kind == CHECKPOINT:
+            if replace(given, keep=None) != Given() or text_format or prompts:
+                raise IFPError(
+                    f"{model} is a checkpoint of mlx_ifp already: only its precision and k can be "
+                    "changed."
+                )
+            return plan_requantized(
+                path, keep, precision, predictor_precision, head_precision, dequantize_weights
+            )
+        if quantize_weights and dequantize_weights:
+            raise IFPError("-d is not allowed with -q, but for a checkpoint of mlx_ifp.")
+        if kind == "dense" and (
+            llm_config or predictor_config or predictor_tokenizer or head_q_bits
+        ):
             raise IFPError(f"{model} is a dense model: it has no predictor, and its own config.")
         if kind != "dense" and dequantize_weights:
             raise IFPError("-d is for dense models; the layouts have no quantized weights.")
@@ -149,7 +170,13 @@ def convert(
         if dry_run and trained.missing:
             print_missing(trained)
         return plan_trained(
-            trained, source, precision, predictor_precision, text_format, trust_remote_code
+            trained,
+            source,
+            precision,
+            predictor_precision,
+            head_precision,
+            text_format,
+            trust_remote_code,
         )
 
     if dry_run:
@@ -163,7 +190,9 @@ def convert(
         _write(plan, directory, mlx_path)
         if prompts is not None:
             _add_static_scores(directory, plan.ifp, plan.tokenizer, prompts)
-        (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+        # A checkpoint brings its own: its source is that of the tensors.
+        if not (directory / REPORT_FILE).exists():
+            (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
         open_checkpoint(directory)
     for note in plan.notes:
         print(f"[INFO] {note}", file=sys.stderr)
@@ -174,7 +203,11 @@ def convert(
 
 
 def _predictor_precision(
-    precision: Precision, dtype: str | None, bits: int | None, group_size: int | None
+    precision: Precision,
+    dtype: str | None,
+    bits: int | None,
+    group_size: int | None,
+    head_bits: int | None,
 ) -> Precision:
     """The LLM's, but for what is given."""
     own = replace(precision, dtype=dtype or precision.dtype)
@@ -183,8 +216,19 @@ def _predictor_precision(
     if bits is not None:
         own = replace(own, quantize=True, bits=bits, mode="affine", recipe=None)
     elif group_size is not None and not own.quantize:
-        raise IFPError("--predictor-q-group-size needs --predictor-q-bits or -q.")
+        if not head_bits:
+            raise IFPError(
+                "--predictor-q-group-size needs --predictor-q-bits, --head-q-bits or -q."
+            )
+        return own
     return replace(own, group_size=group_size or own.group_size)
+
+
+def _head_precision(predictor: Precision, bits: int | None, group_size: int | None) -> Precision:
+    """Unquantized unless bits are given; affine, the only mode a head has."""
+    if not bits:
+        return Precision(dtype=predictor.dtype)
+    return Precision(predictor.dtype, True, bits, group_size or DEFAULT_GROUP_SIZE)
 
 
 def _find(model: str, revision: str | None) -> Path:
@@ -202,13 +246,17 @@ def _find(model: str, revision: str | None) -> Path:
 def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:
     """Everything but the report; the plan's tensors are used up."""
     _check_space(mlx_path, plan.nbytes)
-    plan.tokenizer.save_pretrained(str(directory))
+    if plan.tokenizer is not None:
+        plan.tokenizer.save_pretrained(str(directory))
     for file in plan.extra_files:
         shutil.copy(file, directory)
     if plan.predictor_config is not None:
         (directory / PREDICTOR).mkdir()
         save_config(dict(plan.predictor_config), directory / PREDICTOR / "config.json")
-        plan.predictor_tokenizer.save_pretrained(str(directory / PREDICTOR))
+        if plan.predictor_tokenizer is not None:
+            plan.predictor_tokenizer.save_pretrained(str(directory / PREDICTOR))
+        for file in plan.predictor_files:
+            shutil.copy(file, directory / PREDICTOR)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Converting") as bar:
         write_checkpoint(directory, plan.config, plan.ifp, plan.tensors, bar.update)
 
@@ -264,103 +312,6 @@ def _add_static_scores(
         directory / STATIC_FILE, {"scores": total / len(prompts)}
     )
     (directory / CONFIG_FILE).write_text(ifp.to_json())
-
-
-EXAMPLES = """examples:
-  mlx_ifp.convert --model mlx-community/Llama-3.2-3B-Instruct-bf16 --mlx-path llama-ifp
-  mlx_ifp.convert --model Qwen/Qwen3-8B --mlx-path qwen-ifp --keep 0.33 -q --q-bits 4
-  mlx_ifp.convert --model SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path smollm2-ifp --keep 768
-
-  a checkpoint trained with PyTorch, of the layout split, module or manifest:
-  mlx_ifp.convert --model run/checkpoint-2000 --mlx-path trained-ifp --dry-run
-  mlx_ifp.convert --model run/model.pt --mlx-path trained-ifp --keep 4096 \\
-      --llm-config meta-llama/Llama-3.1-8B --tokenizer meta-llama/Llama-3.1-8B \\
-      --predictor-config Qwen/Qwen2.5-0.5B --predictor-tokenizer Qwen/Qwen2.5-0.5B
-"""
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.convert``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.convert",
-        description="Make a checkpoint from a dense model, or from one trained with PyTorch.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--model", "--hf-path", required=True, help="A file, a directory or a hub id"
-    )
-    parser.add_argument("--mlx-path", default="mlx_model", help="The checkpoint to make")
-    parser.add_argument("--revision", help="Revision of the hub repository")
-    parser.add_argument(
-        "--keep",
-        type=parse_keep,
-        metavar="K|FRACTION",
-        help="FFN channels to keep in each layer (default: what the checkpoint was trained for; "
-        f"{DEFAULT_KEEP} for a dense model)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Print what would be done; write nothing"
-    )
-    parser.add_argument("--upload-repo", help="Upload the checkpoint to this hub repository")
-    parser.add_argument(
-        "--text-format",
-        choices=["raw", "chat_template"],
-        help="How the text that selects is tokenized (default: raw with a predictor, otherwise "
-        "chat_template if there is one)",
-    )
-    parser.add_argument(
-        "--static-prompts",
-        metavar="FILE",
-        help="Prompts, one a line or jsonl, whose mean scores the 'static' selector uses",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Let the tokenizer run code of the model's repository",
-    )
-    _add_source_options(parser)
-    _add_precision_options(parser)
-    return parser
-
-
-def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the model lacks")
-    group.add_argument("--layout", choices=LAYOUTS, help="Its layout (default: found out)")
-    group.add_argument(
-        "--llm-config", metavar="CONFIG", help="config.json of the LLM: a file, directory or hub id"
-    )
-    group.add_argument(
-        "--predictor-config", metavar="CONFIG", help="config.json of the predictor's backbone"
-    )
-    group.add_argument("--tokenizer", help="The LLM's tokenizer: a directory or hub id")
-    group.add_argument("--predictor-tokenizer", help="The predictor's tokenizer")
-
-
-def _add_precision_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("precision")
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("-q", "--quantize", action="store_true", help="Quantize the weights")
-    either.add_argument(
-        "-d", "--dequantize", action="store_true", help="Dequantize a quantized model"
-    )
-    group.add_argument("--q-bits", type=int, help="Bits per weight")
-    group.add_argument("--q-group-size", type=int, help="Group size")
-    group.add_argument(
-        "--q-mode", default="affine", choices=MODES, help="Quantization mode (default: affine)"
-    )
-    group.add_argument("--quant-predicate", choices=RECIPES, help="Mixed-bit recipe of mlx-lm")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="Type of what is not quantized (default: what the config of a dense model says; a "
-        "trained checkpoint keeps its own)",
-    )
-    group.add_argument("--predictor-dtype", choices=DTYPES, help="The predictor's, if different")
-    group.add_argument(
-        "--predictor-q-bits", type=int, metavar="BITS", help="The same; 0 leaves it unquantized"
-    )
-    group.add_argument("--predictor-q-group-size", type=int, metavar="SIZE", help="The same")
 
 
 def convert_with(args: argparse.Namespace) -> Path:

@@ -17,7 +17,7 @@ from mlx_ifp.structure import find_body, get_module
 from .dense import DenseModel, dtype_of, open_tokenizer
 from .layouts.parts import TrainedModel
 from .naming import NamedModel, name_tensors
-from .precision import Precision, Tensors, quantize_config, split_model
+from .precision import Precision, Tensors, quantize_config, quantize_head, split_model
 
 MAX_TEXT_TOKENS = 8192
 DEFAULT_KEEP = 0.5
@@ -35,7 +35,7 @@ class Plan:
         bytes_in: of the source tensors.
         layers, d_ffn: of the LLM.
         tokenizer, predictor_tokenizer: to be saved.
-        extra_files: to be copied as they are.
+        extra_files, predictor_files: to be copied as they are.
         sources: groups of source tensors -> name -> its name in mlx-lm.
         skipped: the same groups -> name -> why it is not used.
         notes: what the user should know.
@@ -52,6 +52,7 @@ class Plan:
     tokenizer: TokenizerWrapper | None
     predictor_tokenizer: TokenizerWrapper | None = None
     extra_files: list[Path] = field(default_factory=list)
+    predictor_files: list[Path] = field(default_factory=list)
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
     skipped: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -77,7 +78,7 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
     config, trunk, channels, notes = _store(dense, dense.config, dense.ffns, precision, dtype)
     if text_format is None:
         text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
-    ifp = IFPConfig(k=k, text=_text(dense.config, text_format), source=_versions(dense.source))
+    ifp = IFPConfig(k=k, text=_text(dense.config, text_format), source=with_versions(dense.source))
     return Plan(
         layout="dense",
         config=config,
@@ -100,6 +101,7 @@ def plan_trained(
     source: dict[str, Any],
     precision: Precision,
     predictor_precision: Precision,
+    head_precision: Precision,
     text_format: str | None,
     trust_remote_code: bool,
 ) -> Plan:
@@ -125,14 +127,17 @@ def plan_trained(
         backbone, backbone.config, [], predictor_precision, predictor_precision.dtype
     )
     head = {name: tensor.lazy() for name, tensor in trained.head.items()}
-    head, _ = split_model(backbone.network, head, [], {}, predictor_precision.dtype)
+    predictor_config, head_how, head_notes = quantize_head(
+        predictor_config, trained.head_config().widths, head_precision
+    )
+    head, _ = split_model(backbone.network, head, [], head_how, head_precision.dtype)
     ifp = IFPConfig(
         k=resolve_keep(trained.keep, d_ffn, layers),
         selector="predictor",
         mask=trained.mask,
         text=_text(backbone.config, text_format or "raw"),
         head=trained.head_config(),
-        source=_versions(source | {"layout": trained.layout}),
+        source=with_versions(source | {"layout": trained.layout}),
     )
     return Plan(
         layout=trained.layout,
@@ -161,7 +166,7 @@ def plan_trained(
             "head": {tensor.name: name for name, tensor in trained.head.items()},
         },
         skipped={"LLM": llm.skipped, "backbone": backbone.skipped, "others": trained.others},
-        notes=trained.notes + llm.notes + backbone.notes + notes,
+        notes=trained.notes + llm.notes + backbone.notes + notes + head_notes,
     )
 
 
@@ -201,16 +206,7 @@ def _store(
 ) -> tuple[dict[str, Any], Tensors, Tensors, list[str]]:
     """Config, trunk, channels and notes of a model in a precision."""
     precision.check()
-    how: dict[str, dict[str, Any]] = {}
-    notes = []
-    if precision.quantize:
-        config, how = quantize_config(config, ffns, precision)
-        left = [ffn for ffn in ffns if ffn.module_path("down_proj") not in how]
-        if left:
-            notes.append(
-                f"The FFN of {len(left)} layers stays unquantized: the hidden size "
-                f"{left[0].hidden_size} is no multiple of the group size."
-            )
+    config, how, notes = quantize_config(config, ffns, precision)
     trunk, channels = split_model(model.network, dict(model.tensors), ffns, how, dtype)
     model.tensors.clear()
     return config, trunk, channels, notes
@@ -224,5 +220,6 @@ def _text(config: dict[str, Any], text_format: str) -> TextConfig:
     )
 
 
-def _versions(source: dict[str, Any]) -> dict[str, Any]:
+def with_versions(source: dict[str, Any]) -> dict[str, Any]:
+    """A source as ``ifp_config.json`` has it: with the versions that converted it."""
     return source | {"mlx_ifp": version("mlx_ifp"), "mlx_lm": version("mlx_lm")}

@@ -14,6 +14,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_p
 from mlx_lm.utils import quantize_model
 
 from mlx_ifp.errors import IFPError
+from mlx_ifp.expected import HEAD_MODULE
 from mlx_ifp.structure import FFN, PROJECTIONS, build_model, get_module, linear
 from mlx_ifp.tensor_files import BLOCK_BYTES, LazyTensor, len_of
 
@@ -22,6 +23,8 @@ from .source_files import buffers
 DTYPES = tuple(MODEL_CONVERSION_DTYPES)
 RECIPES = tuple(QUANT_RECIPES)
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+# mlx-lm's, of the mode affine.
+DEFAULT_GROUP_SIZE = 64
 
 Tensors = dict[str, LazyTensor]
 # Rows that a transposition turns at once: measured 1.5 GB/s, 64 rows 0.7, all rows 0.35.
@@ -60,7 +63,7 @@ class Precision:
 
 def quantize_config(
     config: dict[str, Any], ffns: list[FFN], precision: Precision
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
     """Which modules mlx-lm would quantize, and how; no weight is touched.
 
     Down projections are judged as they are stored: a channel is a row.
@@ -68,11 +71,14 @@ def quantize_config(
     Args:
         config (dict): of mlx-lm's model.
         ffns (list): its FFNs; none for a predictor's backbone, which stays as mlx-lm has it.
-        precision (Precision): with ``quantize``.
+        precision (Precision): without ``quantize`` nothing is.
 
     Returns:
-        tuple: the config with ``quantization``, and module path -> group_size, bits and mode.
+        tuple: the config with ``quantization``; module path -> group_size, bits and mode; and
+        what the user should know.
     """
+    if not precision.quantize:
+        return config, {}, []
     if "quantization" in config:
         raise IFPError("The model is quantized already; leave out -q, or convert the original.")
     network = build_model(config)
@@ -82,7 +88,7 @@ def quantize_config(
     group_size = precision.group_size
     predicate = None
     if precision.recipe is not None:
-        group_size = group_size or 64
+        group_size = group_size or DEFAULT_GROUP_SIZE
         predicate = mixed_quant_predicate_builder(precision.recipe, network, group_size)
     try:
         # mlx-lm prints its summary; stdout is for results.
@@ -102,7 +108,55 @@ def quantize_config(
         for path, module in network.named_modules()
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     }
-    return config, plan
+    left = [ffn for ffn in ffns if ffn.module_path("down_proj") not in plan]
+    notes = []
+    if left:
+        notes.append(
+            f"The FFN of {len(left)} layers stays unquantized: the hidden size "
+            f"{left[0].hidden_size} is no multiple of the group size."
+        )
+    return config, plan, notes
+
+
+def quantize_head(
+    config: dict[str, Any], widths: list[int], precision: Precision
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
+    """The same for a predictor's head; a Linear whose input is no multiple of the groups is left.
+
+    Args:
+        config (dict): the backbone's.
+        widths (list): of the head's Linears.
+        precision (Precision): without ``quantize`` nothing is; the mode is affine.
+    """
+    how: dict[str, dict[str, Any]] = {}
+    notes = []
+    if not precision.quantize:
+        return config, how, notes
+    precision.check()
+    one = {"group_size": precision.group_size, "bits": precision.bits, "mode": "affine"}
+    for i, width in enumerate(widths[:-1], 1):
+        if width % precision.group_size:
+            notes.append(
+                f"linear{i} of the predictor's head stays unquantized: its input {width} is no "
+                f"multiple of the group size {precision.group_size}."
+            )
+            continue
+        try:
+            mx.quantize(mx.zeros((1, width)), **one)
+        except ValueError as error:
+            raise IFPError(f"The predictor's head cannot be quantized so: {error}") from error
+        how[f"linear{i}"] = one
+    return name_head_modules(config, how), how, notes
+
+
+def name_head_modules(config: dict[str, Any], how: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The backbone's config with the quantization of the head's Linears, by name."""
+    if not how:
+        return config
+    modules = {f"{HEAD_MODULE}.{name}": dict(one) for name, one in how.items()}
+    return config | {
+        "quantization": next(iter(how.values())) | config.get("quantization", {}) | modules
+    }
 
 
 def split_model(
@@ -165,6 +219,27 @@ def cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
         return as_array(tensor.read(start, stop), tensor.dtype).astype(dtype)
 
     return LazyTensor(tensor.shape, dtype, read, tensor.step, tensor.held)
+
+
+def dequantized(parts: Tensors, how: dict[str, Any]) -> LazyTensor:
+    """The float weight of a quantized module, made block by block.
+
+    Args:
+        parts: ``weight``, ``scales`` and, if affine, ``biases``.
+        how: group_size, bits and mode.
+    """
+    weight, scales = parts["weight"], parts["scales"]
+    tensors = [weight, scales, *([parts["biases"]] if "biases" in parts else [])]
+    factor = 32 // how["bits"]
+
+    def read(start: int, stop: int) -> mx.array:
+        arrays = [as_array(tensor.read(start, stop), tensor.dtype) for tensor in tensors]
+        return mx.dequantize(*arrays, **how)
+
+    # MLX dequantizes the modes with 8-bit scales to bfloat16.
+    dtype = scales.dtype if how["mode"] == "affine" else mx.bfloat16
+    shape = (weight.shape[0], weight.shape[1] * 32 // how["bits"])
+    return LazyTensor(shape, dtype, read, max(weight.step // factor, 1))
 
 
 def rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_ifp.tensor_files import LazyTensor
 
+from .layouts import CHECKPOINT
 from .layouts.parts import TrainedModel
 from .plan import Plan
 
@@ -65,7 +66,8 @@ def print_dry_run(plan: Plan, mlx_path: Path) -> None:
         print(f"predictor:   {backbone['model_type']}, head {head}, {ifp.head.activation}")
         values = "soft values kept" if ifp.mask.keep_soft_values else "hard"
         print(f"mask:        {ifp.mask.operator}, {values}")
-    print(f"in:          {_mb(plan.bytes_in)}; {', '.join(_counts(plan)) or 'by mlx-lm'}")
+    how = "as they are stored" if plan.layout == CHECKPOINT else "by mlx-lm"
+    print(f"in:          {_mb(plan.bytes_in)}; {', '.join(_counts(plan)) or how}")
     for stem, tensors in plan.tensors.items():
         print(f"out:         {stem}: {_mb(sum(t.nbytes for t in tensors.values()))}")
     print(f"out, total:  {_mb(plan.nbytes)} in {mlx_path}")

@@ -171,7 +171,7 @@ def test_an_existing_path_is_not_overwritten(dense_llama, tmp_path):
     assert (tmp_path / "out" / "mine").read_text() == "keep"
 
 
-def test_sources_that_are_none(tmp_path, tiny_checkpoint):
+def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "fake.gguf").write_bytes(b"not a gguf file at all" * 10)
@@ -180,7 +180,6 @@ def test_sources_that_are_none(tmp_path, tiny_checkpoint):
     assert "cannot be loaded" in convert_fails(tmp_path / "nowhere", out)
     assert "not a .safetensors file nor one of .pt" in convert_fails(tmp_path / "notes.txt", out)
     assert "fake.gguf" in convert_fails(tmp_path / "fake.gguf", out)
-    assert "checkpoint of mlx_ifp already" in convert_fails(tiny_checkpoint, out)
 
 
 def test_damaged_sources(tmp_path):

@@ -15,21 +15,24 @@ TRAINED: dict[str, Callable[[Path, Given], TrainedModel]] = {
     "manifest": manifest.open_manifest,
 }
 LAYOUTS = (*TRAINED, "dense")
+# Our own, which is found out and never named.
+CHECKPOINT = "checkpoint"
 
 
 def detect_layout(path: Path) -> str:
     """Which layout a file or directory has, or looks most like.
 
     Returns:
-        str: one of ``LAYOUTS``; ``dense`` for a model without a predictor.
+        str: one of ``LAYOUTS``; ``dense`` for a model without a predictor, ``checkpoint`` for
+        what is converted already.
 
     Raises:
-        IFPError: if it is converted already, or holds several checkpoints.
+        IFPError: if it holds several checkpoints.
     """
     if path.is_file():
         return "dense" if path.suffix == ".gguf" else "module"
     if (path / CONFIG_FILE).exists():
-        raise IFPError(f"{path} is a checkpoint of mlx_ifp already.")
+        return CHECKPOINT
     if split.is_split(path):
         return "split"
     if manifest.is_manifest(path):

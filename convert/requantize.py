@@ -1,0 +1,210 @@
+"""A checkpoint of mlx_ifp -> the same one in another precision, or with another k."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_ifp.checkpoint import (
+    HEAD_STEM,
+    PREDICTOR,
+    PREDICTOR_STEM,
+    STATIC_FILE,
+    TOKENIZER_PATTERNS,
+    Checkpoint,
+    open_checkpoint,
+)
+from mlx_ifp.config import CONFIG_FILE
+from mlx_ifp.errors import IFPError
+from mlx_ifp.expected import head_quantization, quantized_modules
+from mlx_ifp.model import resolve_keep
+from mlx_ifp.structure import PROJECTIONS, build_model, quantization_of
+from mlx_ifp.tensor_files import DTYPES, TensorInfo
+
+from .layouts import CHECKPOINT
+from .plan import Plan, with_versions
+from .precision import (
+    Precision,
+    Tensors,
+    dequantized,
+    name_head_modules,
+    quantize_config,
+    quantize_head,
+    split_model,
+)
+from .source_files import SourceTensor, file_rows
+
+# Written anew, or of a directory that mlx-lm would read.
+_NOT_COPIED = {"config.json", CONFIG_FILE, "model.safetensors.index.json"}
+_COPIED = (*TOKENIZER_PATTERNS, "*.py")
+
+
+def plan_requantized(
+    path: Path,
+    keep: Any,
+    precision: Precision,
+    predictor_precision: Precision,
+    head_precision: Precision,
+    dequantize: bool = False,
+) -> Plan:
+    """The conversion of a checkpoint: all of it is kept but for its precision and k.
+
+    Args:
+        path (Path): the checkpoint.
+        keep: k, as :func:`~mlx_ifp.model.resolve_keep` takes it; None keeps the checkpoint's.
+        precision, predictor_precision, head_precision: of the LLM, the predictor's backbone and
+            its head; where nothing is asked for, tensors stay as they are.
+        dequantize (bool): undo the quantization of all three first.
+
+    Raises:
+        IFPError: if a part that is to be quantized is quantized already, or k does not fit.
+    """
+    checkpoint = open_checkpoint(path)
+    ifp, layers = checkpoint.ifp, len(checkpoint.ffns)
+    k = ifp.k if keep is None else resolve_keep(keep, checkpoint.d_ffn, layers)
+    config, tensors, notes = _llm(checkpoint, precision, dequantize)
+    predictor_config, predictor_files = None, []
+    infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static]
+    if ifp.head is not None:
+        predictor_config, predictor, more = _predictor(
+            checkpoint, predictor_precision, head_precision, dequantize
+        )
+        tensors |= predictor
+        notes += more
+        infos += [checkpoint.predictor, checkpoint.head]
+        predictor_files = _files(path / PREDICTOR)
+    elif head_precision.quantize:
+        raise IFPError(f"{path} has no predictor, so no head for --head-q-bits.")
+    if checkpoint.static:
+        tensors[Path(STATIC_FILE).stem] = _lazy(checkpoint.static)
+    return Plan(
+        layout=CHECKPOINT,
+        config=config,
+        predictor_config=predictor_config,
+        ifp=replace(ifp, k=k, files={}, source=with_versions(ifp.source)),
+        tensors=tensors,
+        bytes_in=sum(info.nbytes for group in infos for info in group.values()),
+        layers=layers,
+        d_ffn=checkpoint.d_ffn,
+        tokenizer=None,
+        extra_files=_files(path),
+        predictor_files=predictor_files,
+        notes=notes,
+    )
+
+
+def _llm(
+    checkpoint: Checkpoint, precision: Precision, dequantize: bool
+) -> tuple[dict[str, Any], dict[str, Tensors], list[str]]:
+    old, ffns = checkpoint.config, checkpoint.ffns
+    _check(checkpoint, "LLM", checkpoint.trunk | checkpoint.channels, precision, dequantize)
+    config, how, notes = quantize_config(_config(old, precision, dequantize), ffns, precision)
+    # A fused projection is one module in the config, but two in the channels.
+    modules = {
+        f"{ffn.path}.{projection}": ffn.module_path(projection)
+        for ffn in ffns
+        for projection in PROJECTIONS
+    }
+
+    def how_of(module: str) -> dict[str, Any]:
+        return quantization_of(old, modules.get(module, module))
+
+    network = build_model(_config(old, precision, True))
+    channel_how = {name: how[module] for name, module in modules.items() if module in how}
+    tensors = {}
+    for stem, infos, plan in (
+        ("model", checkpoint.trunk, how),
+        ("channels", checkpoint.channels, channel_how),
+    ):
+        stored = _stored(infos, how_of, dequantize)
+        # Down projections lie as rows already: for all that is left to do, it is no FFN.
+        tensors[stem], _ = split_model(network, stored, [], plan, precision.dtype)
+    return config, tensors, notes
+
+
+def _predictor(
+    checkpoint: Checkpoint, precision: Precision, head_precision: Precision, dequantize: bool
+) -> tuple[dict[str, Any], dict[str, Tensors], list[str]]:
+    old, head = checkpoint.predictor_config, checkpoint.head
+    _check(checkpoint, "predictor", checkpoint.predictor, precision, dequantize)
+    _check(checkpoint, "predictor's head", head, head_precision, dequantize)
+    config = old
+    if precision.quantize or dequantize:
+        config, how, notes = quantize_config(_config(old, precision, dequantize), [], precision)
+        if not dequantize:
+            kept = {name: head_quantization(old, name) for name in quantized_modules(head)}
+            config = name_head_modules(config, kept)
+    else:
+        how, notes = {}, []
+    config, head_how, head_notes = quantize_head(config, checkpoint.ifp.head.widths, head_precision)
+    network = build_model(_config(old, precision, True))
+    backbone = _stored(checkpoint.predictor, lambda name: quantization_of(old, name), dequantize)
+    backbone, _ = split_model(network, backbone, [], how, precision.dtype)
+    arrays = _stored(head, lambda name: head_quantization(old, name), dequantize)
+    arrays, _ = split_model(network, arrays, [], head_how, head_precision.dtype)
+    return config, {PREDICTOR_STEM: backbone, HEAD_STEM: arrays}, notes + head_notes
+
+
+def _check(
+    checkpoint: Checkpoint,
+    part: str,
+    tensors: dict[str, TensorInfo],
+    precision: Precision,
+    dequantize: bool,
+) -> None:
+    precision.check()
+    if not precision.quantize or dequantize or not quantized_modules(tensors):
+        return
+    keep = {
+        "LLM": "leave out -q",
+        "predictor": "give --predictor-q-bits 0 to keep it",
+        "predictor's head": "leave out --head-q-bits",
+    }
+    raise IFPError(
+        f"The {part} of {checkpoint.path} is quantized already; {keep[part]}, or add --dequantize "
+        "to quantize everything anew."
+    )
+
+
+def _config(config: dict[str, Any], precision: Precision, dequantize: bool) -> dict[str, Any]:
+    """Without a quantization that is undone or about to be replaced."""
+    if not (precision.quantize or dequantize):
+        return config
+    names = ("quantization", "quantization_config")
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def _lazy(infos: dict[str, TensorInfo]) -> Tensors:
+    """Tensors as they are stored, their data unread."""
+    return {
+        name: SourceTensor(
+            info.path,
+            name,
+            info.dtype,
+            info.shape,
+            file_rows(info.path, info.offset, info.shape, DTYPES[info.dtype].size),
+        ).lazy()
+        for name, info in infos.items()
+    }
+
+
+def _stored(
+    infos: dict[str, TensorInfo], how_of: Callable[[str], dict[str, Any]], dequantize: bool
+) -> Tensors:
+    """Tensors as they are stored, or with each quantized weight as floats."""
+    tensors = _lazy(infos)
+    modules: Iterable[str] = quantized_modules(infos) if dequantize else ()
+    for module in modules:
+        parts = {
+            part: tensors.pop(f"{module}.{part}")
+            for part in ("weight", "scales", "biases")
+            if f"{module}.{part}" in tensors
+        }
+        tensors[f"{module}.weight"] = dequantized(parts, how_of(module))
+    return tensors
+
+
+def _files(directory: Path) -> list[Path]:
+    """Tokenizer, generation config and the report on the source: to be copied."""
+    found = {file for pattern in _COPIED for file in directory.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name not in _NOT_COPIED)
