@@ -82,7 +82,7 @@ def main() -> None:
         ):
             pass
     metadata = {
-        "model": str(args.model),
+        "model": str(args.model or model.checkpoint.path),
         "tokenizer_config": "{}",
         "ifp_selection": ready.selection.digest,
     }

@@ -48,6 +48,8 @@ HEAD_FILE = f"{HEAD_STEM}.safetensors"
 STATIC_FILE = "static.safetensors"
 TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors"]
+# The package's own checkpoint, for those who name none.
+DEFAULT_MODEL = Path(__file__).with_name("default_model")
 
 
 @dataclass
@@ -99,12 +101,23 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def resolve(path_or_hf_repo: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Path:
     """The directory of a checkpoint: a local one, or a hub repository that is downloaded.
+
+    Args:
+        path_or_hf_repo: which; None for the package's own.
+        revision (str): of a hub repository.
 
     Raises:
         IFPError: if there is neither.
     """
+    if path_or_hf_repo is None:
+        if not DEFAULT_MODEL.is_dir():
+            raise IFPError(
+                f"No model was named, and {DEFAULT_MODEL}, the default, is missing. "
+                "Name one with --model, or make one: mlx_ifp.convert --model MODEL --mlx-path OUT"
+            )
+        return DEFAULT_MODEL
     path = expanded(path_or_hf_repo)
     if path.is_dir():
         return path

@@ -384,7 +384,7 @@ def load_tokenizer_of(
 
 
 def load(
-    path_or_hf_repo: str | Path,
+    path_or_hf_repo: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     *,
     revision: str | None = None,
@@ -398,7 +398,7 @@ def load(
     """Load a checkpoint: its trunk and tokenizer, but no FFN and no predictor yet.
 
     Args:
-        path_or_hf_repo: a local directory or a hub repository.
+        path_or_hf_repo: a local directory or a hub repository; None for the package's own model.
         tokenizer_config (dict): passed to the tokenizer, as in mlx-lm.
         revision (str): of a hub repository.
         dtype (mx.Dtype): run in this type. By default as stored on a GPU, float32 on a CPU.

@@ -43,7 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it is used."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", required=True, help="A checkpoint of mlx_ifp.convert: a directory or a hub id"
+        "--model",
+        help="A checkpoint of mlx_ifp.convert or mlx_ifp.train: a directory or a hub id (default: "
+        "the small one that comes with mlx_ifp)",
     )
     group.add_argument("--revision", help="Revision of the hub repository")
     group.add_argument(
