@@ -17,19 +17,31 @@ from .structure import FFN, find_body, get_module, set_module
 from .subnetwork import read_ffn, set_ffn, share
 
 
-class _Recorder(nn.Module):
-    """Stands in for a down projection and adds up what goes into it."""
+class ActivationRecorder(nn.Module):
+    """Stands in for a down projection and adds up what goes into it.
 
-    def __init__(self, down_proj: nn.Module) -> None:
+    Args:
+        down_proj (nn.Module): the projection.
+        tokens (mx.array): bool [B, S], which tokens count; None for all.
+
+    Attributes:
+        total: float32 [B, d_ffn], squares of activations over their token's squared norm.
+    """
+
+    def __init__(self, down_proj: nn.Module, tokens: mx.array | None = None) -> None:
         super().__init__()
         self._down_proj = down_proj
+        self._tokens = tokens
         self.total = mx.zeros(())
 
     def __call__(self, z: mx.array) -> mx.array:
         squares = z.astype(mx.float32).square()
         norms = squares.sum(axis=-1, keepdims=True)
         # A token without any activation has no say.
-        self.total = self.total + (squares / mx.maximum(norms, 1e-30)).sum(axis=(0, 1))
+        shares = squares / mx.maximum(norms, 1e-30)
+        if self._tokens is not None:
+            shares = shares * self._tokens[..., None]
+        self.total = self.total + shares.sum(axis=1)
         return self._down_proj(z)
 
 
@@ -45,10 +57,10 @@ class _StreamedFFN(nn.Module):
         # Without this, lazy evaluation would want the FFNs of all layers at once.
         mx.eval(x)
         ffn = self._load()
-        recorder = _Recorder(ffn.down_proj)
+        recorder = ActivationRecorder(ffn.down_proj)
         ffn.down_proj = recorder
         y = ffn(x)
-        self.total = self.total + recorder.total
+        self.total = self.total + recorder.total[0]
         mx.eval(y, self.total)
         return y
 

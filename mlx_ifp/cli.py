@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from .errors import IFPError
 
-COMMANDS = ("benchmark", "cache_prompt", "convert", "export", "generate", "manage", "plot")
+COMMANDS = ("benchmark", "cache_prompt", "convert", "export", "generate", "manage", "plot", "train")
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

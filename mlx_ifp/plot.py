@@ -132,8 +132,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="Prompts to draw, as many of each task as there are (default: 128)",
     )
     add_model_options(parser)
-    # Curves need no model, so it is asked for below.
-    parser._option_string_actions["--model"].required = False
     return parser
 
 
@@ -406,6 +404,8 @@ def overlap_figure(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(layers) :]:
         axes.remove()
+    # Lines of many tasks would hide the cells.
+    width = min(0.8, 12 / len(blocks))
     for i, title in enumerate(titles):
         axes = grid.flat[i]
         image = axes.imshow(
@@ -413,8 +413,8 @@ def overlap_figure(
         )
         axes.set_title(title, fontsize=10)
         for end in ends[:-1]:
-            axes.axhline(end - 0.5, color="white", linewidth=0.8)
-            axes.axvline(end - 0.5, color="white", linewidth=0.8)
+            axes.axhline(end - 0.5, color="white", linewidth=width)
+            axes.axvline(end - 0.5, color="white", linewidth=width)
         first, last = i % columns == 0, i + columns >= len(layers)
         if set(tasks) == {None}:
             axes.set_xlabel("prompt" if last else "")
@@ -424,9 +424,8 @@ def overlap_figure(
         axes.set_xticks(centres, named if last else [], rotation=90, fontsize=size)
         axes.set_yticks(centres, named if first else [], fontsize=size)
         axes.tick_params(length=0)
-    bar = figure.colorbar(
-        image, ax=grid.ravel().tolist(), shrink=0.7, extend="max" if high < 1 else "neither"
-    )
+    extend = "max" if high < 1 else "neither"
+    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.7, extend=extend)
     bar.set_label("shared channels / k")
     return figure
 
@@ -471,9 +470,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.overlap:
         if args.runs:
             raise IFPError("Give runs or --overlap, not both.")
-        for name in ("model", "prompts"):
-            if getattr(args, name) is None:
-                raise IFPError(f"--overlap needs --{name}.")
+        if args.prompts is None:
+            raise IFPError("--overlap needs --prompts.")
     elif not args.runs:
         raise IFPError("Give the directories of training runs, or --overlap.")
     elif args.prompts is not None or args.layers is not None:

@@ -350,4 +350,4 @@ def evaluate(model: nn.Module, prefix: str = "", leave_out: tuple[str, ...] = ()
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path."""
     parent, _, name = path.rpartition(".")
-    get_module(model, parent)[name] = module
+    (get_module(model, parent) if parent else model)[name] = module

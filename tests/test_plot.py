@@ -235,6 +235,13 @@ def test_heat_maps_name_the_tasks_and_part_them():
     assert first.images[0].get_clim() == pytest.approx((0.5, 0.9))
 
 
+def test_layers_that_do_not_fill_the_grid(tmp_path):
+    matrix = np.random.default_rng(0).uniform(size=(4, 4, 5))
+    figure = overlap_figure(matrix, ["a", "a", "b", "b"], range(5), [str(i) for i in range(5)])
+    figure.savefig(tmp_path / "five.png")
+    assert titles(figure) == ["0", "1", "2", "3", "4", ""]  # the last is the colour bar
+
+
 def test_selections_that_are_all_alike_look_so():
     figure = overlap_figure(np.ones((3, 3, 1)), [None] * 3, [0], ["layer 0"])
     assert figure.axes[0].images[0].get_clim() == pytest.approx((0.9, 1.0))
@@ -294,7 +301,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, predictor_checkpoint):
         (("--output", png), "Give the directories of training runs"),
         ((run, "--overlap", "--output", png), "not both"),
         ((run, "--layers", "0", "--output", png), "are for --overlap"),
-        (("--overlap", "--model", "m", "--output", png), "--overlap needs --prompts"),
+        (("--overlap", "--output", png), "--overlap needs --prompts"),
         ((*overlap, "--layers", "1,3", "--output", png), "no layer 3; they are 0 to 2"),
         ((*overlap, "--output", png), "p.jsonl: line 6: The text that selects is empty"),
     ):

@@ -1,0 +1,41 @@
+"""Chat data with task names -> the {train,valid}.jsonl that the default model is trained on.
+
+    python prepare_data.py instructions-train.jsonl instructions-valid.jsonl data
+
+Each input line is ``{"messages": [...], "task": "math"}``. The first lines of each task are kept,
+in turns, so that any beginning of the file holds all tasks.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+
+def balanced(lines: list[str], per_task: int) -> list[str]:
+    """The first ``per_task`` lines of each task, one task after another."""
+    by_task: dict[str, list[str]] = {}
+    for line in lines:
+        by_task.setdefault(json.loads(line)["task"], []).append(line)
+    turns = itertools.zip_longest(*(rows[:per_task] for _, rows in sorted(by_task.items())))
+    return [line for turn in turns for line in turn if line is not None]
+
+
+def main() -> None:
+    """Write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("train", type=Path)
+    parser.add_argument("valid", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--train-per-task", type=int, default=320)
+    parser.add_argument("--valid-per-task", type=int, default=10)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for split, per_task in (("train", args.train_per_task), ("valid", args.valid_per_task)):
+        rows = balanced(getattr(args, split).read_text().splitlines(), per_task)
+        (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+        print(f"{args.output / split}.jsonl: {len(rows)} examples")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What the dense source model does on the training examples, computed once and kept on disk.
+
+For each example: the likeliest next tokens with their log-probabilities (for distillation), its
+cross-entropy, and what every FFN channel did on the answer (for the warm start). Both come out of
+the same forward pass. Files are plain ``.npy`` arrays, written in place; a row counts once its
+mark is set, so a run that was killed goes on where it was. Several runs may share a directory.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..activations import ActivationRecorder
+from ..structure import FFN, get_module
+from ..subnetwork import share
+from .data import Example, make_batch
+from .networks import hidden_states, output_layer
+
+TOP_K = 64
+_BLOCK = 512
+
+
+class DenseTargets:
+    """Lazily computed targets of a list of examples.
+
+    Args:
+        directory (Path): where the arrays are kept; a folder in it is named after the content.
+        model (nn.Module): the dense source model. It must not be trained afterwards.
+        ffns (list): its FFNs.
+        examples (list): of one split.
+        source (str): digest of the source model's weights.
+        top_k (int): tokens to keep for each position.
+
+    Attributes:
+        forward_tokens: how many tokens the dense model has processed here.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: nn.Module,
+        ffns: list[FFN],
+        examples: list[Example],
+        source: str,
+        top_k: int = TOP_K,
+    ) -> None:
+        self.model, self.ffns, self.examples = model, ffns, examples
+        self.forward_tokens = 0
+        lengths = [len(example.tokens) - 1 for example in examples]
+        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        content = hashlib.sha256(json.dumps([source, top_k, lengths]).encode())
+        for example in examples:
+            content.update(np.asarray([example.offset, *example.tokens], np.int32))
+        folder = Path(directory) / content.hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        positions, n = int(self._starts[-1]), len(examples)
+        self._ids = _array(folder / "ids.npy", np.uint32, (positions, top_k))
+        self._logprobs = _array(folder / "logprobs.npy", np.float16, (positions, top_k))
+        self._ce = _array(folder / "cross_entropy.npy", np.float32, (positions,))
+        self._right = _array(folder / "correct.npy", np.bool_, (positions,))
+        self._activations = _array(
+            folder / "activations.npy", np.float16, (n, len(ffns), ffns[0].d_ffn)
+        )
+        self._done = _array(folder / "done.npy", np.bool_, (n,))
+        self._top_k = top_k
+
+    def compute(self, indices: list[int]) -> None:
+        """Run the dense model over those examples that were not run before, as one batch."""
+        missing = sorted({i for i in indices if not self._done[i]})
+        if not missing:
+            return
+        batch = make_batch(self.examples, missing)
+        model = share(self.model)
+        recorders = []
+        for ffn in self.ffns:
+            module = get_module(model, ffn.path)
+            recorders.append(ActivationRecorder(module.down_proj, batch.loss_mask))
+            module.down_proj = recorders[-1]
+        hidden = hidden_states(model, batch.tokens[:, :-1])
+        statistics = mx.sqrt(mx.stack([recorder.total for recorder in recorders], axis=1))
+        mx.eval(hidden, statistics)
+        self.forward_tokens += int(batch.token_mask.sum())
+        parameters, logits = output_layer(self.model)
+        for row, i in enumerate(missing):
+            start, stop = self._starts[i], self._starts[i + 1]
+            labels = np.asarray(self.examples[i].tokens[1:])
+            for first in range(0, stop - start, _BLOCK):
+                last = min(first + _BLOCK, stop - start)
+                values = logits(parameters, hidden[row, first:last]).astype(mx.float32)
+                values = values - mx.logsumexp(values, axis=-1, keepdims=True)
+                self._store(values, labels[first:last], start + first)
+            self._activations[i] = np.array(statistics[row])
+            self._done[i] = True
+
+    def _store(self, logprobs: mx.array, labels: np.ndarray, start: int) -> None:
+        # numpy selects faster than MLX's CPU backend sorts; on Metal the memory is shared too.
+        values = np.array(logprobs, copy=False)
+        rows = slice(start, start + len(values))
+        top = np.argpartition(values, -self._top_k, axis=-1)[:, -self._top_k :]
+        self._ids[rows] = top
+        self._logprobs[rows] = np.take_along_axis(values, top, axis=-1)
+        self._ce[rows] = -np.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
+        self._right[rows] = values.argmax(axis=-1) == labels
+
+    def teacher(self, indices: list[int], length: int) -> tuple[mx.array, mx.array]:
+        """Likeliest next tokens of a batch: uint32 and float32 [B, length, K], zero-padded."""
+        self.compute(indices)
+        ids = np.zeros((len(indices), length, self._top_k), np.uint32)
+        logprobs = np.zeros((len(indices), length, self._top_k), np.float32)
+        for row, i in enumerate(indices):
+            rows = slice(self._starts[i], self._starts[i + 1])
+            ids[row, : rows.stop - rows.start] = self._ids[rows]
+            logprobs[row, : rows.stop - rows.start] = self._logprobs[rows]
+        return mx.array(ids), mx.array(logprobs)
+
+    def answer_loss(self, i: int) -> tuple[float, bool]:
+        """The dense model's summed cross-entropy on an answer, and whether it would give it.
+
+        The latter is greedy decoding's exact match: every token of the answer is the likeliest.
+        """
+        self.compute([i])
+        answer = slice(self._starts[i] + self.examples[i].offset - 1, self._starts[i + 1])
+        return float(self._ce[answer].sum()), bool(self._right[answer].all())
+
+    def activations(self, indices: list[int]) -> np.ndarray:
+        """GRIFFIN's statistic of each channel over the answer: float32 [n, L, d_ffn]."""
+        self.compute(indices)
+        return self._activations[indices].astype(np.float32)
+
+
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A zeroed array on disk, or what an earlier run left of it."""
+    if path.exists():
+        try:
+            found = np.lib.format.open_memmap(path, mode="r+")
+            if found.shape == shape and found.dtype == dtype:
+                return found
+        except ValueError:
+            pass
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

@@ -1,0 +1,166 @@
+"""Losses on the answer's tokens, and on prompts of one task.
+
+The logits of a vocabulary are the largest arrays of a training step. Here they exist for one
+block of tokens at a time: forward and backward of a block run together, and what remains of it is
+the gradient of its hidden states (as fused linear cross-entropy kernels do).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each of n positions should predict.
+
+    Attributes:
+        labels: int32 [n], the next token.
+        ce_weights: float32 [n], what each counts for in the cross-entropy.
+        teacher_ids: uint32 [n, K], the dense model's likeliest tokens, or None.
+        teacher_logprobs: float32 [n, K], their log-probabilities, or None.
+        kl_weights: float32 [n], what each counts for in KL(dense || student), or None.
+    """
+
+    labels: mx.array
+    ce_weights: mx.array
+    teacher_ids: mx.array | None = None
+    teacher_logprobs: mx.array | None = None
+    kl_weights: mx.array | None = None
+
+    def block(self, rows: slice) -> "Targets":
+        """The targets of some positions."""
+        parts = (self.labels, self.ce_weights, self.teacher_ids, self.teacher_logprobs,
+                 self.kl_weights)  # fmt: skip
+        return Targets(*(None if part is None else part[rows] for part in parts))
+
+
+def cross_entropy(logits: mx.array, lse: mx.array, labels: mx.array) -> mx.array:
+    """-log p(label): float32 [n] of logits [n, V], their logsumexp [n] and labels [n]."""
+    return lse - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def kl_to_teacher(
+    logits: mx.array, lse: mx.array, teacher_ids: mx.array, teacher_logprobs: mx.array
+) -> mx.array:
+    """KL(teacher || student) where the teacher is known by its K likeliest tokens.
+
+    All other tokens are one outcome, with the probability that is left. This is a lower bound of
+    the full divergence, and equal to it if K is the vocabulary's size.
+
+    Args:
+        logits (mx.array): float32 [n, V] of the student.
+        lse (mx.array): float32 [n], their logsumexp.
+        teacher_ids (mx.array): [n, K].
+        teacher_logprobs (mx.array): float32 [n, K].
+
+    Returns:
+        mx.array: float32 [n], nats.
+    """
+    student = mx.take_along_axis(logits, teacher_ids, axis=-1) - lse[:, None]
+    probabilities = mx.exp(teacher_logprobs)
+    top = (probabilities * (teacher_logprobs - student)).sum(axis=-1)
+    # Rounding may leave a rest just below zero; where nothing is left it adds nothing.
+    rest = mx.maximum(1 - probabilities.sum(axis=-1), 1e-8)
+    student_rest = mx.maximum(1 - mx.exp(student).sum(axis=-1), 1e-8)
+    return top + rest * mx.log(rest / student_rest)
+
+
+def _weighted(logits: mx.array, targets: Targets) -> tuple[mx.array, mx.array, mx.array]:
+    """The weighted sum of both losses, and each alone."""
+    logits = logits.astype(mx.float32)
+    lse = mx.logsumexp(logits, axis=-1)
+    ce = (targets.ce_weights * cross_entropy(logits, lse, targets.labels)).sum()
+    if targets.teacher_ids is None:
+        return ce, ce, mx.zeros(())
+    kl = kl_to_teacher(logits, lse, targets.teacher_ids, targets.teacher_logprobs)
+    kl = (targets.kl_weights * kl).sum()
+    return ce + kl, ce, kl
+
+
+def blockwise_loss(
+    parameters: dict,
+    hidden: mx.array,
+    targets: Targets,
+    logits: Callable[[dict, mx.array], mx.array],
+    block: int = BLOCK,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Weighted cross-entropy and KL, with no more than ``block`` rows of logits at a time.
+
+    Args:
+        parameters (dict): trainable parameters of the output layer; may be empty.
+        hidden (mx.array): [n, d], final hidden states of the positions that count.
+        targets (Targets): of the same positions.
+        logits (Callable): from :func:`~mlx_ifp.tuner.networks.output_layer`.
+        block (int): positions at a time.
+
+    Returns:
+        tuple: the loss to differentiate, sum of w_ce * CE + w_kl * KL; and, as values only, the
+        two parts of it.
+    """
+
+    def of_block(parameters: dict, hidden: mx.array, targets: Targets):
+        return _weighted(logits(parameters, hidden), targets)
+
+    # value_and_grad refuses a tree without arrays.
+    wanted = (0, 1) if parameters else 1
+    value_and_grad = mx.value_and_grad(of_block, argnums=wanted)
+
+    @mx.custom_function
+    def total(parameters: dict, hidden: mx.array):
+        values, hidden_grads, parameter_grads = None, [], None
+        for start in range(0, hidden.shape[0], block):
+            rows = slice(start, start + block)
+            part = hidden[rows]
+            if hidden_grads:
+                # Otherwise all blocks' logits would be alive before the first is let go.
+                part = mx.depends(part, hidden_grads[-1])
+            value, grads = value_and_grad(parameters, part, targets.block(rows))
+            if parameters:
+                parameter_grads = (
+                    grads[0] if parameter_grads is None
+                    else tree_map(mx.add, parameter_grads, grads[0])
+                )  # fmt: skip
+            hidden_grads.append(grads[1] if parameters else grads)
+            values = value if values is None else tuple(map(mx.add, values, value))
+        return (*values, parameter_grads or {}, mx.concatenate(hidden_grads))
+
+    @total.vjp
+    def vjp(primals, cotangents, outputs):
+        scale = cotangents[0]
+        return tree_map(lambda g: (scale * g).astype(g.dtype), (outputs[3], outputs[4]))
+
+    loss, ce, kl, _, _ = total(parameters, hidden)
+    return loss, mx.stop_gradient(ce), mx.stop_gradient(kl)
+
+
+def contrastive_loss(scores: mx.array, tasks: list[str], temperature: float = 0.1) -> mx.array:
+    """Pull the scores of prompts of one task together, those of other tasks apart.
+
+    The paper leaves this open (section 6); the form is the supervised contrastive loss of Khosla
+    et al. (2020, arXiv 2004.11362) on scores that are centred by layer and normalised.
+
+    Args:
+        scores (mx.array): float32 [n, L, d_ffn].
+        tasks (list): n names.
+        temperature (float): of the softmax over the other prompts.
+
+    Returns:
+        mx.array: the mean over prompts that have a companion; 0 if there is none.
+    """
+    n = scores.shape[0]
+    same = mx.array([[a == b for b in tasks] for a in tasks])
+    itself = mx.eye(n, dtype=mx.bool_)
+    positives = mx.logical_and(same, ~itself).astype(mx.float32)
+    # What all prompts share says nothing about the task.
+    z = (scores - mx.stop_gradient(scores.mean(axis=0, keepdims=True))).reshape(n, -1)
+    z = z / mx.maximum(mx.linalg.norm(z, axis=-1, keepdims=True), 1e-6)
+    similarity = mx.where(itself, -mx.inf, z @ z.T / temperature)
+    logprobs = mx.where(itself, 0, similarity - mx.logsumexp(similarity, axis=-1, keepdims=True))
+    companions = positives.sum(axis=-1)
+    per_prompt = -(positives * logprobs).sum(axis=-1) / mx.maximum(companions, 1)
+    return per_prompt.sum() / mx.maximum((companions > 0).sum(), 1)

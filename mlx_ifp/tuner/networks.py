@@ -1,0 +1,140 @@
+"""One set of wide weights, two ways to run it under a mask; gradients reach the wide weights.
+
+Inside a traced function the arrays of a model are tracers. The copies made here hold these very
+tracers, or rows of them, so what is differentiated is always the wide model. The masks are those
+of the paper (section 3.1): ``FFN(X, m) = down(act(gate(X)) * up(X) * m)``.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
+
+from ..structure import FFN, find_body, get_module, linear, set_module
+from ..subnetwork import share
+
+
+def _wide_weight(module: nn.Module) -> tuple[mx.array, mx.array | None]:
+    """A Linear's weight [output, input] and bias; LoRA's update is added."""
+    if isinstance(module, LoRALinear):
+        weight, bias = _wide_weight(module.linear)
+        update = (module.lora_a @ module.lora_b).T * module.scale
+        return weight + update.astype(weight.dtype), bias
+    return module.weight, module.get("bias")
+
+
+def gathered(
+    model: nn.Module, ffns: list[FFN], indices: mx.array, soft_values: mx.array | None
+) -> nn.Module:
+    """The narrow network of one selection: k channels are gathered, nothing wide is multiplied.
+
+    Args:
+        model (nn.Module): a dense mlx-lm model with float weights.
+        ffns (list): its L FFNs.
+        indices (mx.array): int32 [L, k], the channels to keep.
+        soft_values (mx.array): float32 [L, k], multiplied with the up projection's rows as a
+            sub-network does at inference; None for a hard mask.
+
+    Returns:
+        nn.Module: a copy that shares all arrays outside the FFNs.
+    """
+    narrow = share(model)
+    for i, ffn in enumerate(ffns):
+        module, rows = get_module(narrow, ffn.path), indices[i]
+        soft = None if soft_values is None else soft_values[i]
+        if ffn.fused:
+            weight, bias = _wide_weight(module.gate_up_proj)
+            both = mx.concatenate([rows, rows + ffn.d_ffn])
+            weight, bias = weight[both], None if bias is None else bias[both]
+            if soft is not None:
+                soft = mx.concatenate([mx.ones_like(soft), soft])
+            module.gate_up_proj = _scaled(weight, bias, soft)
+        else:
+            for name, factor in (("gate_proj", None), ("up_proj", soft)):
+                weight, bias = _wide_weight(module[name])
+                bias = None if bias is None else bias[rows]
+                module[name] = _scaled(weight[rows], bias, factor)
+        weight, bias = _wide_weight(module.down_proj)
+        module.down_proj = linear(weight[:, rows], bias)
+    # Gradient checkpointing passes on only what may be trained, and all of this is.
+    narrow.unfreeze()
+    return narrow
+
+
+def _scaled(weight: mx.array, bias: mx.array | None, soft: mx.array | None) -> nn.Linear:
+    if soft is None:
+        return linear(weight, bias)
+    weight = (weight * soft[:, None]).astype(weight.dtype)
+    return linear(weight, None if bias is None else (bias * soft).astype(bias.dtype))
+
+
+class _MaskedDown(nn.Module):
+    """Stands in for a down projection and multiplies its input by the mask."""
+
+    def __init__(self, down_proj: nn.Module, mask: mx.array) -> None:
+        super().__init__()
+        self.down_proj = down_proj
+        self.mask = mask
+
+    def __call__(self, h: mx.array) -> mx.array:
+        return self.down_proj(h * self.mask.astype(h.dtype))
+
+
+def masked(model: nn.Module, ffns: list[FFN], masks: mx.array, blend: float = 1.0) -> nn.Module:
+    """The wide network under a mask for each sequence.
+
+    Args:
+        model (nn.Module): a dense mlx-lm model.
+        ffns (list): its L FFNs.
+        masks (mx.array): float32 [B, L, d_ffn], 0 where a channel is left out.
+        blend (float): ``h * (1 - blend) + blend * h * m``: 0 is the dense model, 1 the masked one.
+
+    Returns:
+        nn.Module: a copy that shares all arrays.
+    """
+    wide = share(model)
+    masks = masks if blend == 1.0 else 1 - blend + blend * masks
+    for i, ffn in enumerate(ffns):
+        module = get_module(wide, ffn.path)
+        module.down_proj = _MaskedDown(module.down_proj, masks[:, i, None, :])
+    wide.unfreeze()
+    return wide
+
+
+def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
+    """Final hidden states, after the last norm: int32 [B, S] -> [B, S, d]."""
+    return get_module(model, find_body(model))(tokens)
+
+
+class _GivenHidden(nn.Module):
+    """Stands in for a model's body: its input is already the hidden state."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        # The output layer may be the embedding, which is the body's.
+        for name, child in body.children().items():
+            if isinstance(child, (nn.Embedding, nn.QuantizedEmbedding)):
+                self[name] = child
+
+    def __call__(self, hidden: mx.array, *_: object, **__: object) -> mx.array:
+        return hidden
+
+
+def output_layer(model: nn.Module) -> tuple[dict, Callable[[dict, mx.array], mx.array]]:
+    """What a model does with its final hidden states, whatever its architecture.
+
+    Returns:
+        tuple: the trainable parameters it uses, a tree, and a function (parameters, [..., d]) ->
+        logits [..., vocabulary].
+    """
+    path = find_body(model)
+    top = share(model)
+    set_module(top, path, _GivenHidden(get_module(top, path)))
+    trainable = top.trainable_parameters()
+
+    def logits(parameters: dict, hidden: mx.array) -> mx.array:
+        top.update(parameters)
+        return top(hidden[None])[0]
+
+    return trainable, logits

@@ -1,0 +1,154 @@
+"""Where a new sparsity predictor comes from: a pretrained model, or the LLM's own first layers."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from ..checkpoint import PREDICTOR
+from ..config import HeadConfig
+from ..errors import IFPError
+from ..predictor import PredictorHead, load_predictor
+from ..structure import build_model, find_body, find_embedding, get_module, set_module
+from .student import Source, load_source
+
+HEAD_WIDTH = 128  # the paper's, section 3.1
+
+
+@dataclass
+class PredictorStart:
+    """A predictor to be trained.
+
+    Attributes:
+        backbone: an mlx-lm model. If it has the LLM's embedding, an empty module stands there.
+        config: its mlx-lm config.
+        head: with random weights that give scores near 0.
+        embedding: where in the backbone the LLM's embedding is put, or "" if it has its own.
+        tokenizer: what it reads with.
+    """
+
+    backbone: nn.Module
+    config: dict[str, Any]
+    head: PredictorHead
+    embedding: str
+    tokenizer: TokenizerWrapper
+
+
+def from_layers(source: Source, layers: int, head_width: int = HEAD_WIDTH) -> PredictorStart:
+    """A predictor of the LLM's first layers, a copy, with the LLM's embedding, shared.
+
+    Raises:
+        IFPError: if the LLM has fewer layers.
+    """
+    if not 1 <= layers <= len(source.ffns):
+        raise IFPError(
+            f"--predictor-layers must be between 1 and the LLM's {len(source.ffns)}, not {layers}."
+        )
+    config = _first_layers(source.config, len(source.ffns), layers)
+    backbone = build_model(config)
+    body = find_body(backbone)
+    if body != find_body(source.llm):
+        raise IFPError("This architecture's first layers make no model of their own.")
+    arrays = dict(tree_flatten(source.llm.parameters()))
+    own = {name for name, _ in tree_flatten(backbone.parameters()) if name.startswith(f"{body}.")}
+    embedding = find_embedding(backbone)
+    own = {name for name in own if not name.startswith(f"{embedding}.")}
+    # mx.array copies: the LLM's arrays are trained, and these are others.
+    backbone.load_weights([(name, mx.array(arrays[name])) for name in own], strict=False)
+    width = _embedding_width(get_module(backbone, embedding))
+    set_module(backbone, embedding, nn.Module())
+    _keep_body(backbone)
+    head = new_head(width, head_width, source)
+    return PredictorStart(backbone, config, head, embedding, source.tokenizer)
+
+
+def from_model(
+    model: str,
+    source: Source,
+    dtype: mx.Dtype | None = None,
+    head_width: int = HEAD_WIDTH,
+    trust_remote_code: bool = False,
+) -> PredictorStart:
+    """A predictor whose backbone is a pretrained mlx-lm model, as in the paper.
+
+    Args:
+        model (str): a directory or hub id.
+        source (Source): of the LLM.
+        dtype (mx.Dtype): cast to this type.
+        head_width (int): P, width of the head's hidden layer.
+        trust_remote_code (bool): let the tokenizer run code of its repository.
+    """
+    other = load_source(model, dtype, trust_remote_code)
+    width = _embedding_width(get_module(other.llm, find_embedding(other.llm)))
+    _keep_body(other.llm)
+    head = new_head(width, head_width, source)
+    return PredictorStart(other.llm, other.config, head, "", other.tokenizer)
+
+
+def _embedding_width(embedding: nn.Module) -> int:
+    return embedding.weight.shape[-1]
+
+
+def _keep_body(backbone: nn.Module) -> None:
+    """The output layer has no part in it."""
+    body = find_body(backbone).split(".")[0]
+    for name in [name for name in backbone.children() if name != body]:
+        backbone.pop(name)
+
+
+def _first_layers(config: dict[str, Any], of: int, layers: int) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    for part in (config, config.get("text_config") or {}):
+        for name, value in part.items():
+            if name in ("num_hidden_layers", "n_layers", "num_layers") and value == of:
+                part[name] = layers
+            elif isinstance(value, list) and len(value) == of:
+                part[name] = value[:layers]
+    return config
+
+
+def head_config(width: int, head_width: int, source: Source) -> HeadConfig:
+    """D -> P -> L * d_ffn with an exact GELU between (paper, section 3.1)."""
+    scores = len(source.ffns) * source.ffns[0].d_ffn
+    return HeadConfig([width, head_width, scores], [True, True], "gelu", "layer_norm")
+
+
+def new_head(width: int, head_width: int, source: Source) -> PredictorHead:
+    """A head whose last layer begins small, so that no text differs from another at first."""
+    config = head_config(width, head_width, source)
+    first = nn.Linear(width, head_width)
+    arrays = {
+        "linear1.weight": first.weight,
+        "linear1.bias": mx.zeros((head_width,)),
+        "linear2.weight": mx.random.normal((config.widths[-1], head_width)) * 0.01,
+        "linear2.bias": mx.zeros((config.widths[-1],)),
+    }
+    return PredictorHead(config, arrays)
+
+
+def from_checkpoint(source: Source, dtype: mx.Dtype | None = None) -> PredictorStart:
+    """The predictor that a checkpoint has already.
+
+    Raises:
+        IFPError: if it has none.
+    """
+    checkpoint = source.checkpoint
+    if checkpoint is None or checkpoint.ifp.head is None:
+        raise IFPError(f"{source.path} has no predictor; name --predictor-layers or another one.")
+    predictor = load_predictor(checkpoint, dtype, source.llm)
+    embedding = ""
+    tokenizer = source.tokenizer
+    if checkpoint.ifp.predictor_embedding == "llm":
+        embedding = find_embedding(predictor.backbone)
+        set_module(predictor.backbone, embedding, nn.Module())
+    else:
+        tokenizer = load_tokenizer(checkpoint.path / PREDICTOR)
+    _keep_body(predictor.backbone)
+    return PredictorStart(
+        predictor.backbone, checkpoint.predictor_config, predictor.head, embedding, tokenizer
+    )

@@ -1,0 +1,132 @@
+"""One training step: scores -> mask -> network -> loss."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .data import Batch
+from .losses import Targets, blockwise_loss, contrastive_loss
+from .networks import hidden_states, output_layer
+from .student import Student
+
+# Positions are padded to a multiple of this, so that shapes repeat.
+_POSITIONS_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of a batch count, as arrays.
+
+    Attributes:
+        rows: int32 [n], into the flattened [B * (S - 1)] positions, padded.
+        answer: float32 [n], 1 for the answer's tokens, else 0.
+        distilled: float32 [n], 1 where the dense model is to be matched, else 0.
+        answer_tokens: how many ones.
+        distilled_tokens: likewise.
+    """
+
+    rows: mx.array
+    answer: mx.array
+    distilled: mx.array
+    answer_tokens: int
+    distilled_tokens: int
+
+
+def positions_of(batch: Batch, distill_on: str) -> Positions:
+    """Positions of a batch that count.
+
+    Args:
+        batch (Batch): of examples.
+        distill_on (str): ``all`` tokens or the ``answer`` only; ``none`` for no distillation.
+    """
+    answer = np.array(batch.loss_mask).reshape(-1)
+    tokens = np.array(batch.token_mask).reshape(-1)
+    distilled = {"all": tokens, "answer": answer, "none": np.zeros_like(answer)}[distill_on]
+    rows = np.flatnonzero(answer | distilled)
+    padding = -len(rows) % _POSITIONS_MULTIPLE
+
+    def weights(mask: np.ndarray) -> mx.array:
+        return mx.array(np.pad(mask[rows].astype(np.float32), (0, padding)))
+
+    return Positions(
+        mx.array(np.pad(rows, (0, padding)).astype(np.int32)),
+        weights(answer),
+        weights(distilled),
+        int(answer.sum()),
+        int(distilled.sum()),
+    )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the parts of the loss are weighed, and how the mask is made at this step.
+
+    Attributes:
+        ce: factor of an answer token's cross-entropy.
+        kl: factor of a token's KL(dense || student).
+        contrastive: factor of the contrastive term.
+        temperature: epsilon of SoftTopK.
+        blend: 0 is the dense model, 1 the masked one.
+        shared_by: the row of the batch whose text selects for all of it; None: each for itself.
+    """
+
+    ce: float
+    kl: float
+    contrastive: float
+    temperature: float
+    blend: float
+    shared_by: int | None
+
+
+def batch_loss(
+    student: Student,
+    batch: Batch,
+    positions: Positions,
+    teacher: tuple[mx.array, mx.array] | None,
+    mix: Mix,
+    contrast: Batch | None = None,
+    contrast_tasks: list[str] | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The loss of a batch; narrow if it shares one mask, wide otherwise, with equal gradients.
+
+    Args:
+        student (Student): what is trained.
+        batch (Batch): tokens [B, S].
+        positions (Positions): of the batch.
+        teacher (tuple): ids and log-probabilities [B, S - 1, K] of the dense model, or None.
+        mix (Mix): weights of the parts.
+        contrast (Batch): prompts of several tasks for the contrastive term.
+        contrast_tasks (list): their tasks.
+
+    Returns:
+        tuple: the loss; and, as values only, the summed weighted cross-entropy and KL.
+    """
+    selecting, lengths = batch.selecting, batch.selecting_lengths
+    if mix.shared_by is not None:
+        row = slice(mix.shared_by, mix.shared_by + 1)
+        selecting, lengths = selecting[row], lengths[row]
+    scores = student.scores(selecting, lengths)
+    if mix.blend == 1.0 and scores.shape[0] == 1:
+        network = student.narrow(scores[0], mix.temperature)
+    else:
+        scores = mx.broadcast_to(scores, (batch.tokens.shape[0], *scores.shape[1:]))
+        network = student.wide(scores, mix.temperature, mix.blend)
+    inputs = batch.tokens[:, :-1]
+    hidden = hidden_states(network, inputs)
+    rows = positions.rows
+    targets = Targets(
+        labels=batch.tokens[:, 1:].reshape(-1)[rows],
+        ce_weights=positions.answer * mix.ce,
+    )
+    if teacher is not None:
+        ids, logprobs = (part.reshape(-1, part.shape[-1])[rows] for part in teacher)
+        targets = Targets(targets.labels, targets.ce_weights, ids, logprobs,
+                          positions.distilled * mix.kl)  # fmt: skip
+    parameters, logits = output_layer(student.llm)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
+    loss, ce, kl = blockwise_loss(parameters, hidden, targets, logits)
+    if contrast is not None:
+        scores = student.scores(contrast.selecting, contrast.selecting_lengths)
+        loss = loss + mix.contrastive * contrastive_loss(scores, contrast_tasks)
+    return loss, ce, kl

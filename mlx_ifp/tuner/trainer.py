@@ -1,0 +1,436 @@
+"""The training loop: LLM and predictor together (paper, section 3.2)."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.tuner.utils import build_schedule
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from ..errors import IFPError
+from .data import Batches, Example, make_batch
+from .dense_targets import DenseTargets
+from .step import Mix, batch_loss, positions_of
+from .student import Student
+from .training_state import load_state, save_state
+from .validation import collapse_warning, validate
+
+LOG_FILE = "log.jsonl"
+
+
+@dataclass
+class TrainingArgs:
+    """The numbers of a run; names are mlx-lm's where they mean the same."""
+
+    iters: int = field(default=1000, metadata={"help": "Iterations to train for"})
+    batch_size: int = field(default=4, metadata={"help": "Examples of a batch"})
+    grad_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches whose gradients make one update"}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's, of the LLM"})
+    predictor_learning_rate: float = field(
+        default=1e-4, metadata={"help": "AdamW's, of the predictor"}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's"})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradients are scaled down to this norm; 0 for never"}
+    )
+    lr_schedule: dict[str, Any] | None = field(
+        default=None, metadata={"help": "mlx-lm's, of the LLM (YAML only)"}
+    )
+    predictor_lr_schedule: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Likewise of the predictor (YAML only)"}
+    )
+    mask_temperature: float = field(
+        default=0.1, metadata={"help": "Epsilon of SoftTopK at the end of training, and after it"}
+    )
+    mask_temperature_start: float | None = field(
+        default=None, metadata={"help": "Epsilon at the first iteration (default: the same)"}
+    )
+    blend_iters: int = field(
+        default=0,
+        metadata={"help": "Iterations over which the mask rises from none to whole"},
+    )
+    distill_weight: float = field(
+        default=0.0,
+        metadata={"help": "Share of KL(dense || student) in the loss; the rest is cross-entropy"},
+    )
+    distill_on: str = field(
+        default="all", metadata={"help": "Tokens that are distilled", "choices": ["all", "answer"]}
+    )
+    contrastive_weight: float = field(
+        default=0.0, metadata={"help": "Factor of the term that pulls prompts of one task together"}
+    )
+    contrastive_batch_size: int = field(default=16, metadata={"help": "Prompts of that term"})
+    group_masks: bool = field(
+        default=False,
+        metadata={"help": "One prompt of each batch, drawn at random, selects for all of it"},
+    )
+    val_batches: int = field(
+        default=25, metadata={"help": "Validation batches, -1 for the entire set"}
+    )
+    steps_per_report: int = field(default=10, metadata={"help": "Iterations between reports"})
+    steps_per_eval: int = field(default=200, metadata={"help": "Iterations between validations"})
+    save_every: int = field(default=100, metadata={"help": "Iterations between checkpoints"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "Checkpoints to keep"})
+    grad_checkpoint: bool = field(
+        default=False, metadata={"help": "Recompute activations to save memory"}
+    )
+    clear_cache_threshold: int = field(
+        default=0, metadata={"help": "Clear MLX's cache between steps if it is larger, bytes"}
+    )
+    seed: int = field(default=0, metadata={"help": "PRNG seed"})
+
+    def check(self) -> None:
+        """Raises IFPError if a number is out of range."""
+        for name, least in (("iters", 0), ("batch_size", 1), ("grad_accumulation_steps", 1),
+                            ("steps_per_report", 1), ("steps_per_eval", 1), ("save_every", 1),
+                            ("keep_checkpoints", 1), ("blend_iters", 0), ("learning_rate", 0),
+                            ("predictor_learning_rate", 0), ("contrastive_weight", 0),
+                            ("max_grad_norm", 0)):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise IFPError(
+                    f"--{name.replace('_', '-')} must be at least {least}, not "
+                    f"{getattr(self, name)}."
+                )
+        if not 0 <= self.distill_weight <= 1:
+            raise IFPError(f"--distill-weight must be between 0 and 1, not {self.distill_weight}.")
+        for name in ("mask_temperature", "mask_temperature_start"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise IFPError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+
+    def temperature(self, step: int) -> float:
+        """Epsilon of SoftTopK at a step: geometric from start to end."""
+        start = self.mask_temperature_start or self.mask_temperature
+        done = min(1.0, step / max(1, self.iters - 1))
+        return start ** (1 - done) * self.mask_temperature**done
+
+    def blend(self, step: int) -> float:
+        """How much of the mask holds at a step: 1 from ``blend_iters`` on."""
+        return min(1.0, (step + 1) / (self.blend_iters + 1))
+
+
+@dataclass
+class Split:
+    """A list of examples and what the dense model does on them."""
+
+    examples: list[Example]
+    targets: DenseTargets
+
+
+class RunLog:
+    """Writes reports: a line of JSON each to ``log.jsonl``, to mlx-lm's callbacks, to stdout.
+
+    Args:
+        run (Path): the run's directory; None writes nothing (other ranks).
+        callback (TrainingCallback): mlx-lm's, or None.
+    """
+
+    def __init__(self, run: Path | None, callback: TrainingCallback | None = None) -> None:
+        self.run, self.callback = run, callback
+
+    def write(self, report: dict[str, Any], line: str) -> None:
+        """Append a report."""
+        if self.run is None:
+            return
+        with open(self.run / LOG_FILE, "a") as file:
+            file.write(json.dumps(report) + "\n")
+        print(line, flush=True)
+        if self.callback is not None and "iteration" in report:
+            numbers = {k: v for k, v in report.items() if isinstance(v, (int, float))}
+            if "val_loss" in report:
+                self.callback.on_val_loss_report(numbers)
+            else:
+                self.callback.on_train_loss_report(numbers)
+
+
+def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
+    """AdamW for the predictor and for the LLM, each with its own rate; only for what is trained."""
+
+    def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
+        return optim.AdamW(
+            learning_rate=build_schedule(schedule) if schedule else rate,
+            weight_decay=args.weight_decay,
+        )
+
+    names = [name for name, _ in tree_flatten(student.trainable_parameters())]
+    of_llm = adamw(args.learning_rate, args.lr_schedule)
+    of_predictor = adamw(args.predictor_learning_rate, args.predictor_lr_schedule)
+    groups = {name.startswith("llm.") for name in names}
+    if not groups:
+        raise IFPError("Nothing is trained: a static mask and a frozen LLM.")
+    if groups == {True}:
+        return of_llm
+    if groups == {False}:
+        return of_predictor
+    return optim.MultiOptimizer([of_llm, of_predictor], [lambda path, _: path.startswith("llm.")])
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        student (Student): what is trained; frozen and unfrozen as wanted.
+        args (TrainingArgs): its numbers.
+        run (Path): its directory, which exists.
+        train, valid (Split): data; valid may be None.
+        select_by (str): ``prompt``, ``task`` or ``static``.
+        identity (dict): what a resumed run must have in common with this one.
+        callback (TrainingCallback): mlx-lm's, or None.
+
+    Attributes:
+        step: steps done.
+        optimizer: its state.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        args: TrainingArgs,
+        run: Path,
+        train: Split,
+        valid: Split | None,
+        select_by: str,
+        identity: dict[str, Any],
+        callback: TrainingCallback | None = None,
+    ) -> None:
+        args.check()
+        self.student, self.args, self.run = student, args, run
+        self.train_split, self.valid_split, self.select_by = train, valid, select_by
+        self.identity = identity
+        self.world = mx.distributed.init()
+        self.log = RunLog(run if self.world.rank() == 0 else None, callback)
+        self.batches = Batches(
+            train.examples, args.batch_size, seed=args.seed, rank=self.world.rank(),
+            world_size=self.world.size(),
+        )  # fmt: skip
+        self.optimizer = make_optimizer(student, args)
+        self.optimizer.init(student.trainable_parameters())
+        self.step = self.trained_tokens = 0
+        if args.grad_checkpoint:
+            grad_checkpoint(student.llm.layers[0])
+
+    # -- checkpoints
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            IFPError: if it is damaged, or of another run.
+        """
+        state = load_state(path, self.student, self.optimizer)
+        theirs = state["identity"]
+        for name, value in self.identity.items():
+            if theirs.get(name) != value:
+                raise IFPError(
+                    f"{path} is of another run: its {name} is {theirs.get(name)!r}, here it is "
+                    f"{value!r}. Resume with the same, or name another --run-path."
+                )
+        self.step, self.trained_tokens = state["step"], state["trained_tokens"]
+
+    def save(self) -> None:
+        """Write a checkpoint; only the first rank does."""
+        if self.world.rank() == 0:
+            values = {"identity": self.identity, "trained_tokens": self.trained_tokens}
+            save_state(self.run, self.step, self.student, self.optimizer, values,
+                       self.args.keep_checkpoints)  # fmt: skip
+
+    # -- steps
+
+    def _mix(self, counts: tuple[float, float], sharer: int | None) -> Mix:
+        """Losses are means over the tokens of the whole update, on all ranks."""
+        args, (answer, distilled) = self.args, counts
+        return Mix(
+            ce=(1 - args.distill_weight) / max(answer, 1),
+            kl=args.distill_weight / max(distilled, 1),
+            contrastive=args.contrastive_weight / args.grad_accumulation_steps
+            / self.world.size(),
+            temperature=args.temperature(self.step),
+            blend=args.blend(self.step),
+            shared_by=sharer,
+        )  # fmt: skip
+
+    def _sharer(self, number: int) -> int | None:
+        """The row whose text selects for the whole batch, if one does."""
+        if self.select_by in ("task", "static"):
+            return 0
+        if not self.args.group_masks:
+            return None
+        rows = self.args.batch_size // self.world.size()
+        return int(np.random.default_rng([self.args.seed, 2, number]).integers(rows))
+
+    def _contrast(self, number: int) -> tuple[Any, list[str]] | tuple[None, None]:
+        """Prompts of several tasks, two of each at least."""
+        if not self.args.contrastive_weight:
+            return None, None
+        random = np.random.default_rng([self.args.seed, 3, number, self.world.rank()])
+        examples = self.train_split.examples
+        by_task: dict[str | None, list[int]] = {}
+        for i, example in enumerate(examples):
+            by_task.setdefault(example.task, []).append(i)
+        tasks = [task for task, members in by_task.items() if len(members) > 1]
+        tasks = random.permutation(np.array(tasks, dtype=object))
+        tasks = tasks[: max(1, self.args.contrastive_batch_size // 2)]
+        each = max(2, self.args.contrastive_batch_size // max(1, len(tasks)))
+        chosen = [
+            int(i) for task in tasks
+            for i in random.choice(by_task[task], min(each, len(by_task[task])), replace=False)
+        ]  # fmt: skip
+        # Only what selects is used; the answers need no place in the batch.
+        prompts = [Example([0, 0], 1, examples[i].selecting, examples[i].task) for i in chosen]
+        if not prompts:
+            return None, None
+        return make_batch(prompts, list(range(len(prompts)))), [str(p.task) for p in prompts]
+
+    def gradients(self) -> tuple[dict, float, float, float, int]:
+        """Averaged gradients of one update.
+
+        Returns:
+            tuple: the gradients, the loss, its cross-entropy and KL parts, and the tokens seen.
+        """
+        args = self.args
+        numbers = [self.step * args.grad_accumulation_steps + i
+                   for i in range(args.grad_accumulation_steps)]  # fmt: skip
+        batches = [self.batches(number) for number in numbers]
+        distill_on = args.distill_on if args.distill_weight else "none"
+        positions = [positions_of(batch, distill_on) for batch in batches]
+        counts = mx.array([
+            float(sum(p.answer_tokens for p in positions)),
+            float(sum(p.distilled_tokens for p in positions)),
+            float(sum(int(batch.token_mask.sum()) for batch in batches)),
+        ])  # fmt: skip
+        answer, distilled, tokens = mx.distributed.all_sum(counts, stream=mx.cpu).tolist()
+        value_and_grad = nn.value_and_grad(self.student, batch_loss)
+        total, sums = None, mx.zeros((3,))
+        for number, batch, places in zip(numbers, batches, positions, strict=True):
+            teacher = None
+            if args.distill_weight:
+                teacher = self.train_split.targets.teacher(batch.indices, batch.tokens.shape[1] - 1)
+            mix = self._mix((answer, distilled), self._sharer(number))
+            contrast, tasks = self._contrast(number)
+            values, grads = value_and_grad(self.student, batch, places, teacher, mix, contrast,
+                                           tasks)  # fmt: skip
+            total = grads if total is None else tree_map(mx.add, total, grads)
+            sums = sums + mx.stack(values)
+            mx.eval(total, sums)
+        if self.world.size() > 1:
+            # Each rank's loss is its part of the sum already; the average divides by their number.
+            total = tree_map(lambda g: g * self.world.size(), average_gradients(total))
+            sums = mx.distributed.all_sum(sums, stream=mx.cpu)
+        loss, ce, kl = sums.tolist()
+        return total, loss, ce, kl, int(tokens)
+
+    def update(self) -> tuple[float, float, float, int]:
+        """One update of the weights: the loss, its two parts, and the tokens seen."""
+        grads, loss, ce, kl, tokens = self.gradients()
+        if not math.isfinite(loss):
+            last = sorted(self.run.glob("checkpoint-*"))
+            raise IFPError(
+                f"The loss is {loss} at iteration {self.step + 1}; training stops. "
+                + (f"The last good checkpoint is {last[-1]}; " if last else "")
+                + "lower the learning rate and use --resume."
+            )
+        if self.args.max_grad_norm:
+            grads, _ = optim.clip_grad_norm(grads, self.args.max_grad_norm)
+        self.optimizer.update(self.student, grads)
+        mx.eval(self.student.trainable_parameters(), self.optimizer.state)
+        if mx.get_cache_memory() > self.args.clear_cache_threshold > 0:
+            mx.clear_cache()
+        self.step += 1
+        self.trained_tokens += tokens
+        return loss, ce, kl, tokens
+
+    def validate(self) -> dict[str, Any] | None:
+        """Validate on the first rank and report."""
+        if self.valid_split is None or self.world.rank() != 0:
+            return None
+        report = validate(self.student, self.valid_split.examples, self.valid_split.targets,
+                          self.args.batch_size, self.args.mask_temperature)  # fmt: skip
+        report = {"iteration": self.step, **report}
+        between = report["overlap_between"]
+        line = (
+            f"Iter {self.step}: Val loss {report['val_loss']:.3f}, dense {report['dense_loss']:.3f}"
+            f", KL to dense {report['val_kl']:.3f} (mean of tasks {report['mean_task_kl']:.3f})"
+            f", overlap between tasks {'-' if between is None else f'{between:.3f}'}"
+            f", dead channels {report['dead_channels']:.1%}, Val took {report['val_time']:.1f}s"
+        )
+        self.log.write(report, line)
+        share = self.student.k / self.student.ffns[0].d_ffn
+        if self.select_by != "static" and (warning := collapse_warning(report, share)):
+            print(f"[WARNING] {warning}", flush=True)
+        return report
+
+    def train(self, on_step: Callable[[int], Any] = lambda _: None) -> None:
+        """Run to the last iteration, with reports, validations and checkpoints.
+
+        Args:
+            on_step (Callable): called with the number of steps done after each.
+
+        Raises:
+            IFPError: if the loss is not finite, or a checkpoint cannot be written.
+        """
+        maybe_set_recommended_wired_limit()
+        args, losses, tokens, seconds = self.args, [], 0, 0.0
+        if self.step == 0:
+            self.save()
+            self.validate()
+        while self.step < args.iters:
+            start = time.perf_counter()
+            loss, ce, kl, seen = self.update()
+            seconds += time.perf_counter() - start
+            losses.append((loss, ce, kl))
+            tokens += seen
+            if self.step % args.steps_per_report == 0 or self.step == args.iters:
+                self._report(np.mean(losses, axis=0).tolist(), len(losses), tokens, seconds)
+                losses, tokens, seconds = [], 0, 0.0
+            if self.step % args.steps_per_eval == 0 or self.step == args.iters:
+                self.validate()
+            if self.step % args.save_every == 0 or self.step == args.iters:
+                self.save()
+            on_step(self.step)
+
+    def _report(self, losses: list[float], steps: int, tokens: int, seconds: float) -> None:
+        rates = self.optimizer
+        rates = rates.optimizers if isinstance(rates, optim.MultiOptimizer) else [rates]
+        report = {
+            "iteration": self.step,
+            "train_loss": losses[0],
+            "train_cross_entropy": losses[1],
+            "train_kl": losses[2],
+            "learning_rate": rates[0].learning_rate.item(),
+            "predictor_learning_rate": rates[-1].learning_rate.item(),
+            "iterations_per_second": steps / seconds,
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens": self.trained_tokens,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+        }
+        self.log.write(
+            report,
+            f"Iter {self.step}: Train loss {losses[0]:.3f}, "
+            f"Learning Rate {report['learning_rate']:.3e}, It/sec "
+            f"{report['iterations_per_second']:.3f}, Tokens/sec {report['tokens_per_second']:.1f}, "
+            f"Trained Tokens {self.trained_tokens}, Peak mem {report['peak_memory']:.2f} GB",
+        )
+
+
+def identity_of(source: str, examples: list[Example], args: TrainingArgs, **more: Any) -> dict:
+    """What two sessions of one run have in common."""
+    ours = ("batch_size", "grad_accumulation_steps", "seed", "distill_weight", "distill_on",
+            "group_masks", "contrastive_weight", "blend_iters")  # fmt: skip
+    values = asdict(args)
+    tokens = sum(len(example.tokens) for example in examples)
+    return {"model": source, "examples": len(examples), "tokens": tokens,
+            **{name: values[name] for name in ours}, **more}  # fmt: skip

@@ -1,0 +1,108 @@
+"""A run's checkpoints: everything that is needed to go on as if nothing had happened."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..atomic import new_directory
+from ..errors import IFPError
+from ..tensor_files import write_safetensors
+
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = sorted(path.parent for path in run.glob(f"checkpoint-*/{_STATE}"))
+    return found[-1] if found else None
+
+
+def save_state(
+    run: Path, step: int, student: nn.Module, optimizer: Optimizer, values: dict[str, Any],
+    keep: int = 2,
+) -> Path:  # fmt: skip
+    """Write ``checkpoint-STEP``; it is complete or not there.
+
+    Args:
+        run (Path): the run's directory.
+        step (int): steps done.
+        student (nn.Module): its trainable parameters are written.
+        optimizer (Optimizer): its whole state is.
+        values (dict): anything of JSON that belongs to it.
+        keep (int): older checkpoints to leave, this one included.
+
+    Raises:
+        IFPError: if it cannot be written, naming the last one that was.
+    """
+    path = run / f"checkpoint-{step:07d}"
+    if path.exists():
+        shutil.rmtree(path)
+    arrays = dict(tree_flatten(optimizer.state))
+    scalars = {
+        name: [array.item(), str(array.dtype).removeprefix("mlx.core.")]
+        for name, array in arrays.items()
+        if array.ndim == 0
+    }
+    arrays = {name: array for name, array in arrays.items() if array.ndim}
+    try:
+        with new_directory(path) as directory:
+            weights = dict(tree_flatten(student.trainable_parameters()))
+            write_safetensors(directory / _WEIGHTS, weights)
+            write_safetensors(directory / _OPTIMIZER, arrays)
+            state = {"step": step, "scalars": scalars, "random": _random_state(), **values}
+            (directory / _STATE).write_text(json.dumps(state))
+    except (OSError, RuntimeError) as error:
+        last = latest_checkpoint(run)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise IFPError(
+            f"{path} could not be saved ({reason}). "
+            + (f"The last complete checkpoint is {last}; " if last else "There is none before; ")
+            + "make room and continue with --resume."
+        ) from error
+    for old in sorted(run.glob("checkpoint-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _random_state() -> list[int]:
+    return mx.random.state[0].tolist()
+
+
+def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Set weights, optimizer and random state from a checkpoint of :func:`save_state`.
+
+    Returns:
+        dict: its ``step`` and the values it was saved with.
+
+    Raises:
+        IFPError: if it is damaged, or its tensors are not those that are trained here.
+    """
+    try:
+        state = json.loads((path / _STATE).read_text())
+        weights = mx.load(str(path / _WEIGHTS))
+        arrays = mx.load(str(path / _OPTIMIZER)) if (path / _OPTIMIZER).stat().st_size > 16 else {}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise IFPError(
+            f"{path} is damaged ({error}); delete it to resume from an older one."
+        ) from error  # noqa: E501
+    own = dict(tree_flatten(student.trainable_parameters()))
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own or weights[name].shape != own[name].shape:
+            raise IFPError(
+                f"{path / _WEIGHTS}: {name} does not fit what is trained here; resume with the "
+                "options of the run."
+            )
+    student.load_weights(list(weights.items()), strict=False)
+    for name, (value, dtype) in state["scalars"].items():
+        arrays[name] = mx.array(value, getattr(mx, dtype))
+    optimizer.state = tree_unflatten(list(arrays.items()))
+    mx.eval(student.parameters(), optimizer.state)
+    high, low = state["random"]
+    mx.random.seed(high << 32 | low)
+    return state

@@ -1,0 +1,110 @@
+"""Fit the predictor to what the dense LLM's channels did on the answers, before joint training.
+
+With little data, joint training from a random head tends to give every prompt the same channels.
+Here the scores depend on the instruction from the first step. Only the predictor is trained, and
+the targets cost one forward pass of the dense model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from .data import Example, make_batch
+from .dense_targets import DenseTargets
+from .student import Student
+
+
+def standardized(statistics: np.ndarray) -> np.ndarray:
+    """Logarithms of activation statistics with mean 0 and variance 1 in each layer.
+
+    Args:
+        statistics (array): float32 [..., L, d_ffn], 0 or more.
+    """
+    logs = np.log(np.maximum(statistics, 1e-4))
+    logs = logs - logs.mean(axis=-1, keepdims=True)
+    return logs / np.maximum(logs.std(axis=-1, keepdims=True), 1e-6)
+
+
+def mean_importance(targets: DenseTargets, indices: list[int], batch_size: int) -> np.ndarray:
+    """The mean standardized statistic over examples: float32 [L, d_ffn], a static score."""
+    total = 0.0
+    for start in range(0, len(indices), batch_size):
+        total = total + standardized(targets.activations(indices[start : start + batch_size])).sum(
+            0
+        )
+    return (total / len(indices)).astype(np.float32)
+
+
+def fit_predictor(
+    student: Student,
+    examples: list[Example],
+    targets: DenseTargets,
+    *,
+    iters: int,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    examples_used: int = 512,
+    seed: int = 0,
+    report: Callable[[dict[str, Any]], Any] = lambda _: None,
+    report_every: int = 10,
+) -> float:
+    """Regress the scores on the standardized activation statistics of the answers.
+
+    The last bias starts as their mean, so the predictor starts as the best static mask and learns
+    how instructions differ from it.
+
+    Args:
+        student (Student): its backbone and head are changed.
+        examples (list): of the training set.
+        targets (DenseTargets): of the same examples.
+        iters (int): steps.
+        batch_size (int): examples a step.
+        learning_rate (float): Adam's; the backbone learns at a tenth of it.
+        examples_used (int): how many examples, spread evenly over the set.
+        seed (int): of the order.
+        report (Callable): called with a dict every ``report_every`` steps.
+        report_every (int): steps.
+
+    Returns:
+        float: the share of the variance between examples that the last steps explained.
+    """
+    used = np.unique(np.linspace(0, len(examples) - 1, examples_used).astype(int)).tolist()
+    # Neighbours in length share a batch of the dense model.
+    used.sort(key=lambda i: len(examples[i].tokens))
+    mean = mx.array(mean_importance(targets, used, batch_size))
+    last = student.head.linears[-1]
+    last.bias = mean.reshape(-1).astype(last.bias.dtype)
+
+    def loss_of(parts: nn.Module, batch: Any, wanted: mx.array) -> mx.array:
+        scores = student.scores(batch.selecting, batch.selecting_lengths)
+        return (scores - wanted).square().mean()
+
+    trained = nn.Module()
+    trained.backbone, trained.head = student.backbone, student.head
+    optimizer = optim.MultiOptimizer(
+        [optim.Adam(learning_rate=learning_rate), optim.Adam(learning_rate=learning_rate / 10)],
+        [lambda path, _: path.startswith("head")],
+    )
+    value_and_grad = nn.value_and_grad(trained, loss_of)
+    random = np.random.default_rng([seed, 1])
+    order: list[int] = []
+    explained = []
+    for step in range(1, iters + 1):
+        if len(order) < batch_size:
+            order += random.permutation(used).tolist()
+        indices, order = order[:batch_size], order[batch_size:]
+        wanted = mx.array(standardized(targets.activations(indices)))
+        loss, grads = value_and_grad(trained, make_batch(examples, indices), wanted)
+        optimizer.update(trained, grads)
+        around_mean = (wanted - mean).square().mean()
+        mx.eval(trained.parameters(), optimizer.state, loss, around_mean)
+        explained.append(1 - loss.item() / max(around_mean.item(), 1e-9))
+        if step % report_every == 0 or step == iters:
+            share = float(np.mean(explained[-report_every:]))
+            report({"warm_start_iteration": step, "warm_start_loss": loss.item(),
+                    "variance_explained": share})  # fmt: skip
+    return float(np.mean(explained[-report_every:])) if explained else 0.0
