@@ -70,7 +70,7 @@ def score_answers(
     parameters, logits = output_layer(student.llm)
     ids, logprobs = targets.teacher(indices, batch.tokens.shape[1] - 1)
     results = []
-    for row, i in enumerate(indices):
+    for row in range(len(indices)):
         positions = np.flatnonzero(np.array(batch.loss_mask[row]))
         loss = kl = 0.0
         exact = True
