@@ -55,44 +55,80 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--config", help="A YAML file with these options")
     start = parser.add_argument_group("start")
     start.add_argument("--model", help="A dense mlx-lm model, or a float checkpoint of mlx_ifp")
-    start.add_argument("--trust-remote-code", action="store_true",
-                       help="Let the tokenizer run code of the model's repository")  # fmt: skip
-    start.add_argument("--dtype", choices=["float16", "bfloat16", "float32"],
-                       help="Train in this type (default: as stored; float32 on a CPU)")  # fmt: skip
+    start.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run code of the model's repository",
+    )
+    start.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="Train in this type (default: as stored; float32 on a CPU)",
+    )
     start.add_argument("--predictor-model", help="A pretrained mlx-lm model as the predictor")
-    start.add_argument("--predictor-layers", type=int,
-                       help="Make the predictor of the LLM's first layers (default: 4)")  # fmt: skip
+    start.add_argument(
+        "--predictor-layers",
+        type=int,
+        help="Make the predictor of the LLM's first layers (default: 4)",
+    )
     start.add_argument("--head-width", type=int, help="P, hidden width of its head (default: 128)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="Directory with {train,valid,test}.jsonl, or a hub data set")
-    data.add_argument("--stage", choices=["pretrain", "sft"],
-                      help="Consecutive chunks of text, or prompts and answers (default: sft)")  # fmt: skip
+    data.add_argument(
+        "--stage",
+        choices=["pretrain", "sft"],
+        help="Consecutive chunks of text, or prompts and answers (default: sft)",
+    )
     data.add_argument("--chunk-size", type=int, help="Tokens of a chunk (default: 256)")
     data.add_argument("--max-seq-length", type=int, help="Maximum tokens (default: 2048)")
-    data.add_argument("--text-format", choices=["raw", "chat_template"],
-                      help="How the text that selects is tokenized (default: raw)")  # fmt: skip
+    data.add_argument(
+        "--text-format",
+        choices=["raw", "chat_template"],
+        help="How the text that selects is tokenized (default: raw)",
+    )
     mask = parser.add_argument_group("mask")
-    mask.add_argument("--keep", type=parse_keep, metavar="K|FRACTION",
-                      help="FFN channels to keep in each layer (default: 0.5)")  # fmt: skip
-    mask.add_argument("--select-by", choices=SELECT_BY,
-                      help="The prompt, its task's description, or nothing: one mask for all "
-                      "(default: prompt)")  # fmt: skip
-    mask.add_argument("--tasks", metavar="FILE",
-                      help="A YAML file, task name -> description, for --select-by task")  # fmt: skip
-    mask.add_argument("--mask-operator", choices=["sigmoid", "capped_exp"],
-                      help="SoftTopK's entropy (default: sigmoid)")  # fmt: skip
-    mask.add_argument("--hard-mask", action="store_true",
-                      help="Use a 0/1 mask at inference, not SoftTopK's values")  # fmt: skip
+    mask.add_argument(
+        "--keep",
+        type=parse_keep,
+        metavar="K|FRACTION",
+        help="FFN channels to keep in each layer (default: 0.5)",
+    )
+    mask.add_argument(
+        "--select-by",
+        choices=SELECT_BY,
+        help="The prompt, its task's description, or nothing: one mask for all (default: prompt)",
+    )
+    mask.add_argument(
+        "--tasks",
+        metavar="FILE",
+        help="A YAML file, task name -> description, for --select-by task",
+    )
+    mask.add_argument(
+        "--mask-operator",
+        choices=["sigmoid", "capped_exp"],
+        help="SoftTopK's entropy (default: sigmoid)",
+    )
+    mask.add_argument(
+        "--hard-mask",
+        action="store_true",
+        help="Use a 0/1 mask at inference, not SoftTopK's values",
+    )
     trained = parser.add_argument_group("training")
-    trained.add_argument("--fine-tune-type", choices=FINE_TUNE_TYPES,
-                         help="What is trained beside the predictor: everything, all but the "
-                         "embeddings, the FFNs, LoRA layers, or nothing (default: layers)")  # fmt: skip
+    trained.add_argument(
+        "--fine-tune-type",
+        choices=FINE_TUNE_TYPES,
+        help="What is trained beside the predictor: everything, all but the "
+        "embeddings, the FFNs, LoRA layers, or nothing (default: layers)",
+    )
     trained.add_argument("--num-layers", type=int, help="Layers to train, -1 for all (default)")
-    trained.add_argument("--warm-start-iters", type=int,
-                         help="Steps of fitting a new predictor to the dense model's activations "
-                         "(default: 200)")  # fmt: skip
-    trained.add_argument("--warm-start-examples", type=int,
-                         help="Examples to fit it to (default: 512)")  # fmt: skip
+    trained.add_argument(
+        "--warm-start-iters",
+        type=int,
+        help="Steps of fitting a new predictor to the dense model's activations (default: 200)",
+    )
+    trained.add_argument(
+        "--warm-start-examples", type=int, help="Examples to fit it to (default: 512)"
+    )
     trained.add_argument("--warm-start-learning-rate", type=float, help="(default: 1e-3)")
     for each in fields(TrainingArgs):
         flag = f"--{each.name.replace('_', '-')}"
@@ -107,8 +143,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--run-path", help="Directory of the run: log, checkpoints (default: run)")
     run.add_argument("--mlx-path", help="Where the result goes (default: ifp in the run's path)")
-    run.add_argument("--targets-path", help="Where what the dense model does is kept "
-                     "(default: in the run's path); runs on the same data may share it")  # fmt: skip
+    run.add_argument(
+        "--targets-path",
+        help="Where what the dense model does is kept "
+        "(default: in the run's path); runs on the same data may share it",
+    )
     run.add_argument("--resume", action="store_true", help="Go on from the last checkpoint")
     run.add_argument("--report-to", help="'wandb', 'swanlab' or both, as in mlx-lm")
     run.add_argument("--project-name", help="Project name for these")
@@ -116,16 +155,37 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 DEFAULTS = {
-    "model": None, "trust_remote_code": False, "dtype": None, "predictor_model": None,
-    "predictor_layers": None, "head_width": 128, "data": None, "stage": "sft", "chunk_size": 256,
-    "max_seq_length": 2048, "text_format": None, "keep": None, "select_by": "prompt",
-    "tasks": None, "mask_operator": "sigmoid", "hard_mask": False, "fine_tune_type": "layers",
-    "num_layers": -1, "warm_start_iters": 200, "warm_start_examples": 512,
-    "warm_start_learning_rate": 1e-3, "run_path": "run", "mlx_path": None, "targets_path": None,
-    "resume": False, "report_to": None, "project_name": None, "config": None,
+    "model": None,
+    "trust_remote_code": False,
+    "dtype": None,
+    "predictor_model": None,
+    "predictor_layers": None,
+    "head_width": 128,
+    "data": None,
+    "stage": "sft",
+    "chunk_size": 256,
+    "max_seq_length": 2048,
+    "text_format": None,
+    "keep": None,
+    "select_by": "prompt",
+    "tasks": None,
+    "mask_operator": "sigmoid",
+    "hard_mask": False,
+    "fine_tune_type": "layers",
+    "num_layers": -1,
+    "warm_start_iters": 200,
+    "warm_start_examples": 512,
+    "warm_start_learning_rate": 1e-3,
+    "run_path": "run",
+    "mlx_path": None,
+    "targets_path": None,
+    "resume": False,
+    "report_to": None,
+    "project_name": None,
+    "config": None,
     "lora_parameters": CONFIG_DEFAULTS["lora_parameters"],
     **{each.name: each.default for each in fields(TrainingArgs)},
-}  # fmt: skip
+}
 
 
 def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
@@ -184,8 +244,9 @@ def _predictor(args: types.SimpleNamespace, source: Source, dtype: Any) -> Predi
     if args.predictor_model is not None:
         if args.predictor_layers is not None:
             raise IFPError("--predictor-model and --predictor-layers exclude each other.")
-        return from_model(args.predictor_model, source, dtype, args.head_width,
-                          args.trust_remote_code)  # fmt: skip
+        return from_model(
+            args.predictor_model, source, dtype, args.head_width, args.trust_remote_code
+        )
     if has_one and args.predictor_layers is None:
         return from_checkpoint(source, dtype)
     return from_layers(source, args.predictor_layers or min(4, len(source.ffns)), args.head_width)
@@ -241,10 +302,15 @@ def run(args: types.SimpleNamespace) -> Path:
     if start is not None:
         ifp.head, ifp.predictor_embedding = start.head.config, "llm" if start.embedding else "own"
     examples = load_examples(
-        args.data, source.tokenizer, start.tokenizer if start else source.tokenizer, ifp.text,
-        stage=args.stage, max_seq_length=args.max_seq_length, chunk_size=args.chunk_size,
+        args.data,
+        source.tokenizer,
+        start.tokenizer if start else source.tokenizer,
+        ifp.text,
+        stage=args.stage,
+        max_seq_length=args.max_seq_length,
+        chunk_size=args.chunk_size,
         task_texts=task_texts if args.select_by == "task" else None,
-    )  # fmt: skip
+    )
     path.mkdir(parents=True, exist_ok=True)
     if first:
         save_config(dict(vars(args)), path / CONFIG_NAME)
@@ -256,14 +322,25 @@ def run(args: types.SimpleNamespace) -> Path:
         used = _spread(len(train.examples), args.warm_start_examples)
         static = mx.array(mean_importance(train.targets, used, args.batch_size))
     student = Student(
-        source.llm, source.ffns, start.backbone if start else None, start.head if start else None,
-        ifp, static, start.embedding if start else "",
-    )  # fmt: skip
+        source.llm,
+        source.ffns,
+        start.backbone if start else None,
+        start.head if start else None,
+        ifp,
+        static,
+        start.embedding if start else "",
+    )
     choose_trainable(student, args.fine_tune_type, args.lora_parameters, args.num_layers)
     identity = identity_of(
-        source.digest, train.examples, numbers, stage=args.stage, k=ifp.k,
-        select_by=args.select_by, fine_tune_type=args.fine_tune_type, mask=args.mask_operator,
-    )  # fmt: skip
+        source.digest,
+        train.examples,
+        numbers,
+        stage=args.stage,
+        k=ifp.k,
+        select_by=args.select_by,
+        fine_tune_type=args.fine_tune_type,
+        mask=args.mask_operator,
+    )
     trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback)
     if args.resume:
         trainer.resume(checkpoint)
@@ -272,12 +349,19 @@ def run(args: types.SimpleNamespace) -> Path:
     trainer.train()
     if first:
         save_student(
-            student, source, result, dtype=source.dtype,
+            student,
+            source,
+            result,
+            dtype=source.dtype,
             predictor_config=start.config if start else None,
             predictor_tokenizer=start.tokenizer if start else None,
-            training={"tokens": trainer.trained_tokens, "iters": trainer.step,
-                      "stage": args.stage, "select_by": args.select_by},
-        )  # fmt: skip
+            training={
+                "tokens": trainer.trained_tokens,
+                "iters": trainer.step,
+                "stage": args.stage,
+                "select_by": args.select_by,
+            },
+        )
         print(f"Saved the checkpoint to {result}.")
     return result
 
@@ -304,8 +388,11 @@ def _splits(
     dense = share(source.llm)
     valid = examples["valid"]
     if args.val_batches >= 0:
-        valid = [valid[i] for i in _spread(len(valid), args.val_batches * args.batch_size)] \
-            if valid and args.val_batches else []  # fmt: skip
+        valid = (
+            [valid[i] for i in _spread(len(valid), args.val_batches * args.batch_size)]
+            if valid and args.val_batches
+            else []
+        )
 
     def split(part: list) -> Split:
         return Split(part, DenseTargets(targets, dense, source.ffns, part, source.digest))
@@ -320,15 +407,23 @@ def _splits(
 
 def _warm_start(args: types.SimpleNamespace, student: Student, train: Split, log: RunLog) -> None:
     def report(values: dict[str, Any]) -> None:
-        log.write(values, f"Warm start {values['warm_start_iteration']}: "
-                  f"loss {values['warm_start_loss']:.4f}, variance between examples explained "
-                  f"{values['variance_explained']:.1%}")  # fmt: skip
+        log.write(
+            values,
+            f"Warm start {values['warm_start_iteration']}: "
+            f"loss {values['warm_start_loss']:.4f}, variance between examples explained "
+            f"{values['variance_explained']:.1%}",
+        )
 
     fit_predictor(
-        student, train.examples, train.targets, iters=args.warm_start_iters,
-        learning_rate=args.warm_start_learning_rate, examples_used=args.warm_start_examples,
-        seed=args.seed, report=report,
-    )  # fmt: skip
+        student,
+        train.examples,
+        train.targets,
+        iters=args.warm_start_iters,
+        learning_rate=args.warm_start_learning_rate,
+        examples_used=args.warm_start_examples,
+        seed=args.seed,
+        report=report,
+    )
 
 
 @command

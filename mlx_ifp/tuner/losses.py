@@ -1,8 +1,8 @@
 """Losses on the answer's tokens, and on prompts of one task.
 
-The logits of a vocabulary are the largest arrays of a training step. Here they exist for one
-block of tokens at a time: forward and backward of a block run together, and what remains of it is
-the gradient of its hidden states (as fused linear cross-entropy kernels do).
+The logits of a vocabulary are the largest arrays of a training step. Here they are made by blocks
+of tokens: forward and backward of a block run together, before the next one's, and what is needed
+of it is the gradient of its hidden states (as fused linear cross-entropy kernels do).
 """
 
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def blockwise_loss(
     logits: Callable[[dict, mx.array], mx.array],
     block: int = BLOCK,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Weighted cross-entropy and KL, with no more than ``block`` rows of logits at a time.
+    """Weighted cross-entropy and KL, ``block`` rows of logits after another.
 
     Args:
         parameters (dict): trainable parameters of the output layer; may be empty.

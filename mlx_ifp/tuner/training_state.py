@@ -90,7 +90,7 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
     except (OSError, ValueError, RuntimeError) as error:
         raise IFPError(
             f"{path} is damaged ({error}); delete it to resume from an older one."
-        ) from error  # noqa: E501
+        ) from error
     own = dict(tree_flatten(student.trainable_parameters()))
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights or name not in own or weights[name].shape != own[name].shape:

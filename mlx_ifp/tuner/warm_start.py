@@ -33,9 +33,8 @@ def mean_importance(targets: DenseTargets, indices: list[int], batch_size: int) 
     """The mean standardized statistic over examples: float32 [L, d_ffn], a static score."""
     total = 0.0
     for start in range(0, len(indices), batch_size):
-        total = total + standardized(targets.activations(indices[start : start + batch_size])).sum(
-            0
-        )
+        statistics = targets.activations(indices[start : start + batch_size])
+        total = total + standardized(statistics).sum(axis=0)
     return (total / len(indices)).astype(np.float32)
 
 

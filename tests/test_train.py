@@ -1,0 +1,272 @@
+"""``mlx_ifp.train`` as users run it: tiny models, real files, real commands."""
+
+import errno
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_ifp import IFPError, generate, load
+from mlx_ifp.checkpoint import open_checkpoint
+from mlx_ifp.train import options_of, run
+from mlx_ifp.tuner import training_state
+from mlx_ifp.tuner.student import load_source
+from mlx_ifp.tuner.trainer import Trainer
+
+from .conftest import run_command
+
+K = 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two tasks of short questions and answers."""
+    directory = tmp_path_factory.mktemp("data")
+    for split, n in (("train", 12), ("valid", 4)):
+        with open(directory / f"{split}.jsonl", "w") as file:
+            for i in range(n):
+                add = {"messages": [{"role": "user", "content": f"What is {i} + {i}?"},
+                                    {"role": "assistant", "content": f"It is {i + i}."}],
+                       "task": "math"}  # fmt: skip
+                write = {"messages": [{"role": "user", "content": f"Write a poem about tree {i}."},
+                                      {"role": "assistant", "content": f"O tree {i}, so green!"}],
+                         "task": "poems"}  # fmt: skip
+                file.write(json.dumps(add) + "\n" + json.dumps(write) + "\n")
+    return directory
+
+
+@pytest.fixture
+def options(data, dense_llama, tmp_path):
+    """A run of four iterations; keywords change its options."""
+
+    def make(**changes):
+        base = {
+            "model": str(dense_llama), "data": str(data), "run_path": str(tmp_path / "run"),
+            "keep": K, "iters": 4, "batch_size": 2, "predictor_layers": 2, "head_width": 16,
+            "warm_start_iters": 6, "warm_start_examples": 12, "steps_per_report": 1,
+            "learning_rate": 1e-3, "save_every": 2, "val_batches": 2,
+        }  # fmt: skip
+        return options_of(base | changes)
+
+    return make
+
+
+def _log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+
+
+def _losses(path: Path) -> dict[int, float]:
+    return {r["iteration"]: r["train_loss"] for r in _log(path) if "train_loss" in r}
+
+
+def test_from_a_dense_model_and_jsonl_to_an_answer(data, dense_llama, tmp_path):
+    path = tmp_path / "run"
+    done = run_command(
+        "train", "--model", dense_llama, "--data", data, "--run-path", path, "--keep", K,
+        "--iters", 2, "--batch-size", 2, "--predictor-layers", 1, "--warm-start-iters", 3,
+        "--warm-start-examples", 8, "--steps-per-report", 1, "--val-batches", 2,
+        "--distill-weight", 0.5, "--contrastive-weight", 0.1, "--contrastive-batch-size", 4,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    checkpoint = open_checkpoint(path / "ifp")
+    assert checkpoint.ifp.predictor_embedding == "llm" and checkpoint.ifp.k == K
+    reports = _log(path)
+    validation = [report for report in reports if "val_loss" in report]
+    assert [report["iteration"] for report in validation] == [0, 2]
+    assert set(validation[0]["tasks"]) == {"math", "poems"}
+    assert len(validation[0]["overlap_between_by_layer"]) == 3
+    assert 0 <= validation[0]["dead_channels"] < 1
+    assert validation[0]["dense_loss"] == validation[1]["dense_loss"] > 0
+    assert any("warm_start_loss" in report for report in reports)
+    answer = run_command("generate", "--model", path / "ifp", "--prompt", "What is 1 + 1?", "-m", 3)
+    assert answer.returncode == 0, answer.stderr
+    assert "predictor" in answer.stderr
+
+
+def test_the_checkpoint_is_the_student(options, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(
+        "mlx_ifp.train.save_student",
+        lambda student, *args, **kwargs: (
+            kept.update(student=student),
+            save(student, *args, **kwargs),
+        ),
+    )
+    from mlx_ifp.tuner.save import save_student as save
+
+    args = options(dtype="float32", warm_start_iters=2)
+    model, tokenizer = load(run(args), dtype=mx.float32)
+    prompt = "Write a poem about tree 3."
+    selection = model.select(prompt)
+    student = kept["student"]
+    tokens = mx.array([tokenizer.encode(prompt)])
+    scores = student.scores(tokens, mx.array([tokens.shape[1]]))
+    # The source is stored in half precision, and so is the result.
+    assert mx.allclose(scores[0], model.scores(prompt), rtol=2e-2, atol=2e-2)
+    network = student.narrow(model.scores(prompt), args.mask_temperature)
+    ours, theirs = model.subnetwork(selection)(tokens), network(tokens)
+    assert mx.abs(ours - theirs).max() < 2e-2 * mx.abs(theirs).max()
+
+
+def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
+    used = []
+    for name in ("wide", "narrow"):
+        cls = "mlx_ifp.tuner.student.Student." + name
+        original = getattr(__import__("mlx_ifp.tuner.student", fromlist=["x"]).Student, name)
+        monkeypatch.setattr(
+            cls,
+            lambda self, *a, name=name, original=original: used.append(name) or original(self, *a),
+        )
+    run(options(blend_iters=2, group_masks=True, val_batches=0))
+    assert used == ["wide", "wide", "narrow", "narrow"]
+
+
+def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(options, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(options(run_path=str(whole), iters=6))
+
+    class Killed(BaseException):
+        pass
+
+    train = Trainer.train
+
+    def killed(self):
+        def on_step(step):
+            if step == 3:
+                raise Killed
+
+        train(self, on_step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train", killed)
+        with pytest.raises(Killed):
+            run(options(run_path=str(broken), iters=6))
+    assert training_state.latest_checkpoint(broken).name == "checkpoint-0000002"
+    run(options(run_path=str(broken), iters=6, resume=True))
+    expected = _losses(whole)
+    assert _losses(broken) == pytest.approx(expected, rel=1e-5) and len(expected) == 6
+
+
+@pytest.mark.parametrize("kind", ["full", "layers", "ffn", "lora", "predictor"])
+def test_what_is_trained_changes_and_nothing_else(kind, options):
+    args = options(fine_tune_type=kind, iters=2, val_batches=0)
+    before = dict(tree_flatten(load_source(args.model).llm.parameters()))
+    after = dict(tree_flatten(load_source(str(run(args))).llm.parameters()))
+    changed = {name for name in before if not mx.array_equal(before[name], after[name])}
+    parts = {"embed_tokens", "self_attn", "mlp"}
+    found = {part for part in parts for name in changed if f".{part}." in name}
+    wanted = {"full": parts, "predictor": set(), "ffn": {"mlp"}}
+    assert found == wanted.get(kind, {"self_attn", "mlp"})
+
+
+def test_one_static_mask(options):
+    path = run(options(select_by="static"))
+    model, tokenizer = load(path)
+    assert model.selector == "static"
+    mean, _ = model.select("a").overlap(model.select("b"))
+    assert mean == 1 and generate(model, tokenizer, "hello", max_tokens=2) is not None
+
+
+def test_a_task_description_selects(options, tmp_path):
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text("math: You add numbers.\npoems: You write poems.\n")
+    path = run(options(select_by="task", tasks=str(tasks)))
+    assert open_checkpoint(path).ifp.selector == "predictor"
+
+
+def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
+    first = run(options(stage="pretrain", chunk_size=8, iters=2, batch_size=1,
+                        run_path=str(tmp_path / "pretrain")))  # fmt: skip
+    second = options(model=str(first), predictor_layers=None, iters=1)
+    path = run(second)
+    assert not any("warm_start_loss" in report for report in _log(Path(second.run_path)))
+    heads = [open_checkpoint(each).ifp.head for each in (first, path)]
+    assert heads[0] == heads[1]
+
+
+def test_the_warm_start_makes_scores_depend_on_the_instruction(options):
+    args = options(warm_start_iters=150, iters=0, val_batches=0)
+    run(args)
+    shares = [r["variance_explained"] for r in _log(Path(args.run_path)) if "warm_start_loss" in r]
+    assert shares[-1] > max(0.3, shares[0])
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(options, monkeypatch):
+    args = options(val_batches=0)
+    gradients = Trainer.gradients
+
+    def broken(self):
+        grads, loss, *rest = gradients(self)
+        return grads, np.nan if self.step == 3 else loss, *rest
+
+    monkeypatch.setattr(Trainer, "gradients", broken)
+    with pytest.raises(IFPError, match="iteration 4.*checkpoint-0000002"):
+        run(args)
+    assert not (Path(args.run_path) / "ifp").exists()
+
+
+def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
+    args = options(val_batches=0)
+    write, calls = training_state.write_safetensors, []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(training_state, "write_safetensors", full)
+    with pytest.raises(IFPError, match=r"No space left.*checkpoint-0000000"):
+        run(args)
+    names = sorted(path.name for path in Path(args.run_path).glob("*checkpoint*"))
+    assert names == ["checkpoint-0000000"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": None}, "--model"),
+        ({"data": None}, "--data"),
+        ({"keep": 10_000}, "k must be between 1 and d_ffn"),
+        ({"resume": True}, "no checkpoint to resume"),
+        ({"select_by": "task"}, "--tasks"),
+        ({"predictor_layers": 9}, "--predictor-layers"),
+        ({"distill_weight": 2.0}, "--distill-weight"),
+        ({"iters": -1}, "--iters"),
+        ({"model": "no/such/model/here"}, "no/such/model/here"),
+        ({"max_seq_length": 8}, "line 1"),
+    ],
+)
+def test_bad_options_are_one_line(changes, words, options):
+    args = options(**changes)
+    with pytest.raises(IFPError, match=words) as error:
+        run(args)
+    assert "\n" not in str(error.value)
+    assert not (Path(args.run_path) / "ifp").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_llama, tmp_path):
+    from .conftest import make_dense
+
+    run(options(iters=1, val_batches=0))
+    with pytest.raises(IFPError, match="--resume"):
+        run(options(iters=1))
+    other = make_dense(tmp_path / "other", seed=5)
+    with pytest.raises(IFPError, match="another run: its model"):
+        run(options(iters=2, resume=True, model=str(other), mlx_path=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("no_such: 1", "no option"), ("iters: many", "iters must be"), ("- a", "options"),
+     ("a: [", "valid YAML")],
+)  # fmt: skip
+def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    done = run_command("train", "-c", file)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert words in done.stderr and str(file) in done.stderr
