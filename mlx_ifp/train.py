@@ -63,7 +63,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="Train in this type (default: as stored; float32 on a CPU)",
+        help="Train in this type (default: as stored; on a CPU float32)",
     )
     start.add_argument("--predictor-model", help="A pretrained mlx-lm model as the predictor")
     start.add_argument(

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ifp import IFPError, generate, load
 from mlx_ifp.checkpoint import open_checkpoint
-from mlx_ifp.train import options_of, run
+from mlx_ifp.train import DEFAULTS, options_of, run
 from mlx_ifp.tuner import training_state
 from mlx_ifp.tuner.student import load_source
 from mlx_ifp.tuner.trainer import Trainer
@@ -150,6 +153,48 @@ def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(options, tmp
     assert _losses(broken) == pytest.approx(expected, rel=1e-5) and len(expected) == 6
 
 
+def _flags(args) -> list[str]:
+    """The options that differ from the defaults, as a command line."""
+    given = {name: value for name, value in vars(args).items() if value != DEFAULTS[name]}
+    return [text for name, value in given.items()
+            for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+
+
+def test_a_run_killed_with_9_is_resumed(options, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(options(run_path=str(whole), iters=40, val_batches=0))
+    flags = _flags(options(run_path=str(broken), iters=40, val_batches=0))
+    command = [str(Path(sys.executable).with_name("mlx_ifp.train")), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoint-0000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (broken / "ifp").exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert _losses(broken) == pytest.approx(_losses(whole), rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(options, tmp_path):
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text("math: You add numbers.\npoems: You write poems.\n")
+    one, two = tmp_path / "one", tmp_path / "two"
+    changes = {"select_by": "task", "tasks": str(tasks), "batch_size": 4, "distill_weight": 0.5}
+    run(options(run_path=str(one), **changes))
+    scripts = Path(sys.executable).parent
+    done = subprocess.run(
+        [str(scripts / "mlx.launch"), "-n", "2", "--backend", "ring", "--python", sys.executable,
+         str(scripts / "mlx_ifp.train"), *_flags(options(run_path=str(two), **changes))],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (two / "ifp").exists(), done.stdout + done.stderr
+    assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
+    # One writer: no iteration is reported twice.
+    assert sum("train_loss" in report for report in _log(two)) == 4
+
+
 @pytest.mark.parametrize("kind", ["full", "layers", "ffn", "lora", "predictor"])
 def test_what_is_trained_changes_and_nothing_else(kind, options):
     args = options(fine_tune_type=kind, iters=2, val_batches=0)
@@ -203,7 +248,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(options, monke
         return grads, np.nan if self.step == 3 else loss, *rest
 
     monkeypatch.setattr(Trainer, "gradients", broken)
-    with pytest.raises(IFPError, match="iteration 4.*checkpoint-0000002"):
+    with pytest.raises(IFPError, match=r"iteration 4.*checkpoint-0000002"):
         run(args)
     assert not (Path(args.run_path) / "ifp").exists()
 

@@ -1,4 +1,4 @@
-"""Chat data with task names -> the {train,valid}.jsonl that the default model is trained on.
+"""Chat data with task names -> the {train,valid}.jsonl of a training run.
 
     python prepare_data.py instructions-train.jsonl instructions-valid.jsonl data
 
