@@ -38,11 +38,6 @@ EXAMPLES = """examples:
 """
 
 
-def str2keep(value: Any) -> Any:
-    """``--keep`` of a YAML file may be a number already."""
-    return parse_keep(value) if isinstance(value, str) else value
-
-
 def setup_arg_parser() -> argparse.ArgumentParser:
     """mlx_lm.lora's arguments where they mean the same, and ours. No defaults: see DEFAULTS."""
     parser = argparse.ArgumentParser(
@@ -210,14 +205,27 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
             options[name] = _checked(path, name, value)
     options |= given
     if isinstance(options["keep"], str):
-        options["keep"] = parse_keep(options["keep"])
+        try:
+            options["keep"] = parse_keep(options["keep"])
+        except argparse.ArgumentTypeError as error:
+            raise IFPError(f"{given.get('config')}: keep: {error}.") from error
     return types.SimpleNamespace(**options)
+
+
+_TYPICAL = {
+    "predictor_layers": 1,
+    "mask_temperature_start": 1.0,
+    "lr_schedule": {},
+    "predictor_lr_schedule": {},
+}
 
 
 def _checked(path: str, name: str, value: Any) -> Any:
     default = DEFAULTS[name]
-    if value is None or default is None:
+    if value is None or name == "keep":
         return value
+    # What has no default still has a type; all others are texts.
+    default = _TYPICAL.get(name, "") if default is None else default
     wanted = (int, float) if isinstance(default, float) else type(default)
     right = isinstance(value, wanted) and (isinstance(default, bool) or not isinstance(value, bool))
     if not right:
@@ -314,7 +322,10 @@ def run(args: types.SimpleNamespace) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if first:
         save_config(dict(vars(args)), path / CONFIG_NAME)
-    callback = get_reporting_callbacks(args.report_to, args.project_name, str(path), vars(args))
+    try:
+        callback = get_reporting_callbacks(args.report_to, args.project_name, str(path), vars(args))
+    except (ImportError, ValueError) as error:
+        raise IFPError(f"--report-to {args.report_to}: {' '.join(str(error).split())}") from error
     train, valid = _splits(args, source, examples, path, first)
 
     static = None

@@ -283,6 +283,9 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
         ({"iters": -1}, "--iters"),
         ({"model": "no/such/model/here"}, "no/such/model/here"),
         ({"max_seq_length": 8}, "line 1"),
+        ({"report_to": "nobody"}, "--report-to nobody"),
+        ({"lr_schedule": {"name": "no_such"}}, "schedule"),
+        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}, "lora_parameters"),
     ],
 )
 def test_bad_options_are_one_line(changes, words, options):
@@ -306,9 +309,15 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("no_such: 1", "no option"), ("iters: many", "iters must be"), ("- a", "options"),
-     ("a: [", "valid YAML")],
-)  # fmt: skip
+    [
+        ("no_such: 1", "no option"),
+        ("iters: many", "iters must be"),
+        ("predictor_layers: x", "predictor_layers must be"),
+        ("keep: many", "keep"),
+        ("- a", "options"),
+        ("a: [", "valid YAML"),
+    ],
+)
 def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(text)

@@ -259,4 +259,7 @@ def choose_trainable(
         for ffn in student.ffns[-len(layers) :]:
             get_module(llm, ffn.path).unfreeze()
     elif fine_tune_type == "lora":
-        linear_to_lora_layers(llm, len(layers), lora_parameters)
+        try:
+            linear_to_lora_layers(llm, len(layers), lora_parameters)
+        except (KeyError, TypeError) as error:
+            raise IFPError(f"lora_parameters need rank, dropout and scale: {error}.") from error

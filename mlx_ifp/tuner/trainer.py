@@ -161,10 +161,14 @@ def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
     """AdamW for the predictor and for the LLM, each with its own rate; only for what is trained."""
 
     def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
-        return optim.AdamW(
-            learning_rate=build_schedule(schedule) if schedule else rate,
-            weight_decay=args.weight_decay,
-        )
+        try:
+            learning_rate = build_schedule(schedule) if schedule else rate
+        except (LookupError, AttributeError, TypeError) as error:
+            raise IFPError(
+                f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
+                "name, arguments and maybe warmup."
+            ) from error
+        return optim.AdamW(learning_rate=learning_rate, weight_decay=args.weight_decay)
 
     names = [name for name, _ in tree_flatten(student.trainable_parameters())]
     of_llm = adamw(args.learning_rate, args.lr_schedule)
