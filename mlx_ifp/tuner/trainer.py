@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import build_schedule
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..errors import IFPError
 from .data import Batches, Example, make_batch
@@ -386,7 +385,9 @@ class Trainer:
         Raises:
             IFPError: if the loss is not finite, or a checkpoint cannot be written.
         """
-        maybe_set_recommended_wired_limit()
+        if mx.metal.is_available():
+            # As mlx_lm.lora does; the function it has for that is not in all its versions.
+            mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
         args, losses, tokens, seconds = self.args, [], 0, 0.0
         if self.step == 0:
             self.save()
