@@ -87,6 +87,8 @@ def test_from_a_dense_model_and_jsonl_to_an_answer(data, dense_llama, tmp_path):
     answer = run_command("generate", "--model", path / "ifp", "--prompt", "What is 1 + 1?", "-m", 3)
     assert answer.returncode == 0, answer.stderr
     assert "predictor" in answer.stderr
+    drawn = run_command("plot", path, "--output", tmp_path / "curves.png")
+    assert drawn.returncode == 0 and (tmp_path / "curves.png").exists(), drawn.stderr
 
 
 def test_the_checkpoint_is_the_student(options, monkeypatch):
@@ -107,11 +109,10 @@ def test_the_checkpoint_is_the_student(options, monkeypatch):
     student = kept["student"]
     tokens = mx.array([tokenizer.encode(prompt)])
     scores = student.scores(tokens, mx.array([tokens.shape[1]]))
-    # The source is stored in half precision, and so is the result.
-    assert mx.allclose(scores[0], model.scores(prompt), rtol=2e-2, atol=2e-2)
+    assert mx.allclose(scores[0], model.scores(prompt), rtol=1e-4, atol=1e-4)
     network = student.narrow(model.scores(prompt), args.mask_temperature)
     ours, theirs = model.subnetwork(selection)(tokens), network(tokens)
-    assert mx.abs(ours - theirs).max() < 2e-2 * mx.abs(theirs).max()
+    assert mx.abs(ours - theirs).max() < 1e-4 * mx.abs(theirs).max()
 
 
 def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
@@ -123,8 +124,9 @@ def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
             cls,
             lambda self, *a, name=name, original=original: used.append(name) or original(self, *a),
         )
-    run(options(blend_iters=2, group_masks=True, val_batches=0))
-    assert used == ["wide", "wide", "narrow", "narrow"]
+    run(options(blend_iters=2, group_masks=True, val_batches=0, save_every=100))
+    # The last one is the check before the weights are kept.
+    assert used == ["wide", "wide", "narrow", "narrow", "narrow"]
 
 
 def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(options, tmp_path, monkeypatch):
@@ -153,6 +155,27 @@ def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(options, tmp
     assert _losses(broken) == pytest.approx(expected, rel=1e-5) and len(expected) == 6
 
 
+def test_a_report_that_spans_a_resume_is_of_all_its_steps(options, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = {"steps_per_report": 4, "save_every": 6, "val_batches": 0}
+    run(options(run_path=str(whole), iters=8, **changes))
+    # The end of a run is reported, so it is stopped at step 6 by other means.
+    args = options(run_path=str(broken), iters=8, **changes)
+    update = Trainer.update
+
+    def stops(self):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        return update(self)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "update", stops)
+        run(args)
+    run(options(run_path=str(broken), iters=8, resume=True, **changes))
+    assert _losses(broken) == pytest.approx(_losses(whole), rel=1e-5)
+    assert list(_losses(broken)) == [4, 8]
+
+
 def _flags(args) -> list[str]:
     """The options that differ from the defaults, as a command line."""
     given = {name: value for name, value in vars(args).items() if value != DEFAULTS[name]}
@@ -162,12 +185,15 @@ def _flags(args) -> list[str]:
 
 def test_a_run_killed_with_9_is_resumed(options, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(options(run_path=str(whole), iters=40, val_batches=0))
-    flags = _flags(options(run_path=str(broken), iters=40, val_batches=0))
+    run(options(run_path=str(whole), iters=20, val_batches=0))
+    flags = _flags(options(run_path=str(broken), iters=20, val_batches=0))
     command = [str(Path(sys.executable).with_name("mlx_ifp.train")), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (broken / "checkpoint-0000004").exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        last = training_state.latest_checkpoint(broken)
+        if last is not None and last.name >= "checkpoint-0000004":
+            break
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -253,6 +279,17 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(options, monke
     assert not (Path(args.run_path) / "ifp").exists()
 
 
+@pytest.mark.parametrize("iters", [1, 4])
+def test_ruined_weights_are_never_kept(iters, options):
+    args = options(learning_rate=1e30, max_grad_norm=0.0, iters=iters, save_every=1)
+    with pytest.raises(IFPError, match=r"last good checkpoint is .*checkpoint-0000000;"):
+        run(args)
+    path = Path(args.run_path)
+    assert [each.name for each in path.glob("*checkpoint*")] == ["checkpoint-0000000"]
+    assert not (path / "ifp").exists()
+    run(options(resume=True, iters=1))
+
+
 def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
     args = options(val_batches=0)
     write, calls = training_state.write_safetensors, []
@@ -294,6 +331,18 @@ def test_bad_options_are_one_line(changes, words, options):
         run(args)
     assert "\n" not in str(error.value)
     assert not (Path(args.run_path) / "ifp").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n{"mess', "line 1")]
+)
+def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path):
+    (tmp_path / "train.jsonl").write_text(text)
+    done = run_command(
+        "train", "--model", dense_llama, "--data", tmp_path, "--run-path", tmp_path / "run"
+    )
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_llama, tmp_path):

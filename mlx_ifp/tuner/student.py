@@ -80,7 +80,7 @@ def load_source(
             )
         except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise IFPError(f"--model {model} cannot be loaded: {reason}") from error
+            raise IFPError(f"{model} cannot be loaded: {reason}") from error
         llm = dequantize_model(llm)
         path = Path(getattr(tokenizer, "name_or_path", model))
     for name in ("quantization", "quantization_config"):

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .data import Batches, Example, make_batch
 from .dense_targets import DenseTargets
 from .step import Mix, batch_loss, positions_of
 from .student import Student
-from .training_state import load_state, save_state
+from .training_state import latest_checkpoint, load_state, save_state
 from .validation import collapse_warning, validate
 
 LOG_FILE = "log.jsonl"
@@ -223,6 +223,8 @@ class Trainer:
         self.optimizer = make_optimizer(student, args)
         self.optimizer.init(student.trainable_parameters())
         self.step = self.trained_tokens = 0
+        # Of each step since the last report: loss, cross-entropy, KL, tokens, seconds.
+        self._unreported: list[list[float]] = []
         if args.grad_checkpoint:
             grad_checkpoint(student.llm.layers[0])
 
@@ -243,11 +245,16 @@ class Trainer:
                     f"{value!r}. Resume with the same, or name another --run-path."
                 )
         self.step, self.trained_tokens = state["step"], state["trained_tokens"]
+        self._unreported = state["unreported"]
 
     def save(self) -> None:
         """Write a checkpoint; only the first rank does."""
         if self.world.rank() == 0:
-            values = {"identity": self.identity, "trained_tokens": self.trained_tokens}
+            values = {
+                "identity": self.identity,
+                "trained_tokens": self.trained_tokens,
+                "unreported": self._unreported,
+            }
             save_state(self.run, self.step, self.student, self.optimizer, values,
                        self.args.keep_checkpoints)  # fmt: skip
 
@@ -336,16 +343,34 @@ class Trainer:
         loss, ce, kl = sums.tolist()
         return total, loss, ce, kl, int(tokens)
 
+    def _require_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        last = latest_checkpoint(self.run)
+        raise IFPError(
+            f"The loss is {loss} at iteration {self.step + 1}; training stops. "
+            + (f"The last good checkpoint is {last}; " if last else "")
+            + "lower the learning rate and use --resume."
+        )
+
+    def _check_weights(self) -> None:
+        """Weights are only kept if the next batch has a finite loss under them.
+
+        An update can ruin them, and its own loss is of before it.
+        """
+        number = self.step * self.args.grad_accumulation_steps
+        batch = self.batches(number)
+        positions = positions_of(batch, "none")
+        mix = self._mix((positions.answer_tokens, 0), self._sharer(number))
+        mix = replace(mix, ce=1 / max(positions.answer_tokens, 1))
+        loss, _, _ = batch_loss(self.student, batch, positions, None, mix)
+        # Of all ranks, so that all of them stop.
+        self._require_finite(mx.distributed.all_sum(loss, stream=mx.cpu).item())
+
     def update(self) -> tuple[float, float, float, int]:
         """One update of the weights: the loss, its two parts, and the tokens seen."""
         grads, loss, ce, kl, tokens = self.gradients()
-        if not math.isfinite(loss):
-            last = sorted(self.run.glob("checkpoint-*"))
-            raise IFPError(
-                f"The loss is {loss} at iteration {self.step + 1}; training stops. "
-                + (f"The last good checkpoint is {last[-1]}; " if last else "")
-                + "lower the learning rate and use --resume."
-            )
+        self._require_finite(loss)
         if self.args.max_grad_norm:
             grads, _ = optim.clip_grad_norm(grads, self.args.max_grad_norm)
         self.optimizer.update(self.student, grads)
@@ -388,26 +413,31 @@ class Trainer:
         if mx.metal.is_available():
             # As mlx_lm.lora does; the function it has for that is not in all its versions.
             mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
-        args, losses, tokens, seconds = self.args, [], 0, 0.0
+        args = self.args
         if self.step == 0:
             self.save()
             self.validate()
         while self.step < args.iters:
             start = time.perf_counter()
-            loss, ce, kl, seen = self.update()
-            seconds += time.perf_counter() - start
-            losses.append((loss, ce, kl))
-            tokens += seen
-            if self.step % args.steps_per_report == 0 or self.step == args.iters:
-                self._report(np.mean(losses, axis=0).tolist(), len(losses), tokens, seconds)
-                losses, tokens, seconds = [], 0, 0.0
-            if self.step % args.steps_per_eval == 0 or self.step == args.iters:
+            numbers = self.update()
+            self._unreported.append([*numbers, time.perf_counter() - start])
+            last = self.step == args.iters
+            if self.step % args.steps_per_report == 0 or last:
+                self._report()
+            saving = self.step % args.save_every == 0 or last
+            if saving:
+                self._check_weights()
+            if self.step % args.steps_per_eval == 0 or last:
                 self.validate()
-            if self.step % args.save_every == 0 or self.step == args.iters:
+            if saving:
                 self.save()
             on_step(self.step)
 
-    def _report(self, losses: list[float], steps: int, tokens: int, seconds: float) -> None:
+    def _report(self) -> None:
+        steps = len(self._unreported)
+        *losses, _, _ = np.mean(self._unreported, axis=0).tolist()
+        tokens, seconds = np.sum(self._unreported, axis=0).tolist()[-2:]
+        self._unreported = []
         rates = self.optimizer
         rates = rates.optimizers if isinstance(rates, optim.MultiOptimizer) else [rates]
         report = {

@@ -77,6 +77,8 @@ def _random_state() -> list[int]:
 def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Set weights, optimizer and random state from a checkpoint of :func:`save_state`.
 
+    The learning rates stay the optimizer's own.
+
     Returns:
         dict: its ``step`` and the values it was saved with.
 
@@ -101,6 +103,8 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
     student.load_weights(list(weights.items()), strict=False)
     for name, (value, dtype) in state["scalars"].items():
         arrays[name] = mx.array(value, getattr(mx, dtype))
+    # The rates are those of the options: a resumed run may lower them.
+    arrays |= {n: a for n, a in tree_flatten(optimizer.state) if n.endswith("learning_rate")}
     optimizer.state = tree_unflatten(list(arrays.items()))
     mx.eval(student.parameters(), optimizer.state)
     high, low = state["random"]
