@@ -14,7 +14,7 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.utils import save_config
 
 from .cli import command
-from .config import IFPConfig, MaskConfig, TextConfig
+from .config import TEXT_FORMATS, IFPConfig, MaskConfig, TextConfig
 from .errors import IFPError
 from .model import resolve_keep
 from .options import parse_keep
@@ -29,7 +29,15 @@ from .tuner.training_state import latest_checkpoint
 from .tuner.warm_start import fit_predictor, mean_importance
 
 CONFIG_NAME = "train_config.json"
-SELECT_BY = ("prompt", "task", "static")
+CHOICES = {
+    "dtype": ("float16", "bfloat16", "float32"),
+    "stage": ("pretrain", "sft"),
+    "text_format": TEXT_FORMATS,
+    "select_by": ("prompt", "task", "static"),
+    "mask_operator": ("sigmoid", "capped_exp"),
+    "fine_tune_type": FINE_TUNE_TYPES,
+    "distill_on": ("all", "answer"),
+}
 
 EXAMPLES = """examples:
   mlx_ifp.train --model Qwen/Qwen3-0.6B --data data --keep 0.5 --run-path runs/qwen3 --iters 600
@@ -57,7 +65,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     start.add_argument(
         "--dtype",
-        choices=["float16", "bfloat16", "float32"],
+        choices=CHOICES["dtype"],
         help="Train in this type (default: as stored; on a CPU float32)",
     )
     start.add_argument("--predictor-model", help="A pretrained mlx-lm model as the predictor")
@@ -71,14 +79,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     data.add_argument("--data", help="Directory with {train,valid,test}.jsonl, or a hub data set")
     data.add_argument(
         "--stage",
-        choices=["pretrain", "sft"],
+        choices=CHOICES["stage"],
         help="Consecutive chunks of text, or prompts and answers (default: sft)",
     )
     data.add_argument("--chunk-size", type=int, help="Tokens of a chunk (default: 256)")
     data.add_argument("--max-seq-length", type=int, help="Maximum tokens (default: 2048)")
     data.add_argument(
         "--text-format",
-        choices=["raw", "chat_template"],
+        choices=CHOICES["text_format"],
         help="How the text that selects is tokenized (default: raw)",
     )
     mask = parser.add_argument_group("mask")
@@ -90,7 +98,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     mask.add_argument(
         "--select-by",
-        choices=SELECT_BY,
+        choices=CHOICES["select_by"],
         help="The prompt, its task's description, or nothing: one mask for all (default: prompt)",
     )
     mask.add_argument(
@@ -100,7 +108,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     mask.add_argument(
         "--mask-operator",
-        choices=["sigmoid", "capped_exp"],
+        choices=CHOICES["mask_operator"],
         help="SoftTopK's entropy (default: sigmoid)",
     )
     mask.add_argument(
@@ -111,7 +119,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     trained = parser.add_argument_group("training")
     trained.add_argument(
         "--fine-tune-type",
-        choices=FINE_TUNE_TYPES,
+        choices=CHOICES["fine_tune_type"],
         help="What is trained beside the predictor: everything, all but the "
         "embeddings, the FFNs, LoRA layers, or nothing (default: layers)",
     )
@@ -134,7 +142,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
             trained.add_argument(flag, action="store_true", help=text)
         else:
             kind = float if each.default is None else type(each.default)
-            trained.add_argument(flag, type=kind, choices=each.metadata.get("choices"), help=text)
+            trained.add_argument(flag, type=kind, choices=CHOICES.get(each.name), help=text)
     run = parser.add_argument_group("run")
     run.add_argument("--run-path", help="Directory of the run: log, checkpoints (default: run)")
     run.add_argument("--mlx-path", help="Where the result goes (default: ifp in the run's path)")
@@ -224,6 +232,8 @@ def _checked(path: str, name: str, value: Any) -> Any:
     default = DEFAULTS[name]
     if value is None or name == "keep":
         return value
+    if name in CHOICES and value not in CHOICES[name]:
+        raise IFPError(f"{path}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")
     # What has no default still has a type; all others are texts.
     default = _TYPICAL.get(name, "") if default is None else default
     wanted = (int, float) if isinstance(default, float) else type(default)
@@ -248,14 +258,13 @@ def _task_texts(path: str | None) -> dict[str, str] | None:
 
 
 def _predictor(args: types.SimpleNamespace, source: Source, dtype: Any) -> PredictorStart:
-    has_one = source.checkpoint is not None and source.checkpoint.ifp.head is not None
     if args.predictor_model is not None:
         if args.predictor_layers is not None:
             raise IFPError("--predictor-model and --predictor-layers exclude each other.")
         return from_model(
             args.predictor_model, source, dtype, args.head_width, args.trust_remote_code
         )
-    if has_one and args.predictor_layers is None:
+    if _has_predictor(args, source):
         return from_checkpoint(source, dtype)
     return from_layers(source, args.predictor_layers or min(4, len(source.ffns)), args.head_width)
 
@@ -323,7 +332,9 @@ def run(args: types.SimpleNamespace) -> Path:
     if first:
         save_config(dict(vars(args)), path / CONFIG_NAME)
     try:
-        callback = get_reporting_callbacks(args.report_to, args.project_name, str(path), vars(args))
+        # Only the first rank reports.
+        services = args.report_to if first else None
+        callback = get_reporting_callbacks(services, args.project_name, str(path), vars(args))
     except (ImportError, ValueError) as error:
         raise IFPError(f"--report-to {args.report_to}: {' '.join(str(error).split())}") from error
     train, valid = _splits(args, source, examples, path, first)
@@ -378,6 +389,7 @@ def run(args: types.SimpleNamespace) -> Path:
 
 
 def _has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
+    """Whether the source's own predictor is trained on."""
     trained = source.checkpoint is not None and source.checkpoint.ifp.head is not None
     return trained and args.predictor_model is None and args.predictor_layers is None
 

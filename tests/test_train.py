@@ -363,6 +363,8 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_
         ("iters: many", "iters must be"),
         ("predictor_layers: x", "predictor_layers must be"),
         ("keep: many", "keep"),
+        ("fine_tune_type: some", "fine_tune_type must be one of"),
+        ("dtype: int8", "dtype must be one of"),
         ("- a", "options"),
         ("a: [", "valid YAML"),
     ],

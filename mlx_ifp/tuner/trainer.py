@@ -66,9 +66,7 @@ class TrainingArgs:
         default=0.0,
         metadata={"help": "Share of KL(dense || student) in the loss; the rest is cross-entropy"},
     )
-    distill_on: str = field(
-        default="all", metadata={"help": "Tokens that are distilled", "choices": ["all", "answer"]}
-    )
+    distill_on: str = field(default="all", metadata={"help": "Tokens that are distilled"})
     contrastive_weight: float = field(
         default=0.0, metadata={"help": "Factor of the term that pulls prompts of one task together"}
     )
