@@ -225,16 +225,24 @@ def test_a_head_whose_width_does_not_fit_stays_and_the_note_says_so(tmp_path, ca
     assert "linear2.scales" in names and "linear1.scales" not in names
 
 
-def test_wrong_arguments(checkpoint, tiny_checkpoint, tmp_path):
+def test_options_that_do_not_fit_the_source(checkpoint, tiny_checkpoint, tmp_path):
+    for source, options, expected in (
+        (checkpoint, {"tokenizer": str(checkpoint)}, "only its precision and k can be changed"),
+        (checkpoint, {"text_format": "raw"}, "only its precision and k can be changed"),
+        (checkpoint, {"head_q_bits": 7}, "head cannot be quantized so"),
+        (tiny_checkpoint, {"head_q_bits": 4}, "has no predictor"),
+    ):
+        with pytest.raises(IFPError, match=expected):
+            convert(str(source), tmp_path / "out", **options)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments(checkpoint, tmp_path):
     for source, args, expected in (
-        (checkpoint, ["--tokenizer", checkpoint], "only its precision and k can be changed"),
-        (checkpoint, ["--text-format", "raw"], "only its precision and k can be changed"),
         (checkpoint, ["--keep", "161"], "k must be between 1"),
-        (checkpoint, ["--head-q-bits", "7"], "head cannot be quantized so"),
         (checkpoint, ["--head-q-bits=-4"], "above 0"),
         (checkpoint, ["--predictor-q-group-size", "32"], "needs --predictor-q-bits, --head-q-bits"),
         (checkpoint, ["--q-bits", "4"], "need -q"),
-        (tiny_checkpoint, ["--head-q-bits", "4"], "has no predictor"),
     ):
         line = fails("convert", "--model", source, "--mlx-path", tmp_path / "out", *args)
         assert expected in line

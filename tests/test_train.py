@@ -259,7 +259,7 @@ def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
 
 
 def test_the_warm_start_makes_scores_depend_on_the_instruction(options):
-    args = options(warm_start_iters=150, iters=0, val_batches=0)
+    args = options(warm_start_iters=80, iters=0, val_batches=0)
     run(args)
     shares = [r["variance_explained"] for r in _log(Path(args.run_path)) if "warm_start_loss" in r]
     assert shares[-1] > max(0.3, shares[0])
