@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,8 @@ class Trainer:
         self.step = self.trained_tokens = 0
         # Of each step since the last report: loss, cross-entropy, KL, tokens, seconds.
         self._unreported: list[list[float]] = []
+        # Made at the first update: a resumed run replaces the optimizer's state.
+        self._apply: Callable[[dict], None] | None = None
         if args.grad_checkpoint:
             grad_checkpoint(student.llm.layers[0])
 
@@ -365,13 +368,28 @@ class Trainer:
         # Of all ranks, so that all of them stop.
         self._require_finite(mx.distributed.all_sum(loss, stream=mx.cpu).item())
 
+    def _compiled_apply(self) -> Callable[[dict], None]:
+        """Clipping and AdamW as one graph: a pass over the weights, not one an operation."""
+        rates = self.optimizer
+        rates = rates.optimizers if isinstance(rates, optim.MultiOptimizer) else [rates]
+        # These very dictionaries; a MultiOptimizer's own state is a new one at each look.
+        state = [self.student.state, *(each.state for each in rates)]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def apply(grads: dict) -> None:
+            if self.args.max_grad_norm:
+                grads, _ = optim.clip_grad_norm(grads, self.args.max_grad_norm)
+            self.optimizer.update(self.student, grads)
+
+        return apply
+
     def update(self) -> tuple[float, float, float, int]:
         """One update of the weights: the loss, its two parts, and the tokens seen."""
         grads, loss, ce, kl, tokens = self.gradients()
         self._require_finite(loss)
-        if self.args.max_grad_norm:
-            grads, _ = optim.clip_grad_norm(grads, self.args.max_grad_norm)
-        self.optimizer.update(self.student, grads)
+        if self._apply is None:
+            self._apply = self._compiled_apply()
+        self._apply(grads)
         mx.eval(self.student.trainable_parameters(), self.optimizer.state)
         if mx.get_cache_memory() > self.args.clear_cache_threshold > 0:
             mx.clear_cache()
