@@ -1,0 +1,215 @@
+"""Compare the arms on validation data, each as a user would run it.
+
+    python evaluate.py --model smollm2-float --data data --runs runs --output results.json
+
+Every answer is scored under the sub-network that its own text selects: cross-entropy, full
+KL(dense || sub-network) of each token, and whether greedy decoding gives the reference answer (that
+is, every token of it is the likeliest). Results are written after each arm; run it again to go on.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import yaml
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_ifp import IFPModel, load
+from mlx_ifp.masks import Selection
+from mlx_ifp.model import Prepared
+from mlx_ifp.overlap import overlap_summary
+from mlx_ifp.tuner.data import Example, load_examples
+
+HERE = Path(__file__).parent
+# The tasks whose answers are a few words.
+SHORT = ("commonsense", "paraphrase", "reading", "science")
+# One task's sub-network stays; those of single prompts are used once.
+CACHE_BYTES = 1 << 30
+Prepare = Callable[[Example], Prepared]
+
+
+def first_of_each(examples: list[Example], per_task: int) -> list[Example]:
+    """The first ``per_task`` examples of each task."""
+    counts: dict[str | None, int] = defaultdict(int)
+    chosen = []
+    for example in examples:
+        counts[example.task] += 1
+        if counts[example.task] <= per_task:
+            chosen.append(example)
+    return chosen
+
+
+def answer_logprobs(network: Any, example: Example) -> mx.array:
+    """float32 [answer's tokens, vocabulary]."""
+    logits = network(mx.array([example.tokens[:-1]]))[0, example.offset - 1 :]
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+class Scorer:
+    """Scores answers against the dense model, whose log-probabilities are kept in memory."""
+
+    def __init__(self, dense: Any, tokenizer: TokenizerWrapper, examples: list[Example]) -> None:
+        self.tokenizer, self.examples = tokenizer, examples
+        self.dense = []
+        for example in examples:
+            logprobs = answer_logprobs(dense, example)
+            mx.eval(logprobs)
+            self.dense.append(logprobs)
+
+    def score(self, i: int, logprobs: mx.array) -> dict[str, float]:
+        """Sums over the answer's tokens, and what greedy decoding would give."""
+        example, dense = self.examples[i], self.dense[i]
+        labels = mx.array(example.tokens[example.offset :])
+        ce = -mx.take_along_axis(logprobs, labels[:, None], axis=-1).sum()
+        kl = (mx.exp(dense) * (dense - logprobs)).sum()
+        right = np.array(logprobs.argmax(axis=-1) == labels)
+        text = [token not in self.tokenizer.all_special_ids for token in labels.tolist()]
+        return {
+            "ce": ce.item(),
+            "kl": kl.item(),
+            "tokens": len(right),
+            "exact": float(right.all()),
+            "begins": float(right[: sum(text)].all()),
+        }
+
+    def arm(self, prepare: Prepare, math: int) -> dict[str, Any]:
+        """All examples under the networks that ``prepare`` gives.
+
+        Args:
+            prepare (Callable): example -> a network ready to run.
+            math (int): word problems to answer by decoding.
+        """
+        rows: dict[str, list[dict[str, float]]] = defaultdict(list)
+        selections: list[Selection] = []
+        solved: list[bool] = []
+        for i, example in enumerate(self.examples):
+            ready = prepare(example)
+            rows[example.task].append(self.score(i, answer_logprobs(ready.network, example)))
+            if ready.selection is not None:
+                selections.append(ready.selection)
+            if example.task == "math" and len(solved) < math:
+                solved.append(self._solves(ready.network, example))
+        tasks = {}
+        for task, scores in sorted(rows.items()):
+            tokens = sum(score["tokens"] for score in scores)
+            tasks[task] = {
+                "ce": sum(score["ce"] for score in scores) / tokens,
+                "kl": sum(score["kl"] for score in scores) / tokens,
+                "exact": float(np.mean([score["exact"] for score in scores])),
+                "begins": float(np.mean([score["begins"] for score in scores])),
+                "examples": len(scores),
+                "tokens": tokens,
+            }
+        result: dict[str, Any] = {"tasks": tasks}
+        for name in ("ce", "kl"):
+            result[name] = float(np.mean([task[name] for task in tasks.values()]))
+        for name in ("exact", "begins"):
+            result[name] = float(np.mean([tasks[task][name] for task in SHORT if task in tasks]))
+        if solved:
+            result["math_solved"], result["math_problems"] = sum(solved), len(solved)
+        if selections:
+            names = [example.task for example in self.examples]
+            result["overlap"] = asdict(overlap_summary(selections, names))
+        return result
+
+    def _solves(self, network: Any, example: Example) -> bool:
+        """Whether the last number of a decoded answer is the reference's."""
+        reference = self.tokenizer.decode(example.tokens[example.offset :])
+        answer = mlx_lm.generate(
+            network, self.tokenizer, example.tokens[: example.offset], max_tokens=160
+        )
+        found, wanted = (re.findall(r"-?\d[\d,]*\.?\d*", text) for text in (answer, reference))
+        return bool(found) and found[-1].strip(",.") == wanted[-1].strip(",.")
+
+
+def random_selection(model: IFPModel, k: int, seed: int) -> Selection:
+    """k channels of each layer, drawn at random."""
+    random, checkpoint = np.random.default_rng(seed), model.checkpoint
+    layers = tuple(
+        np.sort(random.permutation(checkpoint.d_ffn)[:k]).astype(np.int32) for _ in checkpoint.ffns
+    )
+    return Selection(layers, None, checkpoint.d_ffn, checkpoint.digest)
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table: means over tasks."""
+    tasks = sorted(next(iter(results.values()))["tasks"])
+    lines = [
+        "| arm | CE | KL | exact | begins | math | within | between | "
+        + " | ".join(f"KL {task}" for task in tasks) + " |",
+        "| --- " * (8 + len(tasks)) + "|",
+    ]  # fmt: skip
+    for arm, result in results.items():
+        overlap = result.get("overlap", {})
+        cells = [f"{result[name]:.3f}" for name in ("ce", "kl")]
+        cells += [f"{result[name]:.1%}" for name in ("exact", "begins")]
+        cells.append(f"{result['math_solved']}/{result['math_problems']}"
+                     if "math_solved" in result else "-")  # fmt: skip
+        cells += [f"{overlap[name]:.3f}" if overlap.get(name) is not None else "-"
+                  for name in ("within", "between")]  # fmt: skip
+        cells += [f"{result['tasks'][task]['kl']:.3f}" for task in tasks]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Evaluate what is not in the output yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="The source as a checkpoint of mlx_ifp")
+    parser.add_argument("--data", required=True, help="Directory with {train,valid}.jsonl")
+    parser.add_argument("--runs", type=Path, required=True, help="Directory of run.py")
+    parser.add_argument("--output", type=Path, required=True, help="JSON with the results")
+    parser.add_argument("--per-task", type=int, default=20, help="Examples of each task")
+    parser.add_argument("--math", type=int, default=10, help="Word problems to decode")
+    parser.add_argument("--keep", type=int, nargs="+", default=[768, 384], help="Untrained arms")
+    args = parser.parse_args()
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+
+    source, tokenizer = load(args.model, cache=False, cache_bytes=CACHE_BYTES)
+    texts = yaml.safe_load((HERE / "tasks.yaml").read_text())
+
+    def examples_of(task_texts: dict[str, str] | None = None) -> list[Example]:
+        text = source.checkpoint.ifp.text
+        data = load_examples(args.data, tokenizer, tokenizer, text, task_texts=task_texts)
+        return first_of_each(data["valid"], args.per_task)
+
+    by_prompt, by_task = examples_of(), examples_of(texts)
+    scorer = Scorer(source.dense(), tokenizer, by_prompt)
+    selecting = {id(e): by_task[i].selecting for i, e in enumerate(by_prompt)}
+
+    def keep(arm: str, prepare: Prepare) -> None:
+        if arm not in results:
+            results[arm] = scorer.arm(prepare, args.math)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
+            print(arm, f"CE {results[arm]['ce']:.3f} KL {results[arm]['kl']:.3f}", flush=True)
+
+    keep("dense", lambda _: source.prepare(dense=True))
+    for k in args.keep:
+        drawn = random_selection(source, k, seed=0)
+        keep(f"random-{k}", lambda _, s=drawn: source.prepare(selection=s))
+        keep(
+            f"activations-{k}",
+            lambda e, k=k: source.prepare(e.selecting, selector="activations", keep=k),
+        )
+    for run in sorted(args.runs.glob("*-*-*")):
+        if run.name in results or not (run / "ifp").exists():
+            continue
+        model, _ = load(run / "ifp", cache=False, cache_bytes=CACHE_BYTES)
+        if run.name.startswith("task"):
+            keep(run.name, lambda e, m=model: m.prepare(selecting[id(e)]))
+        else:
+            keep(run.name, lambda e, m=model: m.prepare(e.selecting))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Train all arms of the comparison, one after another; run it again to go on.
+
+    python run.py --model smollm2-dense --data data --runs runs
+
+Each arm is one ``mlx_ifp.train``: the same data in the same order, the same number of tokens, the
+same k. They differ in what selects the channels.
+"""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ARMS = {
+    "static": ["--select-by", "static"],
+    "prompt": ["--select-by", "prompt", "--group-masks"],
+    "task": ["--select-by", "task", "--tasks", str(HERE / "tasks.yaml")],
+}
+
+
+def main() -> None:
+    """Train what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="The dense source model")
+    parser.add_argument("--data", required=True, help="Directory with {train,valid}.jsonl")
+    parser.add_argument("--runs", type=Path, required=True, help="Where the runs go")
+    parser.add_argument("--keep", type=int, nargs="+", default=[768, 384], help="Values of k")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="One run each")
+    args = parser.parse_args()
+    for seed in args.seeds:
+        for keep in args.keep:
+            for arm, flags in ARMS.items():
+                run = args.runs / f"{arm}-{keep}-{seed}"
+                if (run / "ifp").exists():
+                    continue
+                command = ["mlx_ifp.train", "-c", str(HERE / "train.yaml"), *flags,
+                           "--model", args.model, "--data", args.data, "--run-path", str(run),
+                           "--targets-path", str(args.runs / "targets"),
+                           "--keep", str(keep), "--seed", str(seed)]  # fmt: skip
+                if any(run.glob("checkpoint-*")):
+                    command.append("--resume")
+                print(" ".join(command), flush=True)
+                subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
