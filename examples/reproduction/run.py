@@ -3,11 +3,12 @@
     python run.py --model smollm2-dense --data data --runs runs
 
 Each arm is one ``mlx_ifp.train``: the same data in the same order, the same number of tokens, the
-same k. They differ in what selects the channels.
+same k. They differ in what selects the channels. Other flags go to ``mlx_ifp.train``.
 """
 
 import argparse
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -26,17 +27,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="Where the runs go")
     parser.add_argument("--keep", type=int, nargs="+", default=[768, 384], help="Values of k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="One run each")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     for seed in args.seeds:
         for keep in args.keep:
             for arm, flags in ARMS.items():
                 run = args.runs / f"{arm}-{keep}-{seed}"
                 if (run / "ifp").exists():
                     continue
-                command = ["mlx_ifp.train", "-c", str(HERE / "train.yaml"), *flags,
-                           "--model", args.model, "--data", args.data, "--run-path", str(run),
+                command = [sys.executable, "-m", "mlx_ifp", "train", *flags,
+                           "-c", str(HERE / "train.yaml"), "--model", args.model,
+                           "--data", args.data, "--run-path", str(run),
                            "--targets-path", str(args.runs / "targets"),
-                           "--keep", str(keep), "--seed", str(seed)]  # fmt: skip
+                           "--keep", str(keep), "--seed", str(seed), *more]  # fmt: skip
                 if any(run.glob("checkpoint-*")):
                     command.append("--resume")
                 print(" ".join(command), flush=True)
