@@ -155,11 +155,18 @@ class SubnetworkCache:
 
 
 def save_selection(
-    path: str | Path, selection: Selection, metadata: dict[str, str] | None = None
+    path: str | Path,
+    selection: Selection,
+    metadata: dict[str, str] | None = None,
+    *,
+    overwrite: bool = True,
 ) -> None:
     """Write a selection to a safetensors file: one bit a channel, and the soft values.
 
     The file is complete or not there at all; one that exists is replaced.
+
+    Raises:
+        FileExistsError: if it exists and ``overwrite`` is false.
     """
     path = Path(path)
     tensors = {"mask": np.packbits(selection.mask, axis=-1)}
@@ -172,7 +179,7 @@ def save_selection(
         "d_ffn": str(selection.d_ffn),
         **(metadata or {}),
     }
-    with new_file(path) as temporary:
+    with new_file(path, overwrite=overwrite) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:

@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .atomic import new_file
-from .cache import load_selection, save_selection
+from .cache import save_selection
 from .cli import command
 from .errors import IFPError
 from .masks import Selection
@@ -26,6 +26,7 @@ from .options import (
     add_kv_options,
     add_model_options,
     add_task_options,
+    given_selection,
     load_model,
     parse_seed,
     task_of,
@@ -306,8 +307,9 @@ def main() -> None:
     prompt = read_prompt(args.prompt)
     if args.max_tokens == 0:
         raise IFPError("--max-tokens must not be 0; -1 sets no limit.")
-    if args.dense and args.selection:
-        raise IFPError("--dense and --selection exclude each other.")
+    if args.dense and (args.selection or args.task_name):
+        option = "--selection" if args.selection else "--task-name"
+        raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and (args.save_selection or args.show_selection):
         raise IFPError("--dense selects nothing to show or save.")
     task = task_of(args)
@@ -319,10 +321,9 @@ def main() -> None:
             raise IFPError(f"--extra-eos-token: {error}.") from error
     messages = _messages(args, prompt)
     tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
-    text = selection = None
-    if args.selection is not None:
-        selection = load_selection(args.selection, model.checkpoint.digest)
-    elif not args.dense:
+    text = None
+    selection = given_selection(args, model.checkpoint)
+    if selection is None and not args.dense:
         text = _selecting_text(model, tokenizer, messages, task, args.task_from)
     ready = model.prepare(text, selection=selection, dense=args.dense)
     if args.save_selection is not None:

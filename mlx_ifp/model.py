@@ -24,6 +24,7 @@ from .errors import IFPError
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
 from .subnetwork import build_subnetwork
+from .task_library import TaskLibrary
 from .text import Text, selector_tokens, token_ids
 
 Keep = int | float | list[int]
@@ -106,6 +107,7 @@ class IFPModel:
         k: channels kept in each layer, unless a call says otherwise.
         selector: the default selector.
         networks: the sub-networks in memory.
+        tasks: the named tasks of this checkpoint: ``model.tasks.load("python").selection``.
         reader: counts the bytes of channels read.
         predictor_loads: how often the predictor was loaded.
         selector_runs: how often a selector computed scores.
@@ -122,6 +124,7 @@ class IFPModel:
         cache_bytes: int | None = None,
         selection_cache: SelectionCache | None = None,
         tokenizer_config: dict[str, Any] | None = None,
+        task_library: TaskLibrary | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -133,6 +136,7 @@ class IFPModel:
             default_cache_bytes() if cache_bytes is None else cache_bytes
         )
         self.selections = selection_cache
+        self.tasks = task_library or TaskLibrary(checkpoint)
         self.reader = ChannelReader(checkpoint.channels)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
@@ -407,7 +411,7 @@ def load(
         selector (str): ``predictor``, ``activations`` or ``static``. By default what the
             checkpoint says.
         cache (bool): keep selections on disk.
-        cache_dir: where; by default the platform's place for caches.
+        cache_dir: where, and named tasks beside them; by default the platform's place for caches.
         cache_bytes (int): bound of the sub-networks kept in memory; by default half of the
             memory MLX may use.
 
@@ -428,5 +432,6 @@ def load(
         cache_bytes=cache_bytes,
         selection_cache=SelectionCache(cache_dir) if cache else None,
         tokenizer_config=tokenizer_config,
+        task_library=TaskLibrary(checkpoint, cache_dir),
     )
     return model, tokenizer
