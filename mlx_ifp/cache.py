@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,11 @@ class SubnetworkCache:
                 return
             del self._entries[free[0]]
             self._evictions += 1
+
+    def digests(self) -> list[str]:
+        """What is held now, the most recently used last."""
+        with self._lock:
+            return list(self._entries)
 
     @property
     def nbytes(self) -> int:
@@ -281,11 +286,23 @@ class SelectionCache:
 
     def previous(self, checkpoint: str, key: str) -> Selection | None:
         """The selection used last, other than that of ``key``."""
+        return next((selection for _, selection in self.recent(checkpoint, key, 1)), None)
+
+    def recent(self, checkpoint: str, key: str, limit: int) -> Iterator[tuple[str, Selection]]:
+        """Up to ``limit`` selections used last, with their keys, other than that of ``key``."""
         for path in self._files(self._folder(checkpoint)):
-            if path.stem != key:
-                with contextlib.suppress(IFPError):
-                    return load_selection(path, checkpoint)
-        return None
+            with contextlib.suppress(IFPError, OSError):
+                if limit < 1 or path.stat().st_mtime == 0:
+                    return
+                if path.stem != key:
+                    selection = load_selection(path, checkpoint)
+                    limit -= 1
+                    yield path.stem, selection
+
+    def mark(self, checkpoint: str, key: str, *, used: bool) -> None:
+        """Say that a selection was used now, or that it is on disk but was never used."""
+        with contextlib.suppress(OSError):
+            os.utime(self._folder(checkpoint) / f"{key}.safetensors", None if used else (0, 0))
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from .model import IFPModel, Keep, Prepared
 from .options import (
     add_kv_options,
     add_model_options,
+    add_reuse_option,
     add_task_options,
     given_selection,
     load_model,
@@ -173,6 +174,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Show, by layer, the share kept and the overlap with the task used before this one",
     )
+    add_reuse_option(
+        ours,
+        "Use the selection of a recent run instead of a new one that overlaps it by at least this "
+        "much, above 0 and at most 1 (default: never)",
+    )
     ours.add_argument("--stats", metavar="FILE", help="Write the figures to a JSON file")
     text = parser.add_argument_group("prompt")
     text.add_argument("--prompt", "-p", default="hello", help="The prompt ('-' reads from stdin)")
@@ -312,8 +318,13 @@ def main() -> None:
         raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and (args.save_selection or args.show_selection):
         raise IFPError("--dense selects nothing to show or save.")
+    if args.reuse_overlap is not None and args.no_cache:
+        raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     task = task_of(args)
     model, tokenizer = load_model(args)
+    if model.reuse is not None:
+        # This process has no sub-network in memory that could be used again.
+        model.reuse.on_disk = model.selections
     for token in args.extra_eos_token:
         try:
             tokenizer.add_eos_token(token)
