@@ -229,7 +229,8 @@ def load_selection(path: str | Path, checkpoint: str | None = None) -> Selection
             if not np.isfinite(values).all():
                 raise IFPError(f"{path}: soft_values are not finite.")
             soft_values = tuple(np.split(values, np.cumsum(counts)[:-1]))
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    # numpy has no bfloat16, and says so with a TypeError.
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         if isinstance(error, IFPError):
             raise
         raise IFPError(f"{path} is not a selection of mlx_ifp, or damaged ({error}).") from error

@@ -210,6 +210,14 @@ DAMAGES = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
     "empty": (lambda path: path.write_bytes(b""), "damaged"),
     "garbage": (lambda path: path.write_bytes(b"junk" * 999), "damaged"),
+    "bfloat16": (
+        lambda path: mx.save_safetensors(
+            str(path),
+            {"mask": mx.zeros((3, 20), mx.bfloat16)},
+            {"format": "mlx_ifp.selection", "version": "1", "d_ffn": "160"},
+        ),
+        "damaged",
+    ),
     "a channel": (flip, "was changed"),
     "text": (lambda path: edited(path, task="Other words."), "was changed"),
     "name": (lambda path: edited(path, name="other"), "was changed"),
@@ -221,10 +229,10 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "says"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_or_edited_file_is_refused(library, checkpoint, tmp_path, damage, says):
     library.add(task_of(checkpoint))
-    library.export("python", tmp_path / "file")
-    damage(tmp_path / "file")
+    library.export("python", tmp_path / "file.safetensors")
+    damage(tmp_path / "file.safetensors")
     with pytest.raises(IFPError, match=says):
-        library.import_file(tmp_path / "file", "new")
+        library.import_file(tmp_path / "file.safetensors", "new")
     damage(library.path("python"))
     with pytest.raises(IFPError, match=says):
         library.load("python")
