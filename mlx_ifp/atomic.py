@@ -1,6 +1,7 @@
 """Files and directories that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -12,10 +13,14 @@ from .errors import IFPError
 
 
 @contextlib.contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces ``path`` if all goes well.
 
     It keeps the suffix of ``path``. Whatever goes wrong, it is removed and ``path`` is untouched.
+
+    Raises:
+        FileExistsError: if ``path`` exists and is not to be overwritten. Of several processes that
+            make one file at once, one does.
     """
     path = Path(path)
     if path.is_dir():
@@ -34,10 +39,27 @@ def new_file(path: str | Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        if overwrite:
+            os.replace(name, path)
+        else:
+            _publish(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _publish(temporary: str, path: Path) -> None:
+    """Give a complete file its name, unless there is one of that name."""
+    try:
+        # Unlike a rename, a hard link never replaces anything.
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        # FAT and some network file systems have no hard links.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager

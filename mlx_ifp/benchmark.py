@@ -37,8 +37,9 @@ from .atomic import new_file
 from .cli import command
 from .errors import IFPError
 from .model import IFPModel, Prepared
-from .options import add_model_options, load_model, parse_seed
+from .options import add_model_options, add_task_name_option, load_model, named_task, parse_seed
 from .same_size import float_dtype, memory_of, same_size_model
+from .task_library import Task
 
 ROWS = FIRST, REPEAT, SAME_SIZE, FULL = (
     "sub-network, first prompt",
@@ -89,8 +90,9 @@ _SPREAD = ("min", "median", "max")
 class _Bench:
     """The networks and the prompt that they all answer."""
 
-    def __init__(self, model: IFPModel, task: str, settings: Settings) -> None:
+    def __init__(self, model: IFPModel, task: str | Task, settings: Settings) -> None:
         self.model, self.settings = model, settings
+        self.selection = task.selection if isinstance(task, Task) else None
         self.prompt = mx.random.randint(
             0,
             model.checkpoint.config.get("vocab_size") or model.tokenizer.vocab_size,
@@ -109,6 +111,8 @@ class _Bench:
             # A text without a selection, and no sub-network that could happen to be its own.
             self.model.networks.clear()
             self.text = next(self.texts)
+        if self.selection is not None:
+            return self.model.prepare(selection=self.selection)
         return self.model.prepare(self.text)
 
     def run(self, ready: dict[str, Prepared]) -> dict[str, Run]:
@@ -169,7 +173,7 @@ class _Bench:
 
 def benchmark(
     model: IFPModel,
-    task: str = TASK,
+    task: str | Task = TASK,
     settings: Settings | None = None,
     progress: Callable[[str], Any] = lambda _: None,
 ) -> dict[str, Any]:
@@ -178,7 +182,8 @@ def benchmark(
     Args:
         model (IFPModel): from :func:`mlx_ifp.load` with ``cache=False``, or first prompts may find
             their selections on disk. Its sub-networks in memory are dropped.
-        task (str): selects; each first prompt adds a number to it, so that it is new.
+        task: a text that selects, to which each first prompt adds a number, so that it is new; or
+            a Task of the library, whose selection is used: then no selector runs.
         settings (Settings): lengths and number of trials.
         progress (Callable): called with a line of text after each trial.
 
@@ -192,7 +197,9 @@ def benchmark(
     """
     settings = settings or Settings()
     settings.check()
-    if not task.strip():
+    saved = task if isinstance(task, Task) else None
+    text = task if saved is None else saved.text
+    if saved is None and not text.strip():
         raise IFPError("The task is empty; give some text with --task.")
     ffns = model.checkpoint.ffns
     bench = _Bench(model, task, settings)
@@ -230,10 +237,12 @@ def benchmark(
         progress(f"Trial {i + 1} of {settings.num_trials}, decode tokens/s: {speeds}")
     if trials[0][FIRST]["source"] == "memory":
         notes.append("The selection is the same for every text; only the warm-up computed it.")
+    if saved is not None:
+        notes.append(f"The selection is that of the saved task {saved.name!r}; none was computed.")
 
     return {
         "model": str(model.checkpoint.path),
-        "task": task,
+        "task": text,
         "settings": asdict(settings),
         "machine": {
             "mlx": mx.__version__,
@@ -244,7 +253,7 @@ def benchmark(
         "network": {
             "dtype": str(float_dtype(bench.networks[FULL])).removeprefix("mlx.core."),
             "quantization": model.checkpoint.config.get("quantization"),
-            "selector": model.selector,
+            "selector": model.selector if saved is None else saved.selector,
             "layers": len(ffns),
             "k": selection.k,
             "d_ffn": selection.d_ffn,
@@ -348,9 +357,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_options(parser)
-    parser.add_argument(
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument(
         "--task", "--prompt", metavar="TEXT", default=TASK, help="What selects (default: a task)"
     )
+    add_task_name_option(task)
     short = {"prompt_tokens": ["-p"], "generation_tokens": ["-g"], "num_trials": ["-n"]}
     for each in fields(Settings):
         option = f"--{each.name.replace('_', '-')}"
@@ -379,7 +390,8 @@ def main() -> None:
     # A first prompt must not find its selection on disk.
     args.no_cache = True
     model, _ = load_model(args)
-    result = benchmark(model, args.task, settings, lambda line: print(line, file=sys.stderr))
+    task = args.task if args.task_name is None else named_task(args, model.checkpoint)
+    result = benchmark(model, task, settings, lambda line: print(line, file=sys.stderr))
     print(table(result))
     if path is not None:
         with new_file(path) as file:

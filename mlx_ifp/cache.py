@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,11 @@ class SubnetworkCache:
             del self._entries[free[0]]
             self._evictions += 1
 
+    def digests(self) -> list[str]:
+        """What is held now, the most recently used last."""
+        with self._lock:
+            return list(self._entries)
+
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
@@ -155,11 +160,18 @@ class SubnetworkCache:
 
 
 def save_selection(
-    path: str | Path, selection: Selection, metadata: dict[str, str] | None = None
+    path: str | Path,
+    selection: Selection,
+    metadata: dict[str, str] | None = None,
+    *,
+    overwrite: bool = True,
 ) -> None:
     """Write a selection to a safetensors file: one bit a channel, and the soft values.
 
     The file is complete or not there at all; one that exists is replaced.
+
+    Raises:
+        FileExistsError: if it exists and ``overwrite`` is false.
     """
     path = Path(path)
     tensors = {"mask": np.packbits(selection.mask, axis=-1)}
@@ -172,7 +184,7 @@ def save_selection(
         "d_ffn": str(selection.d_ffn),
         **(metadata or {}),
     }
-    with new_file(path) as temporary:
+    with new_file(path, overwrite=overwrite) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
@@ -217,7 +229,8 @@ def load_selection(path: str | Path, checkpoint: str | None = None) -> Selection
             if not np.isfinite(values).all():
                 raise IFPError(f"{path}: soft_values are not finite.")
             soft_values = tuple(np.split(values, np.cumsum(counts)[:-1]))
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    # numpy has no bfloat16, and says so with a TypeError.
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         if isinstance(error, IFPError):
             raise
         raise IFPError(f"{path} is not a selection of mlx_ifp, or damaged ({error}).") from error
@@ -274,11 +287,23 @@ class SelectionCache:
 
     def previous(self, checkpoint: str, key: str) -> Selection | None:
         """The selection used last, other than that of ``key``."""
+        return next((selection for _, selection in self.recent(checkpoint, key, 1)), None)
+
+    def recent(self, checkpoint: str, key: str, limit: int) -> Iterator[tuple[str, Selection]]:
+        """Up to ``limit`` selections used last, with their keys, other than that of ``key``."""
         for path in self._files(self._folder(checkpoint)):
-            if path.stem != key:
-                with contextlib.suppress(IFPError):
-                    return load_selection(path, checkpoint)
-        return None
+            with contextlib.suppress(IFPError, OSError):
+                if limit < 1 or path.stat().st_mtime == 0:
+                    return
+                if path.stem != key:
+                    selection = load_selection(path, checkpoint)
+                    limit -= 1
+                    yield path.stem, selection
+
+    def mark(self, checkpoint: str, key: str, *, used: bool) -> None:
+        """Say that a selection was used now, or that it is on disk but was never used."""
+        with contextlib.suppress(OSError):
+            os.utime(self._folder(checkpoint) / f"{key}.safetensors", None if used else (0, 0))
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:

@@ -10,11 +10,18 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from tqdm import tqdm
 
 from .atomic import new_file
-from .cache import load_selection, save_selection
+from .cache import save_selection
 from .cli import command
 from .errors import IFPError
 from .generate import read_prompt
-from .options import add_kv_options, add_model_options, add_task_options, load_model, task_of
+from .options import (
+    add_kv_options,
+    add_model_options,
+    add_task_options,
+    given_selection,
+    load_model,
+    task_of,
+)
 from .text import selecting_text
 
 EXAMPLES = """examples:
@@ -53,8 +60,7 @@ def main() -> None:
     task = task_of(args)
     model, tokenizer = load_model(args)
     messages = [{"role": "user", "content": prompt}]
-    if args.selection is not None:
-        selection = load_selection(args.selection, model.checkpoint.digest)
+    if (selection := given_selection(args, model.checkpoint)) is not None:
         ready = model.prepare(selection=selection)
     else:
         role = args.task_from or model.checkpoint.ifp.text.source

@@ -9,7 +9,17 @@ from collections.abc import Callable
 
 from .errors import IFPError
 
-COMMANDS = ("benchmark", "cache_prompt", "convert", "export", "generate", "manage", "plot", "train")
+COMMANDS = (
+    "benchmark",
+    "cache_prompt",
+    "convert",
+    "export",
+    "generate",
+    "manage",
+    "plot",
+    "tasks",
+    "train",
+)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

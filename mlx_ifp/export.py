@@ -18,7 +18,7 @@ from mlx_lm.utils import create_model_card, make_shards, save_config, upload_to_
 from tqdm import tqdm
 
 from .atomic import new_directory
-from .cache import load_selection, save_selection
+from .cache import save_selection
 from .channels import ChannelReader
 from .checkpoint import Checkpoint, load_tensors, open_checkpoint, resolve
 from .cli import command
@@ -26,7 +26,13 @@ from .errors import IFPError
 from .hub import uploading
 from .masks import Selection
 from .model import load_tokenizer_of
-from .options import add_model_options, add_task_options, load_model, task_of
+from .options import (
+    add_model_options,
+    add_task_options,
+    given_selection,
+    load_model,
+    task_of,
+)
 from .structure import FFN, quantization_of, with_width
 from .subnetwork import FFNRows, check_selection, read_ffn
 from .tensor_files import DTYPES, LazyTensor, write_safetensors
@@ -348,18 +354,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _selection(args: argparse.Namespace, digest: str) -> Selection | None:
+def _selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | None:
     """The selection that the options name; None for the dense model."""
     task = task_of(args)
-    if (
-        args.task_from is not None
-        or (task is None) + (args.selection is None) + (not args.dense) != 2
-    ):
-        raise IFPError("Name one of --task, --task-file, --selection and --dense.")
+    named = [task is not None, args.selection is not None, args.task_name is not None, args.dense]
+    if args.task_from is not None or sum(named) != 1:
+        raise IFPError("Name one of --task, --task-file, --task-name, --selection and --dense.")
     if args.dense:
         return None
-    if args.selection is not None:
-        return load_selection(args.selection, digest)
+    if task is None:
+        return given_selection(args, checkpoint)
     model, _ = load_model(args)
     return model.select(task)
 
@@ -369,7 +373,7 @@ def main() -> None:
     """Run ``mlx_ifp.export``."""
     args = setup_arg_parser().parse_args()
     checkpoint = open_checkpoint(resolve(args.model, args.revision))
-    selection = _selection(args, checkpoint.digest)
+    selection = _selection(args, checkpoint)
     if args.save_selection is not None and selection is None:
         raise IFPError("--dense selects nothing to save.")
     tokenizer = load_tokenizer_of(checkpoint, {"trust_remote_code": args.trust_remote_code})

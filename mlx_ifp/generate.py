@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .atomic import new_file
-from .cache import load_selection, save_selection
+from .cache import save_selection
 from .cli import command
 from .errors import IFPError
 from .masks import Selection
@@ -25,7 +25,9 @@ from .model import IFPModel, Keep, Prepared
 from .options import (
     add_kv_options,
     add_model_options,
+    add_reuse_option,
     add_task_options,
+    given_selection,
     load_model,
     parse_seed,
     task_of,
@@ -172,6 +174,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Show, by layer, the share kept and the overlap with the task used before this one",
     )
+    add_reuse_option(
+        ours,
+        "Use the selection of a recent run instead of a new one that overlaps it by at least this "
+        "much, above 0 and at most 1 (default: never)",
+    )
     ours.add_argument("--stats", metavar="FILE", help="Write the figures to a JSON file")
     text = parser.add_argument_group("prompt")
     text.add_argument("--prompt", "-p", default="hello", help="The prompt ('-' reads from stdin)")
@@ -306,12 +313,18 @@ def main() -> None:
     prompt = read_prompt(args.prompt)
     if args.max_tokens == 0:
         raise IFPError("--max-tokens must not be 0; -1 sets no limit.")
-    if args.dense and args.selection:
-        raise IFPError("--dense and --selection exclude each other.")
+    if args.dense and (args.selection or args.task_name):
+        option = "--selection" if args.selection else "--task-name"
+        raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and (args.save_selection or args.show_selection):
         raise IFPError("--dense selects nothing to show or save.")
+    if args.reuse_overlap is not None and args.no_cache:
+        raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     task = task_of(args)
     model, tokenizer = load_model(args)
+    if model.reuse is not None:
+        # This process has no sub-network in memory that could be used again.
+        model.reuse.on_disk = model.selections
     for token in args.extra_eos_token:
         try:
             tokenizer.add_eos_token(token)
@@ -319,10 +332,9 @@ def main() -> None:
             raise IFPError(f"--extra-eos-token: {error}.") from error
     messages = _messages(args, prompt)
     tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
-    text = selection = None
-    if args.selection is not None:
-        selection = load_selection(args.selection, model.checkpoint.digest)
-    elif not args.dense:
+    text = None
+    selection = given_selection(args, model.checkpoint)
+    if selection is None and not args.dense:
         text = _selecting_text(model, tokenizer, messages, task, args.task_from)
     ready = model.prepare(text, selection=selection, dense=args.dense)
     if args.save_selection is not None:

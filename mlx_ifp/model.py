@@ -23,7 +23,9 @@ from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_ch
 from .errors import IFPError
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
+from .reuse import Reuse, check_overlap
 from .subnetwork import build_subnetwork
+from .task_library import TaskLibrary
 from .text import Text, selector_tokens, token_ids
 
 Keep = int | float | list[int]
@@ -86,6 +88,8 @@ class Prepared:
         select_seconds: time to get the selection.
         load_seconds: time to get the sub-network.
         bytes_read: bytes of channels read for it; 0 if it was in memory.
+        reuse_overlap: if another selection stands in for the text's own (``reuse_overlap`` of
+            :func:`load`), their overlap; ``selection`` is the one in use. Else None.
     """
 
     network: nn.Module
@@ -94,6 +98,7 @@ class Prepared:
     select_seconds: float
     load_seconds: float
     bytes_read: int
+    reuse_overlap: float | None = None
 
 
 class IFPModel:
@@ -106,6 +111,7 @@ class IFPModel:
         k: channels kept in each layer, unless a call says otherwise.
         selector: the default selector.
         networks: the sub-networks in memory.
+        tasks: the named tasks of this checkpoint: ``model.tasks.load("python").selection``.
         reader: counts the bytes of channels read.
         predictor_loads: how often the predictor was loaded.
         selector_runs: how often a selector computed scores.
@@ -122,6 +128,8 @@ class IFPModel:
         cache_bytes: int | None = None,
         selection_cache: SelectionCache | None = None,
         tokenizer_config: dict[str, Any] | None = None,
+        task_library: TaskLibrary | None = None,
+        reuse_overlap: float | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -132,7 +140,9 @@ class IFPModel:
         self.networks = SubnetworkCache(
             default_cache_bytes() if cache_bytes is None else cache_bytes
         )
+        self.reuse = None if reuse_overlap is None else Reuse(reuse_overlap, self.networks)
         self.selections = selection_cache
+        self.tasks = task_library or TaskLibrary(checkpoint)
         self.reader = ChannelReader(checkpoint.channels)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
@@ -307,6 +317,8 @@ class IFPModel:
             return network, nbytes
 
         network, _ = self.networks.get("dense" if selection is None else selection.digest, load)
+        if self.reuse is not None and selection is not None:
+            self.reuse.add(selection)
         return network, bytes_read
 
     def dense(self) -> nn.Module:
@@ -336,6 +348,11 @@ class IFPModel:
         if selection is None and not dense:
             selection, source = self._select(text, selector, keep)
         selected = time.perf_counter()
+        overlap = None
+        # A selection that was given is used as it is.
+        if self.reuse is not None and source not in ("given", "dense"):
+            key = self._key_on_disk(text, selector, keep)
+            selection, overlap = self.reuse.stand_in(selection, key)
         network, bytes_read = self._subnetwork(selection)
         loaded = time.perf_counter()
         return Prepared(
@@ -345,7 +362,14 @@ class IFPModel:
             select_seconds=selected - start,
             load_seconds=loaded - selected,
             bytes_read=bytes_read,
+            reuse_overlap=overlap,
         )
+
+    def _key_on_disk(self, text: Text, selector: str | None, keep: Keep | None) -> str:
+        if self.reuse.on_disk is None:
+            return ""
+        k = self.k if keep is None else self.resolve_keep(keep)
+        return self.selection_key(text, selector, k)
 
 
 def _set_width(network: nn.Module, k: int | list[int]) -> None:
@@ -394,6 +418,7 @@ def load(
     cache: bool = True,
     cache_dir: str | Path | None = None,
     cache_bytes: int | None = None,
+    reuse_overlap: float | None = None,
 ) -> tuple[IFPModel, TokenizerWrapper]:
     """Load a checkpoint: its trunk and tokenizer, but no FFN and no predictor yet.
 
@@ -407,9 +432,12 @@ def load(
         selector (str): ``predictor``, ``activations`` or ``static``. By default what the
             checkpoint says.
         cache (bool): keep selections on disk.
-        cache_dir: where; by default the platform's place for caches.
+        cache_dir: where, and named tasks beside them; by default the platform's place for caches.
         cache_bytes (int): bound of the sub-networks kept in memory; by default half of the
             memory MLX may use.
+        reuse_overlap (float): above 0, at most 1. Where a text's selection overlaps that much (mean
+            over layers) with one whose sub-network is in memory, ``prepare`` and ``generate`` use
+            that one: nothing is loaded. ``select`` and ``subnetwork`` stay exact. None: never.
 
     Returns:
         tuple: the model, and the LLM's tokenizer.
@@ -417,6 +445,8 @@ def load(
     Raises:
         IFPError: one line that says what is wrong with the checkpoint or an argument.
     """
+    if reuse_overlap is not None:
+        check_overlap(reuse_overlap)
     checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
     tokenizer = load_tokenizer_of(checkpoint, tokenizer_config)
     model = IFPModel(
@@ -428,5 +458,7 @@ def load(
         cache_bytes=cache_bytes,
         selection_cache=SelectionCache(cache_dir) if cache else None,
         tokenizer_config=tokenizer_config,
+        task_library=TaskLibrary(checkpoint, cache_dir),
+        reuse_overlap=reuse_overlap,
     )
     return model, tokenizer

@@ -6,9 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .cache import load_selection
+from .checkpoint import Checkpoint
 from .config import SELECTORS
 from .errors import IFPError
+from .masks import Selection
 from .model import IFPModel, Keep, load
+from .task_library import Task, TaskLibrary
 
 
 def parse_keep(text: str) -> Keep:
@@ -39,8 +43,8 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, and how it is used."""
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which checkpoint, and where what belongs to it is kept."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -48,6 +52,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "the small one that comes with mlx_ifp)",
     )
     group.add_argument("--revision", help="Revision of the hub repository")
+    group.add_argument("--cache-dir", help="Where selections and named tasks are kept on disk")
+    return group
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how it is used."""
+    group = add_checkpoint_options(parser)
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -68,7 +79,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-cache", action="store_true", help="Neither read nor write selections on disk"
     )
-    group.add_argument("--cache-dir", help="Where selections are kept on disk")
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +93,18 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         "usually the user's)",
     )
     group.add_argument("--selection", metavar="FILE", help="Use a saved selection")
+    add_task_name_option(group)
     parser.add_argument("--save-selection", metavar="FILE", help="Save the selection that is used")
+
+
+def add_task_name_option(group: argparse._ActionsContainer) -> None:
+    """A task of the library selects."""
+    group.add_argument("--task-name", metavar="NAME", help="Use a task of mlx_ifp.tasks")
+
+
+def add_reuse_option(group: argparse._ActionsContainer, what: str) -> None:
+    """How alike another selection must be to be used instead; ``what`` says which are at hand."""
+    group.add_argument("--reuse-overlap", type=float, metavar="OVERLAP", help=what)
 
 
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
@@ -108,11 +129,32 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
 def task_of(args: argparse.Namespace) -> str | None:
     """The task description of the command line, or None."""
     if args.task_file is None:
+        try:
+            # Undecodable bytes of a command line come as surrogates.
+            (args.task or "").encode()
+        except UnicodeEncodeError as error:
+            raise IFPError("The task is not UTF-8 text.") from error
         return args.task
     try:
         return Path(args.task_file).read_text()
     except UnicodeDecodeError as error:
         raise IFPError(f"{args.task_file} is not a text file.") from error
+
+
+def named_task(args: argparse.Namespace, checkpoint: Checkpoint) -> Task:
+    """The task that ``--task-name`` names."""
+    if args.keep is not None or args.selector is not None:
+        raise IFPError("--task-name has its channels; --keep and --selector cannot change them.")
+    return TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
+
+
+def given_selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | None:
+    """The selection of ``--selection`` or ``--task-name``; None if a text selects."""
+    if args.task_name is not None:
+        return named_task(args, checkpoint).selection
+    if args.selection is not None:
+        return load_selection(args.selection, checkpoint.digest)
+    return None
 
 
 def load_model(args: argparse.Namespace) -> tuple[IFPModel, TokenizerWrapper]:
@@ -126,4 +168,5 @@ def load_model(args: argparse.Namespace) -> tuple[IFPModel, TokenizerWrapper]:
         selector=args.selector,
         cache=not args.no_cache,
         cache_dir=args.cache_dir,
+        reuse_overlap=getattr(args, "reuse_overlap", None),
     )

@@ -37,6 +37,7 @@ class Stats:
     peak_memory: int
     active: int
     total: int
+    reuse_overlap: float | None = None
 
     @classmethod
     def of(
@@ -60,12 +61,17 @@ class Stats:
             peak_memory=mx.get_peak_memory(),
             active=parameters[0],
             total=parameters[1],
+            reuse_overlap=ready.reuse_overlap,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``--stats`` file."""
         return {
-            "selection": {"source": self.source, "seconds": self.select_seconds},
+            "selection": {
+                "source": self.source,
+                "seconds": self.select_seconds,
+                "reuse_overlap": self.reuse_overlap,
+            },
             "load": {"seconds": self.load_seconds, "bytes_read": self.bytes_read},
             "prefill": {"tokens": self.prompt_tokens, "seconds": self.prefill_seconds},
             "first_token_seconds": self.first_token_seconds,
@@ -77,8 +83,11 @@ class Stats:
 
     def table(self) -> str:
         """The table that ``--verbose`` prints."""
+        source = self.source
+        if self.reuse_overlap is not None:
+            source += f", another reused: overlap {self.reuse_overlap:.3f}"
         rows = [
-            ("selection", f"{self.select_seconds:.3f} s", self.source),
+            ("selection", f"{self.select_seconds:.3f} s", source),
             ("loading", f"{self.load_seconds:.3f} s", f"{self.bytes_read / 1e6:.1f} MB read"),
             ("prefill", f"{self.prefill_seconds:.3f} s", f"{self.prompt_tokens} tokens"),
             ("first token", f"{self.first_token_seconds:.3f} s", ""),
