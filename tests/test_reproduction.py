@@ -40,7 +40,7 @@ def test_all_arms_are_trained_and_compared(dense_llama, data, tmp_path):
     done = run_command("convert", "--model", dense_llama, "--mlx-path", source)
     assert done.returncode == 0, done.stderr
     common = ("--data", data, "--runs", runs, "--keep", 64)
-    short = ("--iters", 2, "--warm-start-iters", 2, "--val-batches", 0)
+    short = ("--iters", 2, "--warm-start-iters", 2)
     _script("run.py", "--model", dense_llama, *common, *short)
     logs = {run.name: (run / "log.jsonl").read_text() for run in runs.glob("*-64-0")}
     assert logs.keys() == {"static-64-0", "prompt-64-0", "task-64-0"}
