@@ -104,17 +104,19 @@ class SubnetworkCache:
             del self._loading[digest]
             if entry[1] <= self.max_bytes or digest in self._pinned:
                 self._entries[digest] = entry
-                self._evict()
+                self.shrink(self.max_bytes)
         future.set_result(entry)
         return entry[0], False
 
-    def _evict(self) -> None:
-        while self.nbytes > self.max_bytes:
-            free = [digest for digest in self._entries if digest not in self._pinned]
-            if not free:
-                return
-            del self._entries[free[0]]
-            self._evictions += 1
+    def shrink(self, nbytes: int) -> None:
+        """Evict until at most that many bytes are held, or all that are left are pinned."""
+        with self._lock:
+            while self.nbytes > nbytes:
+                free = [digest for digest in self._entries if digest not in self._pinned]
+                if not free:
+                    return
+                del self._entries[free[0]]
+                self._evictions += 1
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +133,7 @@ class SubnetworkCache:
         """Let this one be evicted again."""
         with self._lock:
             self._pinned.discard(digest)
-            self._evict()
+            self.shrink(self.max_bytes)
 
     def clear(self) -> None:
         """Drop all that is not pinned."""

@@ -17,18 +17,23 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .atomic import new_file
+from .budget import Use
 from .cache import load_selection, save_selection
+from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
+from .kv_size import Generation, stored_positions
 from .masks import Selection
 from .model import IFPModel, Keep, Prepared
 from .options import (
     add_kv_options,
+    add_memory_options,
     add_model_options,
     add_task_options,
     load_model,
     parse_seed,
     task_of,
+    use_of,
 )
 from .stats import Stats, parameter_counts
 from .text import Prompt, Text, encode_prompt, selecting_text
@@ -101,8 +106,19 @@ def stream_generate(
     text = None
     if selection is None and not dense:
         text = _selecting_text(model, tokenizer, prompt, task, task_from, selector)
-    ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
     prompt_cache = kwargs.get("prompt_cache") or []
+    if model.memory is not None:
+        count = len(tokenizer.encode(tokens) if isinstance(tokens, str) else tokens)
+        count += max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
+        generation = Generation.of(count, **kwargs)
+        if dense:
+            model.memory.expect(generation, model.checkpoint.d_ffn, dense=True)
+        elif selection is None:
+            k = model.k if keep is None else model.resolve_keep(keep)
+            model.memory.expect(generation, k)
+        else:
+            model.memory.expect(generation, [len(channels) for channels in selection.layers])
+    ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
     _claim_prompt_cache(prompt_cache, ready.selection)
     try:
         yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
@@ -212,6 +228,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--draft-model", help="A model for speculative decoding")
     sampling.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens to draft")
     add_kv_options(parser)
+    add_memory_options(parser)
     return parser
 
 
@@ -299,6 +316,23 @@ def _load_draft_model(name: str | None) -> nn.Module | None:
         raise IFPError(f"--draft-model {name} cannot be loaded: {error}") from error
 
 
+def _plan(
+    args: argparse.Namespace,
+    messages: list[dict[str, Any]],
+    task: str | None,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerWrapper,
+) -> Use:
+    """What is going to be generated, known before any weight is read."""
+    tokens = len(_tokens(args, tokenizer, [dict(message) for message in messages]))
+    if args.prompt_cache_file is not None:
+        tokens += stored_positions(args.prompt_cache_file)
+    text = task
+    if task is None and args.selection is None and not args.dense:
+        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
+    return use_of(args, checkpoint, tokenizer, Generation.of(tokens, **vars(args)), text)
+
+
 @command
 def main() -> None:
     """Run ``mlx_ifp.generate``."""
@@ -311,13 +345,13 @@ def main() -> None:
     if args.dense and (args.save_selection or args.show_selection):
         raise IFPError("--dense selects nothing to show or save.")
     task = task_of(args)
-    model, tokenizer = load_model(args)
+    messages = _messages(args, prompt)
+    model, tokenizer = load_model(args, partial(_plan, args, messages, task))
     for token in args.extra_eos_token:
         try:
             tokenizer.add_eos_token(token)
         except ValueError as error:
             raise IFPError(f"--extra-eos-token: {error}.") from error
-    messages = _messages(args, prompt)
     tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
     text = selection = None
     if args.selection is not None:
