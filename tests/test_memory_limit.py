@@ -266,9 +266,9 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_selects(tiny_checkpoint,
 
 def test_the_peak_of_a_real_run(tmp_path):
     """MLX's own peak also has what a step computes: it is at most a tenth more, and not less."""
-    shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 2}
-    dense = make_dense(tmp_path / "dense", intermediate_size=4096, **shape)
-    checkpoint = convert(str(dense), tmp_path / "ifp", keep=2048)
+    shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4}
+    dense = make_dense(tmp_path / "dense", intermediate_size=1024, **shape)
+    checkpoint = convert(str(dense), tmp_path / "ifp", keep=768)
     needed = budget_of(checkpoint, Generation(20, 4), "activations").least
     gc.collect()
     before = mx.get_active_memory()
