@@ -254,7 +254,9 @@ def _bytes_of_tables(model: nn.Module) -> int:
 
 
 def k_text(k: int | list[int]) -> str:
-    return f"k = {k}" if isinstance(k, int) else f"k = {min(k)} to {max(k)}"
+    """``k = 768``, or the least and the most of the layers."""
+    least, most = (k, k) if isinstance(k, int) else (min(k), max(k))
+    return f"k = {least}" if least == most else f"k = {least} to {most}"
 
 
 def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
@@ -284,7 +286,8 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
     rows.append(("KV cache", f"{generation.tokens} positions{how}", budget.kv))
     rows.append(("", "", ""))
     if use.selector is not None:
-        rows.append(("selecting", "all but the network and its KV cache", budget.selecting))
+        others = f", {use.networks - 1} sub-networks" if use.networks > 1 else ""
+        rows.append(("selecting", f"trunk and selector{others}", budget.selecting))
     rows.append(("generating", f"trunk, {name} and KV cache", budget.generating))
     if use.selector == "predictor":
         stays = budget.generating + budget.selector_weights
