@@ -14,9 +14,9 @@ from mlx_ifp.config import MaskConfig
 from mlx_ifp.convert import convert
 from mlx_ifp.kv_size import Generation, kv_bytes
 from mlx_ifp.predictor import load_predictor
-from mlx_ifp.structure import find_body, get_module
+from mlx_ifp.structure import build_model, find_body, get_module
 
-from .conftest import make_dense, make_predictor_checkpoint
+from .conftest import ARCHITECTURES, make_dense, make_predictor_checkpoint
 from .helpers import random_selection
 from .test_predictor_format import quantize_head, share_embedding
 
@@ -178,6 +178,17 @@ def test_a_window_is_heeded_where_mlx_lm_heeds_it(tmp_path):
         assert estimator.kv(generation) == real_peak(model, generation)
     longer = Generation(2, 90_000, max_kv_size=300)
     assert estimator.kv(longer) == 2 * 2 * 300 * 16 * 4
+
+
+def test_layers_that_have_a_state_instead():
+    """Qwen3.5: a state of one size in every second layer, keys and values in the others."""
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_conv_kernel_dim": 4}
+    linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "full_attention_interval": 2}
+    rope = {"type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    text = ARCHITECTURES["qwen3"] | linear | {"rope_parameters": rope}
+    model = build_model({"model_type": "qwen3_5", "text_config": text | {"model_type": "qwen3_5"}})
+    for generation in (Generation(60, 5), Generation(254, 4, prefill_step_size=100)):
+        assert kv_bytes(model, generation) == real_peak(model, generation)
 
 
 def test_keys_and_values_have_the_type_that_weights_give_them(tiny_checkpoint):
