@@ -104,9 +104,12 @@ class SubnetworkCache:
             del self._loading[digest]
             if entry[1] <= self.max_bytes or digest in self._pinned:
                 self._entries[digest] = entry
-                self.shrink(self.max_bytes)
+                self._evict()
         future.set_result(entry)
         return entry[0], False
+
+    def _evict(self) -> None:
+        self.shrink(self.max_bytes)
 
     def shrink(self, nbytes: int) -> None:
         """Evict until at most that many bytes are held, or all that are left are pinned."""
@@ -133,7 +136,7 @@ class SubnetworkCache:
         """Let this one be evicted again."""
         with self._lock:
             self._pinned.discard(digest)
-            self.shrink(self.max_bytes)
+            self._evict()
 
     def clear(self) -> None:
         """Drop all that is not pinned."""
