@@ -109,12 +109,17 @@ class SubnetworkCache:
         return entry[0], False
 
     def _evict(self) -> None:
-        while self.nbytes > self.max_bytes:
-            free = [digest for digest in self._entries if digest not in self._pinned]
-            if not free:
-                return
-            del self._entries[free[0]]
-            self._evictions += 1
+        self.shrink(self.max_bytes)
+
+    def shrink(self, nbytes: int) -> None:
+        """Evict until at most that many bytes are held, or all that are left are pinned."""
+        with self._lock:
+            while self.nbytes > nbytes:
+                free = [digest for digest in self._entries if digest not in self._pinned]
+                if not free:
+                    return
+                del self._entries[free[0]]
+                self._evictions += 1
 
     def digests(self) -> list[str]:
         """What is held now, the most recently used last."""

@@ -2,25 +2,33 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from .atomic import new_file
+from .budget import Use
 from .cache import save_selection
+from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
 from .generate import read_prompt
+from .kv_size import Generation
 from .options import (
     add_kv_options,
+    add_memory_options,
     add_model_options,
     add_task_options,
     given_selection,
     load_model,
     task_of,
+    use_of,
 )
 from .text import selecting_text
 
@@ -45,7 +53,31 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", "-p", required=True, help="The prompt ('-' reads from stdin)")
     parser.add_argument("--prompt-cache-file", required=True, help="The file to write")
     add_kv_options(parser)
+    add_memory_options(parser)
     return parser
+
+
+def _tokens(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]]) -> list[int]:
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode(messages[0]["content"])
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=False, continue_final_message=True
+    )
+
+
+def _plan(
+    args: argparse.Namespace,
+    messages: list[dict[str, Any]],
+    task: str | None,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerWrapper,
+) -> Use:
+    """What is going to be run, known before any weight is read."""
+    text = task
+    if task is None and args.selection is None and args.task_name is None:
+        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
+    generation = Generation.of(len(_tokens(tokenizer, messages)), 0, **vars(args))
+    return use_of(args, checkpoint, tokenizer, generation, text)
 
 
 @command
@@ -58,8 +90,8 @@ def main() -> None:
         # mlx adds the suffix by itself, and the file would not be where the user looks.
         raise IFPError(f"--prompt-cache-file must end in .safetensors, {path} does not.")
     task = task_of(args)
-    model, tokenizer = load_model(args)
     messages = [{"role": "user", "content": prompt}]
+    model, tokenizer = load_model(args, partial(_plan, args, messages, task))
     if (selection := given_selection(args, model.checkpoint)) is not None:
         ready = model.prepare(selection=selection)
     else:
@@ -67,12 +99,7 @@ def main() -> None:
         ready = model.prepare(task if task is not None else selecting_text(messages, role))
     if args.save_selection is not None:
         save_selection(args.save_selection, ready.selection)
-    if tokenizer.has_chat_template:
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=False, continue_final_message=True
-        )
-    else:
-        tokens = tokenizer.encode(prompt)
+    tokens = _tokens(tokenizer, messages)
     prompt_cache = make_prompt_cache(ready.network, args.max_kv_size)
     with tqdm(total=len(tokens), unit="tokens", desc="Processing") as bar:
         for _ in generate_step(

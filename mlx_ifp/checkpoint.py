@@ -297,6 +297,20 @@ def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return array.astype(dtype)
 
 
+def build_backbone(checkpoint: Checkpoint, trunk: nn.Module | None = None) -> nn.Module:
+    """The modules of the predictor's backbone, of which no tensor is read.
+
+    Raises:
+        ValueError: if it shares the trunk's embedding and there is no trunk.
+    """
+    model = build_model(checkpoint.predictor_config, quantized_modules(checkpoint.predictor))
+    if checkpoint.ifp.predictor_embedding == "llm":
+        if trunk is None:
+            raise ValueError("The predictor shares the LLM's embedding: the trunk is needed.")
+        set_module(model, find_embedding(model), get_module(trunk, find_embedding(trunk)))
+    return model
+
+
 def load_backbone(
     checkpoint: Checkpoint, dtype: mx.Dtype | None, trunk: nn.Module | None = None
 ) -> nn.Module:
@@ -311,15 +325,16 @@ def load_backbone(
     Raises:
         ValueError: if it is needed and missing.
     """
-    model = build_model(checkpoint.predictor_config, quantized_modules(checkpoint.predictor))
-    if checkpoint.ifp.predictor_embedding == "llm":
-        if trunk is None:
-            raise ValueError("The predictor shares the LLM's embedding: the trunk is needed.")
-        set_module(model, find_embedding(model), get_module(trunk, find_embedding(trunk)))
+    model = build_backbone(checkpoint, trunk)
     arrays = load_tensors(checkpoint.predictor, dtype)
     model.load_weights(list(arrays.items()), strict=False)
     evaluate(model, prefix=f"{find_body(model)}.")
     return model
+
+
+def build_trunk(checkpoint: Checkpoint, width: int) -> nn.Module:
+    """The modules of the LLM, of which no tensor is read; their ``intermediate_size`` is width."""
+    return _build_llm(with_width(checkpoint.config, width), checkpoint.trunk)
 
 
 def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn.Module:
@@ -330,7 +345,7 @@ def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn
         width (int): the ``intermediate_size`` that the model reports.
         dtype (mx.Dtype): cast floats to this type; None keeps them.
     """
-    model = _build_llm(with_width(checkpoint.config, width), checkpoint.trunk)
+    model = build_trunk(checkpoint, width)
     arrays = load_tensors(checkpoint.trunk, dtype)
     model.load_weights(list(arrays.items()), strict=False)
     mx.eval(list(arrays.values()))

@@ -17,13 +17,17 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .atomic import new_file
+from .budget import Use
 from .cache import save_selection
+from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
+from .kv_size import Generation, stored_positions
 from .masks import Selection
 from .model import IFPModel, Keep, Prepared
 from .options import (
     add_kv_options,
+    add_memory_options,
     add_model_options,
     add_reuse_option,
     add_task_options,
@@ -31,6 +35,7 @@ from .options import (
     load_model,
     parse_seed,
     task_of,
+    use_of,
 )
 from .stats import Stats, parameter_counts
 from .text import Prompt, Text, encode_prompt, selecting_text
@@ -103,8 +108,19 @@ def stream_generate(
     text = None
     if selection is None and not dense:
         text = _selecting_text(model, tokenizer, prompt, task, task_from, selector)
-    ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
     prompt_cache = kwargs.get("prompt_cache") or []
+    if model.memory is not None:
+        count = len(tokenizer.encode(tokens) if isinstance(tokens, str) else tokens)
+        count += max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
+        generation = Generation.of(count, **kwargs)
+        if dense:
+            model.memory.expect(generation, model.checkpoint.d_ffn, dense=True)
+        elif selection is None:
+            k = model.k if keep is None else model.resolve_keep(keep)
+            model.memory.expect(generation, k)
+        else:
+            model.memory.expect(generation, [len(channels) for channels in selection.layers])
+    ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
     _claim_prompt_cache(prompt_cache, ready.selection)
     try:
         yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
@@ -219,6 +235,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--draft-model", help="A model for speculative decoding")
     sampling.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens to draft")
     add_kv_options(parser)
+    add_memory_options(parser)
     return parser
 
 
@@ -306,6 +323,23 @@ def _load_draft_model(name: str | None) -> nn.Module | None:
         raise IFPError(f"--draft-model {name} cannot be loaded: {error}") from error
 
 
+def _plan(
+    args: argparse.Namespace,
+    messages: list[dict[str, Any]],
+    task: str | None,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerWrapper,
+) -> Use:
+    """What is going to be generated, known before any weight is read."""
+    tokens = len(_tokens(args, tokenizer, [dict(message) for message in messages]))
+    if args.prompt_cache_file is not None:
+        tokens += stored_positions(args.prompt_cache_file)
+    text = task
+    if task is None and args.selection is None and args.task_name is None and not args.dense:
+        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
+    return use_of(args, checkpoint, tokenizer, Generation.of(tokens, **vars(args)), text)
+
+
 @command
 def main() -> None:
     """Run ``mlx_ifp.generate``."""
@@ -321,7 +355,8 @@ def main() -> None:
     if args.reuse_overlap is not None and args.no_cache:
         raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     task = task_of(args)
-    model, tokenizer = load_model(args)
+    messages = _messages(args, prompt)
+    model, tokenizer = load_model(args, partial(_plan, args, messages, task))
     if model.reuse is not None:
         # This process has no sub-network in memory that could be used again.
         model.reuse.on_disk = model.selections
@@ -330,7 +365,6 @@ def main() -> None:
             tokenizer.add_eos_token(token)
         except ValueError as error:
             raise IFPError(f"--extra-eos-token: {error}.") from error
-    messages = _messages(args, prompt)
     tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
     text = None
     selection = given_selection(args, model.checkpoint)

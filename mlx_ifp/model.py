@@ -17,10 +17,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from .activations import activation_scores
+from .budget import Estimator, Use
 from .cache import SelectionCache, SubnetworkCache
 from .channels import ChannelReader
 from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
 from .errors import IFPError
+from .fit import MemoryLimit
+from .kv_size import Generation
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
 from .reuse import Reuse, check_overlap
@@ -76,6 +79,20 @@ def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
     return keep
 
 
+def checked_selector(checkpoint: Checkpoint, selector: str) -> str:
+    """The selector, if the checkpoint has it.
+
+    Raises:
+        IFPError: if it does not.
+    """
+    if selector not in checkpoint.selectors:
+        raise IFPError(
+            f"{checkpoint.path} has no selector {selector!r}; "
+            f"it has: {', '.join(checkpoint.selectors)}."
+        )
+    return selector
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A sub-network that is ready, and what getting it cost.
@@ -115,6 +132,7 @@ class IFPModel:
         reader: counts the bytes of channels read.
         predictor_loads: how often the predictor was loaded.
         selector_runs: how often a selector computed scores.
+        memory: what keeps it within its memory limit, or None.
     """
 
     def __init__(
@@ -130,6 +148,8 @@ class IFPModel:
         tokenizer_config: dict[str, Any] | None = None,
         task_library: TaskLibrary | None = None,
         reuse_overlap: float | None = None,
+        memory_limit: int | None = None,
+        use: Use | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -146,6 +166,13 @@ class IFPModel:
         self.reader = ChannelReader(checkpoint.channels)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
+        self.memory: MemoryLimit | None = None
+        if memory_limit is not None:
+            # Before the first weight is read.
+            use = use or Use(self.k, Generation(1), self.selector)
+            self.memory = MemoryLimit(
+                memory_limit, Estimator(checkpoint, dtype), self.networks, use
+            )
         width = self.k if isinstance(self.k, int) else max(self.k)
         self.trunk = load_trunk(checkpoint, width, dtype)
         self._lock = threading.RLock()
@@ -161,13 +188,7 @@ class IFPModel:
         return resolve_keep(keep, checkpoint.d_ffn, len(checkpoint.ffns))
 
     def _checked_selector(self, selector: str | None) -> str:
-        selector = selector or self.selector
-        if selector not in self.checkpoint.selectors:
-            raise IFPError(
-                f"{self.checkpoint.path} has no selector {selector!r}; "
-                f"it has: {', '.join(self.checkpoint.selectors)}."
-            )
-        return selector
+        return checked_selector(self.checkpoint, selector or self.selector)
 
     # -- text -> scores -> selection
 
@@ -189,12 +210,16 @@ class IFPModel:
         with self._lock:
             tokens = selector_tokens(self.selector_tokenizer(selector), text, checkpoint.ifp.text)
             self.selector_runs += 1
+            if self.memory is not None:
+                self.memory.before_selecting(selector, len(tokens))
             if selector == "static":
                 scores = load_tensors(checkpoint.static, None)["scores"]
                 mx.eval(scores)
                 return scores
             if selector == "predictor":
-                return self.predictor.scores(tokens)
+                scores = self.predictor.scores(tokens)
+                self._release_if_tight()
+                return scores
             return activation_scores(
                 self.trunk,
                 self.reader,
@@ -218,6 +243,11 @@ class IFPModel:
         with self._lock:
             self._predictor = None
 
+    def _release_if_tight(self) -> None:
+        if self.memory is not None and not self.memory.keeps_predictor:
+            self.release_predictor()
+            mx.clear_cache()
+
     def selector_tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with."""
         shared = self.checkpoint.ifp.predictor_embedding == "llm"
@@ -225,8 +255,8 @@ class IFPModel:
             return self.tokenizer
         with self._lock:
             if self._predictor_tokenizer is None:
-                self._predictor_tokenizer = _load_tokenizer(
-                    self.checkpoint.path / PREDICTOR, self._tokenizer_config
+                self._predictor_tokenizer = load_predictor_tokenizer(
+                    self.checkpoint, self._tokenizer_config
                 )
             return self._predictor_tokenizer
 
@@ -310,6 +340,9 @@ class IFPModel:
         def load() -> tuple[nn.Module, int]:
             nonlocal bytes_read
             checkpoint = self.checkpoint
+            if self.memory is not None:
+                self.memory.before_loading(selection)
+                self._release_if_tight()
             network, nbytes, bytes_read = build_subnetwork(
                 self.trunk, self.reader, checkpoint.ffns, checkpoint.config, selection, self.dtype
             )
@@ -407,6 +440,23 @@ def load_tokenizer_of(
     return _load_tokenizer(checkpoint.path, config, checkpoint.config.get("eos_token_id"))
 
 
+def load_predictor_tokenizer(
+    checkpoint: Checkpoint, config: dict[str, Any] | None = None
+) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint's predictor, which has one of its own."""
+    return _load_tokenizer(checkpoint.path / PREDICTOR, config)
+
+
+def open_model(
+    path_or_hf_repo: str | Path | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[Checkpoint, TokenizerWrapper]:
+    """The first half of :func:`load`: configs, headers and tokenizer, but no weights."""
+    checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
+    return checkpoint, load_tokenizer_of(checkpoint, tokenizer_config)
+
+
 def load(
     path_or_hf_repo: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
@@ -419,6 +469,7 @@ def load(
     cache_dir: str | Path | None = None,
     cache_bytes: int | None = None,
     reuse_overlap: float | None = None,
+    memory_limit: int | None = None,
 ) -> tuple[IFPModel, TokenizerWrapper]:
     """Load a checkpoint: its trunk and tokenizer, but no FFN and no predictor yet.
 
@@ -438,17 +489,20 @@ def load(
         reuse_overlap (float): above 0, at most 1. Where a text's selection overlaps that much (mean
             over layers) with one whose sub-network is in memory, ``prepare`` and ``generate`` use
             that one: nothing is loaded. ``select`` and ``subnetwork`` stay exact. None: never.
+        memory_limit (int): bytes that trunk, predictor, sub-networks, keys and values may take
+            together. Sub-networks have what the rest leaves of it; the predictor only stays in
+            memory if there is room. One generation at a time is counted.
 
     Returns:
         tuple: the model, and the LLM's tokenizer.
 
     Raises:
-        IFPError: one line that says what is wrong with the checkpoint or an argument.
+        IFPError: one line that says what is wrong with the checkpoint or an argument, or what
+            does not fit ``memory_limit``.
     """
     if reuse_overlap is not None:
         check_overlap(reuse_overlap)
-    checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
-    tokenizer = load_tokenizer_of(checkpoint, tokenizer_config)
+    checkpoint, tokenizer = open_model(path_or_hf_repo, tokenizer_config, revision)
     model = IFPModel(
         checkpoint,
         tokenizer,
@@ -460,5 +514,6 @@ def load(
         tokenizer_config=tokenizer_config,
         task_library=TaskLibrary(checkpoint, cache_dir),
         reuse_overlap=reuse_overlap,
+        memory_limit=memory_limit,
     )
     return model, tokenizer

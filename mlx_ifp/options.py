@@ -1,18 +1,35 @@
 """Command-line options that several commands share."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .cache import load_selection
+# A private name, but what mlx-lm's own options of this kind are read with.
+from mlx_lm.utils import _parse_size
+
+from .budget import Estimator, Use, table
+from .cache import SelectionCache, load_selection
 from .checkpoint import Checkpoint
 from .config import SELECTORS
 from .errors import IFPError
+from .fit import check
+from .kv_size import Generation
 from .masks import Selection
-from .model import IFPModel, Keep, load
+from .model import (
+    IFPModel,
+    Keep,
+    checked_selector,
+    default_dtype,
+    load_predictor_tokenizer,
+    open_model,
+    resolve_keep,
+)
 from .task_library import Task, TaskLibrary
+from .text import Text, selector_tokens
 
 
 def parse_keep(text: str) -> Keep:
@@ -41,6 +58,17 @@ def parse_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
+
+
+def parse_size(text: str) -> int:
+    """``6GB``, ``800MB`` or bytes, as mlx-lm reads sizes: a GB is 10^9 bytes."""
+    try:
+        size = _parse_size(text)
+    except (KeyError, ValueError, ArithmeticError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 800MB or 800000000")
+    return size
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -126,6 +154,61 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory may be used."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory-limit",
+        type=parse_size,
+        metavar="SIZE",
+        help="Bytes that trunk, predictor, sub-networks, keys and values may take together, such "
+        "as 6GB or 800MB (a GB is 10^9 bytes). What does not fit is refused before it is read",
+    )
+    group.add_argument(
+        "--estimate-only",
+        action="store_true",
+        help="Print what would be in memory, and read no weights",
+    )
+    group.add_argument(
+        "--cached-tasks",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="Sub-networks that must fit into memory together (default: 1)",
+    )
+
+
+def use_of(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerWrapper,
+    generation: Generation,
+    text: Text | None,
+) -> Use:
+    """What the options are going to use a checkpoint for.
+
+    Args:
+        args: the options.
+        checkpoint: what they name.
+        tokenizer: of its LLM.
+        generation: lengths, and how keys and values are kept.
+        text: what selects; None if the options have a selection or ask for the dense model.
+    """
+    if getattr(args, "dense", False):
+        return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
+    if (selection := given_selection(args, checkpoint)) is not None:
+        k = [len(channels) for channels in selection.layers]
+        return Use(k, generation, networks=args.cached_tasks)
+    k = checkpoint.ifp.k
+    if args.keep is not None:
+        k = resolve_keep(args.keep, checkpoint.d_ffn, len(checkpoint.ffns))
+    selector = checked_selector(checkpoint, args.selector or checkpoint.ifp.selector)
+    if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
+        tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
+    tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
+    return Use(k, generation, selector, len(tokens), args.cached_tasks)
+
+
 def task_of(args: argparse.Namespace) -> str | None:
     """The task description of the command line, or None."""
     if args.task_file is None:
@@ -157,16 +240,49 @@ def given_selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selecti
     return None
 
 
-def load_model(args: argparse.Namespace) -> tuple[IFPModel, TokenizerWrapper]:
-    """Load the checkpoint that the options name."""
-    return load(
-        args.model,
-        {"trust_remote_code": args.trust_remote_code},
-        revision=args.revision,
-        dtype=getattr(mx, args.dtype) if args.dtype else None,
+def _tokenizer_config(args: argparse.Namespace) -> dict[str, bool]:
+    return {"trust_remote_code": args.trust_remote_code}
+
+
+def load_model(
+    args: argparse.Namespace,
+    plan: Callable[[Checkpoint, TokenizerWrapper], Use] | None = None,
+) -> tuple[IFPModel, TokenizerWrapper]:
+    """Load the checkpoint that the options name.
+
+    Args:
+        args: the options.
+        plan: of a command with :func:`add_memory_options`, what it is going to use the checkpoint
+            for. With ``--estimate-only`` that is printed, and the process ends.
+
+    Raises:
+        IFPError: if it does not fit the memory limit; no weight has been read then.
+    """
+    checkpoint, tokenizer = open_model(args.model, _tokenizer_config(args), args.revision)
+    dtype = getattr(mx, args.dtype) if args.dtype else default_dtype()
+    limit = use = None
+    if plan is not None and (args.memory_limit is not None or args.estimate_only):
+        limit, use = args.memory_limit, plan(checkpoint, tokenizer)
+    if use is not None and args.estimate_only:
+        estimator = Estimator(checkpoint, dtype)
+        print(table(estimator, use, limit), flush=True)
+        if limit is not None:
+            check(estimator, use, limit)
+        sys.exit(0)
+    if limit is not None:
+        # So that MLX gives freed buffers back before it exceeds the limit.
+        mx.set_memory_limit(limit)
+    model = IFPModel(
+        checkpoint,
+        tokenizer,
+        dtype=dtype,
         keep=args.keep,
         selector=args.selector,
-        cache=not args.no_cache,
-        cache_dir=args.cache_dir,
+        selection_cache=None if args.no_cache else SelectionCache(args.cache_dir),
+        tokenizer_config=_tokenizer_config(args),
+        task_library=TaskLibrary(checkpoint, args.cache_dir),
         reuse_overlap=getattr(args, "reuse_overlap", None),
+        memory_limit=limit,
+        use=use,
     )
+    return model, tokenizer

@@ -89,7 +89,10 @@ class FFNRows:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return sum(array.nbytes for array in self.arrays.values())
+        # A float down projection takes the soft values in.
+        apart = self.soft_values is not None and ("down_proj", "scales") in self.arrays
+        soft_values = self.soft_values.nbytes if apart else 0
+        return soft_values + sum(array.nbytes for array in self.arrays.values())
 
 
 def read_ffn(
