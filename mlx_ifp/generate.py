@@ -105,7 +105,8 @@ def stream_generate(
     prompt_cache = kwargs.get("prompt_cache") or []
     _claim_prompt_cache(prompt_cache, ready.selection)
     try:
-        yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
+        with model.using(ready) as network:
+            yield from mlx_lm.stream_generate(network, tokenizer, tokens, **kwargs)
     finally:
         # With kv_bits mlx-lm puts new, quantized layers into the list.
         _claim_prompt_cache(prompt_cache, ready.selection)
