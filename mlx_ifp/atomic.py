@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -20,20 +21,16 @@ def new_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IFPError(f"{path} is a directory; name a file.")
+    name = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
-        )
+        # Not mkstemp: it lets nobody else read, and giving a file the usual rights after that takes
+        # the process's umask, which cannot be read without changing it for all threads.
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         # The name of the temporary file would tell the user nothing.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    os.close(handle)
     try:
-        yield Path(name)
-        # mkstemp lets nobody else read; a user's file has the usual rights.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        yield name
         os.replace(name, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

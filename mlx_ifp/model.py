@@ -26,6 +26,7 @@ from .errors import IFPError
 from .masks import Selection, select_channels
 from .once import Once
 from .predictor import Predictor, load_predictor
+from .prompt_cache import KVSettings, WarmPromptFiles, WarmPrompts
 from .structure import get_module
 from .subnetwork import build_subnetwork
 from .text import Text, selector_tokens, token_ids
@@ -110,6 +111,7 @@ class IFPModel:
         k: channels kept in each layer, unless a call says otherwise.
         selector: the default selector.
         networks: the sub-networks in memory.
+        warm: the prompts whose keys and values are kept.
         reader: counts the bytes of channels read.
         predictor_loads: how often the predictor was loaded.
         selector_runs: how often a selector computed scores.
@@ -137,6 +139,8 @@ class IFPModel:
             default_cache_bytes() if cache_bytes is None else cache_bytes
         )
         self.selections = selection_cache
+        files = WarmPromptFiles(selection_cache.directory) if selection_cache else None
+        self.warm = WarmPrompts(checkpoint.digest, dtype, files)
         self.reader = ChannelReader(checkpoint.channels)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
@@ -379,6 +383,24 @@ class IFPModel:
         return self.networks.using(
             digest, prepared.network, _ffn_bytes(prepared.network, self.checkpoint)
         )
+
+    def warm_prompt(
+        self,
+        prepared: Prepared,
+        tokens: list[int] | mx.array,
+        settings: KVSettings | None = None,
+        **kwargs: Any,
+    ) -> int:
+        """Prefill a prefix, such as a system prompt, and keep it: see :meth:`WarmPrompts.warm`.
+
+        ``prompt_cache, rest = model.warm.fetch(prepared, tokens)`` uses it: the two are mlx-lm's
+        ``prompt_cache`` and ``prompt``.
+
+        Returns:
+            int: tokens that the network processed now; 0 if it was kept already.
+        """
+        with self.using(prepared):
+            return self.warm.warm(prepared, tokens, settings, **kwargs)
 
 
 def _digest(selection: Selection | None) -> str:
