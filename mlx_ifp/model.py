@@ -139,7 +139,9 @@ class IFPModel:
             default_cache_bytes() if cache_bytes is None else cache_bytes
         )
         self.selections = selection_cache
-        files = WarmPromptFiles(selection_cache.directory) if selection_cache else None
+        files = None
+        if selection_cache is not None:
+            files = WarmPromptFiles(selection_cache.directory, str(checkpoint.path))
         self.warm = WarmPrompts(checkpoint.digest, dtype, files)
         self.reader = ChannelReader(checkpoint.channels)
         self.predictor_loads = self.selector_runs = 0

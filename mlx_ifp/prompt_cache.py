@@ -391,11 +391,15 @@ class WarmPromptFiles:
 
     Args:
         directory (Path): of the caches; the files are in ``warm_prompts`` below it.
+        model (str): the checkpoint's name, for those who list the files.
         max_bytes (int): bound of all files; the least recently used ones are deleted.
     """
 
-    def __init__(self, directory: Path, max_bytes: int = MAX_BYTES_ON_DISK) -> None:
+    def __init__(
+        self, directory: Path, model: str = "", max_bytes: int = MAX_BYTES_ON_DISK
+    ) -> None:
         self.directory = Path(directory) / "warm_prompts"
+        self.model = model
         self.max_bytes = max_bytes
         self._warned = False
 
@@ -465,6 +469,7 @@ class WarmPromptFiles:
             metadata = {
                 "format": FORMAT,
                 "version": VERSION,
+                "model": self.model,
                 "key": key,
                 "tokens": str(len(tokens)),
                 "crc32": _checksum(prompt_cache),

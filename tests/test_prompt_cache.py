@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +16,12 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 
 from mlx_ifp import IFPError, load, stream_generate
+from mlx_ifp.cache import default_cache_dir
 from mlx_ifp.convert import convert
 from mlx_ifp.prompt_cache import KVSettings, WarmPromptFiles
 from mlx_ifp.text import encode_prompt, shared_prefix
 
-from .conftest import make_dense
+from .conftest import make_dense, run_command
 from .helpers import random_selection
 
 SELECTION = random_selection(3, 160, 64)
@@ -465,6 +468,63 @@ def test_what_cannot_begin_warm(checkpoint, prompt, kwargs, message):
     model, tokenizer = load(checkpoint)
     with pytest.raises(IFPError, match=message):
         next(stream_generate(model, tokenizer, prompt, dense=True, warm=True, **kwargs))
+
+
+def command(monkeypatch, capsys, name, *args):
+    """Run a command in this process; what it wrote to stdout."""
+    monkeypatch.setattr(sys, "argv", [f"mlx_ifp.{name}", *map(str, args)])
+    importlib.import_module(f"mlx_ifp.{name}").main()
+    return capsys.readouterr().out
+
+
+def test_the_next_process_begins_after_the_system_prompt(checkpoint, tmp_path, monkeypatch, capsys):
+    stats = tmp_path / "stats.json"
+    flags = ["--model", checkpoint, "--task", "A poet.", "-m", 8, "--stats", stats]
+    flags += ["--system-prompt", MESSAGES[0]["content"], "--prompt"]
+
+    def run(*args):
+        text = command(monkeypatch, capsys, "generate", *flags, *args)
+        return text, json.loads(stats.read_text())
+
+    expected, cold = run("Name three.")
+    assert "warm_prompt" not in cold
+    _, first = run("Another.", "--warm-system-prompt")
+    done = run_command("generate", *flags, "Name three.", "--warm-system-prompt")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
+    second = json.loads(stats.read_text())
+    assert (first["warm_prompt"]["source"], second["warm_prompt"]["source"]) == ("prefill", "disk")
+    n = second["warm_prompt"]["tokens"]
+    assert f"{n} tokens, disk" in done.stderr
+    assert n == first["warm_prompt"]["tokens"] > 10
+    assert second["prefill"]["tokens"] == cold["prefill"]["tokens"] - n
+    # Other settings find nothing, and keep their own.
+    _, rotating = run("Name three.", "--warm-system-prompt", "--max-kv-size", 99)
+    assert rotating["warm_prompt"]["source"] == "prefill"
+    listed = command(monkeypatch, capsys, "manage", "--scan")
+    assert [line.split()[1] for line in listed.splitlines()[-2:]] == [str(n)] * 2
+    assert str(checkpoint) in listed.splitlines()[-1]
+    deleted = command(monkeypatch, capsys, "manage", "--delete")
+    assert "1 selections and 2 warm prompts" in deleted
+    assert WarmPromptFiles(default_cache_dir()).entries() == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["--no-cache"],
+        ["--prompt-cache-file", "f"],
+        ["--draft-model", "m"],
+        ["--ignore-chat-template"],
+    ],
+)
+def test_flags_that_do_not_go_with_it(checkpoint, monkeypatch, capsys, other):
+    with pytest.raises(SystemExit):
+        command(
+            monkeypatch, capsys, "generate", "--model", checkpoint, "--warm-system-prompt", *other
+        )
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--warm-system-prompt and {other[0]} exclude each other" in line
 
 
 def test_copies_share_their_arrays_until_they_are_written():
