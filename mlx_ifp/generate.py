@@ -137,17 +137,17 @@ def stream_generate(
     if selection is None and not dense:
         text = _selecting_text(model, tokenizer, prompt, task, task_from, selector)
     ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
-    if warm:
-        prefix = shared_prefix(tokenizer, prompt, tokens)
-        kwargs["prompt_cache"], tokens = _start_warm(model, ready, tokens, prefix, kwargs)
-    prompt_cache = kwargs.get("prompt_cache") or []
-    _claim_prompt_cache(prompt_cache, ready.selection)
-    try:
-        with model.using(ready) as network:
-            yield from mlx_lm.stream_generate(network, tokenizer, tokens, **kwargs)
-    finally:
-        # With kv_bits mlx-lm puts new, quantized layers into the list.
+    with model.using(ready) as network:
+        if warm:
+            prefix = shared_prefix(tokenizer, prompt, tokens)
+            kwargs["prompt_cache"], tokens = _start_warm(model, ready, tokens, prefix, kwargs)
+        prompt_cache = kwargs.get("prompt_cache") or []
         _claim_prompt_cache(prompt_cache, ready.selection)
+        try:
+            yield from mlx_lm.stream_generate(network, tokenizer, tokens, **kwargs)
+        finally:
+            # With kv_bits mlx-lm puts new, quantized layers into the list.
+            _claim_prompt_cache(prompt_cache, ready.selection)
 
 
 def generate(

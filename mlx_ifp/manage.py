@@ -63,8 +63,9 @@ def _describe_warm(path: Path) -> list[str | int]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return ["(damaged)", "", size, when]
-    # mlx-lm numbers what it stores beside the arrays; ours comes first.
-    return [metadata.get("0.model", ""), metadata.get("0.tokens", ""), size, when]
+    # mlx-lm stores ours among its own, with a number before it that depends on its version.
+    metadata = {name.partition(".")[2]: value for name, value in metadata.items()}
+    return [metadata.get("model", ""), metadata.get("tokens", ""), size, when]
 
 
 @command
