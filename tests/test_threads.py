@@ -4,6 +4,7 @@ import faulthandler
 import random
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -169,6 +170,27 @@ def test_the_predictor_is_loaded_once(predictor_checkpoint):
     assert model.predictor_loads <= 2
 
 
+def test_the_predictor_itself_is_loaded_once(predictor_checkpoint, monkeypatch):
+    model, _ = load(predictor_checkpoint, cache=False)
+    with held(monkeypatch, "load_predictor") as (began, go):
+        barrier = threading.Barrier(5)
+
+        def ask():
+            barrier.wait(SECONDS)
+            return model.predictor
+
+        def release():
+            barrier.wait(SECONDS)
+            assert began.wait(SECONDS)
+            # Time for the others to get where they would load it too, if nothing stopped them.
+            time.sleep(0.1)
+            go.set()
+
+        *predictors, _ = run_threads(*[ask] * 4, release)
+    assert len(set(map(id, predictors))) == 1
+    assert model.predictor_loads == 1
+
+
 def test_an_error_reaches_all_who_wait_and_is_not_kept(tiny_checkpoint, monkeypatch):
     model, _ = load(tiny_checkpoint, cache=False)
 
@@ -262,23 +284,27 @@ def test_one_that_was_evicted_comes_back_unread_when_it_is_used(tiny_checkpoint)
 
 def test_one_that_comes_back_while_it_is_loaded_stays_the_only_one():
     cache = SubnetworkCache(max_bytes=20)
-    began, go = threading.Event(), threading.Event()
+    began, go, done = threading.Event(), threading.Event(), threading.Event()
 
     def slow():
         began.set()
         assert go.wait(SECONDS)
         return "loaded", 10
 
+    def loader():
+        network, _ = cache.get("a", slow)
+        done.set()
+        return network
+
     def user():
         assert began.wait(SECONDS)
         with cache.using("a", "evicted", 10):
             go.set()
+            assert done.wait(SECONDS)
             return cache.get("a", entry("third"))[0]
 
-    loaded, used = run_threads(lambda: cache.get("a", slow)[0], user)
-    assert used == "evicted"
-    assert loaded in ("evicted", "loaded")
-    assert cache.nbytes <= 10
+    assert run_threads(loader, user) == ["evicted", "evicted"]
+    assert cache.nbytes == 10
 
 
 def test_a_generator_that_is_dropped_lets_go(tiny_checkpoint):
