@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -25,20 +26,16 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IFPError(f"{path} is a directory; name a file.")
+    name = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
-        )
+        # Not mkstemp: it lets nobody else read, and giving a file the usual rights after that takes
+        # the process's umask, which cannot be read without changing it for all threads.
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         # The name of the temporary file would tell the user nothing.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    os.close(handle)
     try:
-        yield Path(name)
-        # mkstemp lets nobody else read; a user's file has the usual rights.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        yield name
         if overwrite:
             os.replace(name, path)
         else:
@@ -48,7 +45,7 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
             os.unlink(name)
 
 
-def _publish(temporary: str, path: Path) -> None:
+def _publish(temporary: Path, path: Path) -> None:
     """Give a complete file its name, unless there is one of that name."""
     try:
         # Unlike a rename, a hard link never replaces anything.

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -51,9 +51,10 @@ class CacheInfo:
 class SubnetworkCache:
     """Sub-networks in memory: least recently used, bounded in bytes. Thread-safe.
 
-    Only a sub-network's own channels count; the trunk is shared. An evicted sub-network that is
-    still in use stays alive until its last user lets go. One that is larger than the bound is
-    handed out, but not kept.
+    Only a sub-network's own channels count; the trunk is shared. One that is in use, see
+    :meth:`using`, is not evicted, so that its bytes count: the cache is over its bound only by what
+    is in use at once. One that was handed out and evicted lives until its last user lets go,
+    uncounted. One that is larger than the bound is handed out, but not kept.
 
     Args:
         max_bytes (int): the bound.
@@ -65,6 +66,7 @@ class SubnetworkCache:
         self._entries: OrderedDict[str, tuple[nn.Module, int]] = OrderedDict()
         self._loading: dict[str, Future] = {}
         self._pinned: set[str] = set()
+        self._users: Counter[str] = Counter()
         self._hits = self._misses = self._evictions = 0
 
     def get(self, digest: str, load: Callable[[], tuple[nn.Module, int]]) -> tuple[nn.Module, bool]:
@@ -102,20 +104,53 @@ class SubnetworkCache:
             raise
         with self._lock:
             del self._loading[digest]
-            if entry[1] <= self.max_bytes or digest in self._pinned:
+            if digest in self._entries:
+                # A user of the one that was evicted has brought it back meanwhile.
+                entry = self._entries[digest]
+            elif entry[1] <= self.max_bytes or self._stays(digest):
                 self._entries[digest] = entry
                 self._evict()
         future.set_result(entry)
         return entry[0], False
 
+    def _stays(self, digest: str) -> bool:
+        return digest in self._pinned or digest in self._users
+
+    @contextlib.contextmanager
+    def using(self, digest: str, network: nn.Module, nbytes: int) -> Iterator[nn.Module]:
+        """Keep a sub-network, and count its bytes, for as long as the block runs.
+
+        Args:
+            digest (str): the selection's.
+            network (nn.Module): from :meth:`get`. If it was evicted since, it comes back.
+            nbytes (int): its bytes, as ``load`` gave them.
+
+        Yields:
+            nn.Module: the one that is kept. It is another than ``network`` if that was evicted and
+            another thread has loaded it again.
+        """
+        with self._lock:
+            self._users[digest] += 1
+            network = self._entries.setdefault(digest, (network, nbytes))[0]
+            self._entries.move_to_end(digest)
+            self._evict()
+        try:
+            yield network
+        finally:
+            with self._lock:
+                self._users[digest] -= 1
+                if not self._users[digest]:
+                    del self._users[digest]
+                self._evict()
+
     def _evict(self) -> None:
         self.shrink(self.max_bytes)
 
     def shrink(self, nbytes: int) -> None:
-        """Evict until at most that many bytes are held, or all that are left are pinned."""
+        """Evict until at most that many bytes are held, or all that are left are in use."""
         with self._lock:
             while self.nbytes > nbytes:
-                free = [digest for digest in self._entries if digest not in self._pinned]
+                free = [digest for digest in self._entries if not self._stays(digest)]
                 if not free:
                     return
                 del self._entries[free[0]]
@@ -144,10 +179,10 @@ class SubnetworkCache:
             self._evict()
 
     def clear(self) -> None:
-        """Drop all that is not pinned."""
+        """Drop all that is neither pinned nor in use."""
         with self._lock:
             for digest in list(self._entries):
-                if digest not in self._pinned:
+                if not self._stays(digest):
                     del self._entries[digest]
 
     @property

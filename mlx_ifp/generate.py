@@ -37,8 +37,9 @@ from .options import (
     task_of,
     use_of,
 )
-from .stats import Stats, parameter_counts
-from .text import Prompt, Text, encode_prompt, selecting_text
+from .prompt_cache import KVSettings
+from .stats import Stats, WarmStart, parameter_counts
+from .text import Prompt, Text, encode_prompt, is_messages, selecting_text, shared_prefix, token_ids
 
 
 def _selecting_text(
@@ -70,6 +71,33 @@ def _claim_prompt_cache(prompt_cache: list[Any], selection: Selection | None) ->
         layer.ifp_selection = digest
 
 
+def _check_warm(prompt: Prompt, kwargs: dict[str, Any]) -> None:
+    if not is_messages(prompt):
+        raise IFPError("A warm prompt is found by the chat template; give the prompt as messages.")
+    for name in ("prompt_cache", "draft_model"):
+        if kwargs.get(name) is not None:
+            raise IFPError(f"A warm prompt and {name} exclude each other.")
+
+
+def _start_warm(
+    model: IFPModel,
+    ready: Prepared,
+    tokens: list[int],
+    prefix: int,
+    kwargs: dict[str, Any],
+    disk: bool = False,
+) -> tuple[list[Any] | None, list[int]]:
+    """The prompt cache with a prompt's first tokens, and the tokens that are left."""
+    return model.warm.start(
+        ready,
+        tokens,
+        prefix,
+        KVSettings.of(kwargs),
+        disk=disk,
+        prefill_step_size=kwargs.get("prefill_step_size", 2048),
+    )
+
+
 def stream_generate(
     model: IFPModel,
     tokenizer: TokenizerWrapper,
@@ -81,6 +109,7 @@ def stream_generate(
     dense: bool = False,
     selector: str | None = None,
     keep: Keep | None = None,
+    warm: bool = False,
     **kwargs: Any,
 ) -> Iterator[GenerationResponse]:
     """mlx-lm's ``stream_generate`` on the sub-network that the task or the prompt selects.
@@ -96,14 +125,20 @@ def stream_generate(
         dense (bool): use the whole model.
         selector (str): ``predictor``, ``activations`` or ``static``.
         keep: channels to keep in each layer, instead of the checkpoint's k.
+        warm (bool): keep the keys and values of what stands before the first user message, in
+            memory, so that the next prompt of the same selection begins after it. The prompt must
+            be messages.
         kwargs: passed on to ``mlx_lm.stream_generate``.
 
     Yields:
         GenerationResponse: mlx-lm's.
 
     Raises:
-        IFPError: if a text is empty or too long, or ``prompt_cache`` belongs to another selection.
+        IFPError: if a text is empty or too long, ``prompt_cache`` belongs to another selection, or
+            ``warm`` cannot be.
     """
+    if warm:
+        _check_warm(prompt, kwargs)
     tokens = encode_prompt(tokenizer, prompt)
     text = None
     if selection is None and not dense:
@@ -121,12 +156,17 @@ def stream_generate(
         else:
             model.memory.expect(generation, [len(channels) for channels in selection.layers])
     ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
-    _claim_prompt_cache(prompt_cache, ready.selection)
-    try:
-        yield from mlx_lm.stream_generate(ready.network, tokenizer, tokens, **kwargs)
-    finally:
-        # With kv_bits mlx-lm puts new, quantized layers into the list.
+    with model.using(ready) as network:
+        if warm:
+            prefix = shared_prefix(tokenizer, prompt, tokens)
+            kwargs["prompt_cache"], tokens = _start_warm(model, ready, tokens, prefix, kwargs)
+        prompt_cache = kwargs.get("prompt_cache") or []
         _claim_prompt_cache(prompt_cache, ready.selection)
+        try:
+            yield from mlx_lm.stream_generate(network, tokenizer, tokens, **kwargs)
+        finally:
+            # With kv_bits mlx-lm puts new, quantized layers into the list.
+            _claim_prompt_cache(prompt_cache, ready.selection)
 
 
 def generate(
@@ -212,6 +252,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--prompt-cache-file",
         help="A file of mlx_ifp.cache_prompt; the prompt continues what it holds. "
         "It must have been made under the same selection",
+    )
+    text.add_argument(
+        "--warm-system-prompt",
+        action="store_true",
+        help="Keep the keys and values of the system prompt on disk, so that the next prompt "
+        "with it begins at its own first token",
     )
     text.add_argument("--extra-eos-token", nargs="+", default=(), help="More tokens that end it")
     sampling = parser.add_argument_group("generation")
@@ -340,6 +386,13 @@ def _plan(
     return use_of(args, checkpoint, tokenizer, Generation.of(tokens, **vars(args)), text)
 
 
+def _check_warm_flags(args: argparse.Namespace) -> None:
+    for name in ("no_cache", "prompt_cache_file", "draft_model", "ignore_chat_template"):
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise IFPError(f"--warm-system-prompt and --{flag} exclude each other.")
+
+
 @command
 def main() -> None:
     """Run ``mlx_ifp.generate``."""
@@ -355,8 +408,12 @@ def main() -> None:
     if args.reuse_overlap is not None and args.no_cache:
         raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     task = task_of(args)
+    if args.warm_system_prompt:
+        _check_warm_flags(args)
     messages = _messages(args, prompt)
     model, tokenizer = load_model(args, partial(_plan, args, messages, task))
+    if args.warm_system_prompt and not tokenizer.has_chat_template:
+        raise IFPError("--warm-system-prompt needs a chat template; this model has none.")
     if model.reuse is not None:
         # This process has no sub-network in memory that could be used again.
         model.reuse.on_disk = model.selections
@@ -391,8 +448,15 @@ def main() -> None:
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
     start = time.perf_counter()
-    first = response = None
+    first = response = warm = None
     try:
+        if args.warm_system_prompt:
+            tokens = token_ids(tokens)
+            prefix = shared_prefix(tokenizer, messages, tokens, **_template_kwargs(args))
+            prompt_cache, rest = _start_warm(model, ready, tokens, prefix, vars(args), disk=True)
+            source = "prefill" if model.warm.info.prefilled else "disk"
+            warm = WarmStart(source, time.perf_counter() - start, len(tokens) - len(rest))
+            tokens = rest
         for response in mlx_lm.stream_generate(
             ready.network,
             tokenizer,
@@ -414,7 +478,7 @@ def main() -> None:
         raise IFPError(f"Generation stopped: {error}") from error
     print(flush=True)
     first_token_seconds = ready.select_seconds + ready.load_seconds + first - start
-    stats = Stats.of(ready, response, first_token_seconds, parameter_counts(model, ready))
+    stats = Stats.of(ready, response, first_token_seconds, parameter_counts(model, ready), warm)
     if args.verbose:
         print(stats.table(), file=sys.stderr)
     if args.stats is not None:

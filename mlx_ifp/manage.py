@@ -1,4 +1,4 @@
-"""``mlx_ifp.manage``: list and clear the selections kept on disk."""
+"""``mlx_ifp.manage``: list and clear the selections and warm prompts kept on disk."""
 
 import argparse
 import time
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from .cache import SelectionCache, load_selection
 from .cli import command
 from .errors import IFPError
+from .prompt_cache import WarmPromptFiles
 
 EXAMPLES = """examples:
   mlx_ifp.manage --scan
@@ -22,7 +23,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.manage``, as far as they can be like those of mlx-lm."""
     parser = argparse.ArgumentParser(
         prog="mlx_ifp.manage",
-        description="List and clear the selections kept on disk.",
+        description="List and clear the selections and warm prompts kept on disk.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -56,6 +57,19 @@ def _describe(path: Path) -> list[str | int]:
     ]
 
 
+def _describe_warm(path: Path) -> list[str | int]:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    size = path.stat().st_size
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return ["(damaged)", "", size, when]
+    # mlx-lm stores ours among its own, with a number before it that depends on its version.
+    metadata = {name.partition(".")[2]: value for name, value in metadata.items()}
+    return [metadata.get("model", ""), metadata.get("tokens", ""), size, when]
+
+
 @command
 def main() -> None:
     """Run ``mlx_ifp.manage``."""
@@ -63,11 +77,18 @@ def main() -> None:
     cache = SelectionCache(args.cache_dir)
     rows = [(path, _describe(path)) for path in cache.entries()]
     rows = [(path, row) for path, row in rows if args.pattern in row[0]]
+    files = WarmPromptFiles(cache.directory)
+    warm = [(path, _describe_warm(path)) for path in files.entries()]
+    warm = [(path, row) for path, row in warm if args.pattern in row[0]]
     if args.scan:
         print(f"Selections in {cache.directory}")
         headers = ["MODEL", "SELECTOR", "LAYERS", "K", "BYTES", "LAST USED"]
         print(tabulate([row for _, row in rows], headers))
+        if warm:
+            print(f"Warm prompts in {files.directory}")
+            print(tabulate([row for _, row in warm], ["MODEL", "TOKENS", "BYTES", "LAST USED"]))
     else:
-        for path, _ in rows:
+        for path, _ in rows + warm:
             path.unlink(missing_ok=True)
-        print(f"Deleted {len(rows)} selections from {cache.directory}")
+        also = f" and {len(warm)} warm prompts" if warm else ""
+        print(f"Deleted {len(rows)} selections{also} from {cache.directory}")

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub.errors import StrictDataclassError
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
@@ -25,8 +27,11 @@ from .errors import IFPError
 from .fit import MemoryLimit
 from .kv_size import Generation
 from .masks import Selection, select_channels
+from .once import Once
 from .predictor import Predictor, load_predictor
+from .prompt_cache import KVSettings, WarmPromptFiles, WarmPrompts
 from .reuse import Reuse, check_overlap
+from .structure import get_module
 from .subnetwork import build_subnetwork
 from .task_library import TaskLibrary
 from .text import Text, selector_tokens, token_ids
@@ -129,6 +134,7 @@ class IFPModel:
         selector: the default selector.
         networks: the sub-networks in memory.
         tasks: the named tasks of this checkpoint: ``model.tasks.load("python").selection``.
+        warm: the prompts whose keys and values are kept.
         reader: counts the bytes of channels read.
         predictor_loads: how often the predictor was loaded.
         selector_runs: how often a selector computed scores.
@@ -163,6 +169,13 @@ class IFPModel:
         self.reuse = None if reuse_overlap is None else Reuse(reuse_overlap, self.networks)
         self.selections = selection_cache
         self.tasks = task_library or TaskLibrary(checkpoint)
+        files = None
+        if selection_cache is not None:
+            files = WarmPromptFiles(selection_cache.directory, str(checkpoint.path))
+        self.warm = WarmPrompts(checkpoint.digest, dtype, files)
+        if memory_limit is not None:
+            # They are not part of the estimate; on disk they may be kept.
+            self.warm.max_bytes = 0
         self.reader = ChannelReader(checkpoint.channels)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
@@ -175,7 +188,12 @@ class IFPModel:
             )
         width = self.k if isinstance(self.k, int) else max(self.k)
         self.trunk = load_trunk(checkpoint, width, dtype)
-        self._lock = threading.RLock()
+        # The first guards dictionaries, and is never held for long. The second lets one selector
+        # run at a time: two would need the memory of two, and be no faster.
+        self._lock = threading.Lock()
+        self._selector_lock = threading.RLock()
+        self._tokenizer_lock = threading.Lock()
+        self._selecting = Once(self._lock)
         self._remembered: OrderedDict[str, Selection] = OrderedDict()
         self._predictor: Predictor | None = None
         self._predictor_tokenizer: TokenizerWrapper | None = None
@@ -207,7 +225,7 @@ class IFPModel:
         """
         selector = self._checked_selector(selector)
         checkpoint = self.checkpoint
-        with self._lock:
+        with self._selector_lock:
             tokens = selector_tokens(self.selector_tokenizer(selector), text, checkpoint.ifp.text)
             self.selector_runs += 1
             if self.memory is not None:
@@ -232,7 +250,7 @@ class IFPModel:
     @property
     def predictor(self) -> Predictor:
         """The sparsity predictor, loaded at the first use."""
-        with self._lock:
+        with self._selector_lock:
             if self._predictor is None:
                 self._predictor = load_predictor(self.checkpoint, self.dtype, self.trunk)
                 self.predictor_loads += 1
@@ -240,7 +258,7 @@ class IFPModel:
 
     def release_predictor(self) -> None:
         """Free the predictor's memory; it is loaded again when it is needed."""
-        with self._lock:
+        with self._selector_lock:
             self._predictor = None
 
     def _release_if_tight(self) -> None:
@@ -253,7 +271,7 @@ class IFPModel:
         shared = self.checkpoint.ifp.predictor_embedding == "llm"
         if self._checked_selector(selector) != "predictor" or shared:
             return self.tokenizer
-        with self._lock:
+        with self._tokenizer_lock:
             if self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
                     self.checkpoint, self._tokenizer_config
@@ -278,10 +296,15 @@ class IFPModel:
         selector = self._checked_selector(selector)
         k = self.k if keep is None else self.resolve_keep(keep)
         key = self.selection_key(text, selector, k)
-        with self._lock:
-            if (selection := self._remembered.get(key)) is not None:
-                self._remembered.move_to_end(key)
-                return selection, "memory"
+
+        def remembered() -> tuple[Selection, str] | None:
+            selection = self._remembered.get(key)
+            if selection is None:
+                return None
+            self._remembered.move_to_end(key)
+            return selection, "memory"
+
+        def make() -> tuple[Selection, str]:
             selection, source = None, "disk"
             if self.selections is not None:
                 selection = self.selections.load(self.checkpoint.digest, key)
@@ -296,10 +319,14 @@ class IFPModel:
                         selection,
                         {"selector": selector, "model": str(self.checkpoint.path), "k": k},
                     )
-            self._remembered[key] = selection
-            if len(self._remembered) > _REMEMBERED_SELECTIONS:
-                self._remembered.popitem(last=False)
+            with self._lock:
+                self._remembered[key] = selection
+                if len(self._remembered) > _REMEMBERED_SELECTIONS:
+                    self._remembered.popitem(last=False)
             return selection, source
+
+        (selection, source), made = self._selecting.get(key, remembered, make)
+        return selection, source if made else "memory"
 
     def selection_key(
         self, text: Text, selector: str | None = None, k: int | list[int] | None = None
@@ -349,7 +376,7 @@ class IFPModel:
             _set_width(network, checkpoint.d_ffn if selection is None else selection.k)
             return network, nbytes
 
-        network, _ = self.networks.get("dense" if selection is None else selection.digest, load)
+        network, _ = self.networks.get(_digest(selection), load)
         if self.reuse is not None and selection is not None:
             self.reuse.add(selection)
         return network, bytes_read
@@ -403,6 +430,49 @@ class IFPModel:
             return ""
         k = self.k if keep is None else self.resolve_keep(keep)
         return self.selection_key(text, selector, k)
+
+    def using(self, prepared: Prepared) -> AbstractContextManager[nn.Module]:
+        """``with model.using(prepared) as network``: keep it in memory while the block runs.
+
+        Without this a sub-network may be evicted while it generates. It lives on, but its bytes do
+        not count, and whoever asks for it loads it a second time. :func:`mlx_ifp.stream_generate`
+        does this by itself.
+
+        Args:
+            prepared (Prepared): from :meth:`prepare`.
+        """
+        digest = _digest(prepared.selection)
+        return self.networks.using(
+            digest, prepared.network, _ffn_bytes(prepared.network, self.checkpoint)
+        )
+
+    def warm_prompt(
+        self,
+        prepared: Prepared,
+        tokens: list[int] | mx.array,
+        settings: KVSettings | None = None,
+        **kwargs: Any,
+    ) -> int:
+        """Prefill a prefix, such as a system prompt, and keep it: see :meth:`WarmPrompts.warm`.
+
+        ``prompt_cache, rest = model.warm.fetch(prepared, tokens)`` uses it: the two are mlx-lm's
+        ``prompt_cache`` and ``prompt``.
+
+        Returns:
+            int: tokens that the network processed now; 0 if it was kept already.
+        """
+        with self.using(prepared):
+            return self.warm.warm(prepared, tokens, settings, **kwargs)
+
+
+def _digest(selection: Selection | None) -> str:
+    return "dense" if selection is None else selection.digest
+
+
+def _ffn_bytes(network: nn.Module, checkpoint: Checkpoint) -> int:
+    """Bytes of a sub-network's own channels."""
+    modules = (get_module(network, ffn.path) for ffn in checkpoint.ffns)
+    return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
 
 
 def _set_width(network: nn.Module, k: int | list[int]) -> None:

@@ -1,6 +1,6 @@
 """What a generation cost: the figures of ``--verbose`` and ``--stats``."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -8,6 +8,15 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.utils import get_total_parameters
 
 from .model import IFPModel, Prepared
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A prompt that began warm: its first ``tokens`` came from ``disk``, or a ``prefill`` now."""
+
+    source: str
+    seconds: float
+    tokens: int
 
 
 def parameter_counts(model: IFPModel, ready: Prepared) -> tuple[int, int]:
@@ -38,6 +47,7 @@ class Stats:
     active: int
     total: int
     reuse_overlap: float | None = None
+    warm: WarmStart | None = None
 
     @classmethod
     def of(
@@ -46,6 +56,7 @@ class Stats:
         response: GenerationResponse,
         first_token_seconds: float,
         parameters: tuple[int, int],
+        warm: WarmStart | None = None,
     ) -> "Stats":
         """Gather the figures of a generation from its last response."""
         return cls(
@@ -62,10 +73,12 @@ class Stats:
             active=parameters[0],
             total=parameters[1],
             reuse_overlap=ready.reuse_overlap,
+            warm=warm,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``--stats`` file."""
+        warm = {} if self.warm is None else {"warm_prompt": asdict(self.warm)}
         return {
             "selection": {
                 "source": self.source,
@@ -73,6 +86,7 @@ class Stats:
                 "reuse_overlap": self.reuse_overlap,
             },
             "load": {"seconds": self.load_seconds, "bytes_read": self.bytes_read},
+            **warm,
             "prefill": {"tokens": self.prompt_tokens, "seconds": self.prefill_seconds},
             "first_token_seconds": self.first_token_seconds,
             "decode": {"tokens": self.decode_tokens, "tokens_per_second": self.decode_tps},
@@ -99,4 +113,7 @@ class Stats:
                 f"active, of {self.total / 1e6:.1f} M",
             ),
         ]
+        if self.warm is not None:
+            what = f"{self.warm.tokens} tokens, {self.warm.source}"
+            rows.insert(2, ("warm prompt", f"{self.warm.seconds:.3f} s", what))
         return "\n".join(f"{a:<12} {b:>16}  {c}".rstrip() for a, b, c in rows)

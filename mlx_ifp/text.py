@@ -1,6 +1,6 @@
 """Prompts and tasks: which text selects, and what each tokenizer is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,8 @@ Text = str | list[int] | mx.array
 Prompt = Text | list[dict[str, Any]]
 
 
-def _is_messages(prompt: Prompt) -> bool:
+def is_messages(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of messages, which the chat template formats."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
@@ -41,7 +42,7 @@ def selecting_text(
     """
     if role not in ("user", "system"):
         raise IFPError(f"task_from must be 'user' or 'system', not {role!r}.")
-    if _is_messages(prompt):
+    if is_messages(prompt):
         for message in prompt:
             if message.get("role") == role:
                 return _content(message)
@@ -101,7 +102,7 @@ def encode_prompt(
 
     A last message of the assistant is continued, not answered.
     """
-    if not _is_messages(prompt):
+    if not is_messages(prompt):
         if len(prompt) == 0:
             raise IFPError("The prompt is empty; give some text.")
         return prompt
@@ -120,3 +121,37 @@ def encode_prompt(
     if not tokens:
         raise IFPError("The chat template makes nothing of these messages.")
     return tokens
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two prompts share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def shared_prefix(
+    tokenizer: TokenizerWrapper,
+    messages: list[dict[str, Any]],
+    tokens: list[int],
+    **template_kwargs: Any,
+) -> int:
+    """How many first tokens a prompt shares with all that differ in what the user says.
+
+    That is the system prompt, if there is one, and what the chat template puts around it. It is
+    found by comparison, so it holds for any template.
+
+    Args:
+        tokenizer: the LLM's.
+        messages (list): what comes before the first user message counts.
+        tokens (list): the prompt's ids, as :func:`encode_prompt` makes them of ``messages``.
+        template_kwargs: as for that.
+    """
+    roles = [message.get("role") for message in messages]
+    before = messages[: roles.index("user")] if "user" in roles else messages
+    n = len(tokens)
+    # Beginnings of several kinds: a tokenizer may join one of them with what stands before it.
+    for content in ("a", "B", "1", "?"):
+        other = [*before, {"role": "user", "content": content}]
+        other = token_ids(encode_prompt(tokenizer, other, **template_kwargs))
+        n = min(n, common_prefix(tokens, other))
+    return n

@@ -1,0 +1,506 @@
+"""Warm prompts: keys and values of a token prefix, kept for the next prompt that begins with it.
+
+In memory, and if asked on disk. Keys and values made under one mask are wrong under another, so all
+that determines them is part of the key they are kept under.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm import __version__ as mlx_lm_version
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import (
+    KVCache,
+    QuantizedKVCache,
+    can_trim_prompt_cache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    trim_prompt_cache,
+)
+
+from .atomic import new_file
+from .masks import Selection
+from .once import Once
+from .text import common_prefix, token_ids
+
+PromptCache = list[Any]
+_Entry = tuple[str, tuple[int, ...]]
+
+FORMAT = "mlx_ifp.warm_prompt"
+VERSION = "1"
+MAX_BYTES = 1 << 30
+MAX_BYTES_ON_DISK = 4 << 30
+_NAME = re.compile(r"[0-9a-f]{32}-\d+-[0-9a-f]{32}\.safetensors")
+# A process that was killed leaves a temporary file; one that writes now is not that slow.
+_ABANDONED_SECONDS = 3600
+
+
+class Ready(Protocol):
+    """What is needed of a :class:`~mlx_ifp.model.Prepared`."""
+
+    network: nn.Module
+    selection: Selection | None
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How mlx-lm keeps keys and values: the arguments of its ``generate_step`` with these names."""
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> "KVSettings":
+        """Those among the arguments of a generation; the others are left alone."""
+        return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
+
+    @property
+    def identity(self) -> list[int | None]:
+        """What tells two apart: how to quantize says nothing where nothing is quantized."""
+        if self.kv_bits is None:
+            return [self.max_kv_size]
+        return [self.max_kv_size, self.kv_bits, self.kv_group_size, self.quantized_kv_start]
+
+
+@dataclass(frozen=True)
+class WarmInfo:
+    """Counts of :class:`WarmPrompts` since it was made, and what its memory holds now.
+
+    ``hits`` and ``misses`` are of :meth:`WarmPrompts.fetch`, ``prefilled`` are the tokens that a
+    network processed for it, ``loads`` the prompts that came from disk.
+    """
+
+    hits: int
+    misses: int
+    prefilled: int
+    loads: int
+    entries: int
+    nbytes: int
+    max_bytes: int
+
+
+class WarmPrompts:
+    """Prompt caches by (sub-network, tokens), least recently used, bounded in bytes. Thread-safe.
+
+    What is handed out is a copy: a generation that goes on in it changes nothing here. Copies share
+    their arrays until they are written.
+
+    Args:
+        checkpoint (str): its digest.
+        dtype (mx.Dtype): the type the model runs in, None as stored.
+        files (WarmPromptFiles): where prompts are kept on disk, or None for nowhere.
+        max_bytes (int): bound of what is kept in memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        dtype: mx.Dtype | None,
+        files: "WarmPromptFiles | None" = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.files = files
+        self.max_bytes = max_bytes
+        self._owner = (checkpoint, str(dtype), mlx_lm_version)
+        self._lock = threading.Lock()
+        self._once = Once(self._lock)
+        # Not mlx-lm's LRUPromptCache: it has no lock, does not count a look-up as use, hands out
+        # all of a prompt, and trims quantized keys and values, which may have to be float ones.
+        self._entries: OrderedDict[_Entry, tuple[PromptCache, int]] = OrderedDict()
+        self._nbytes = self._hits = self._misses = self._prefilled = self._loads = 0
+
+    def key(self, prepared: Ready, settings: KVSettings | None = None) -> str:
+        """The hash of all, beside the tokens, that determines keys and values."""
+        selection = prepared.selection
+        digest = "dense" if selection is None else selection.digest
+        parts = [*self._owner, digest, (settings or KVSettings()).identity]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def fetch(
+        self,
+        prepared: Ready,
+        tokens: list[int] | mx.array,
+        settings: KVSettings | None = None,
+    ) -> tuple[PromptCache | None, list[int]]:
+        """The longest kept prefix of a prompt.
+
+        Args:
+            prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
+            tokens (list or mx.array): the whole prompt's ids.
+            settings (KVSettings): those of the generation; None for mlx-lm's defaults.
+
+        Returns:
+            tuple: a prompt cache for mlx-lm, or None if there is no prefix; and the tokens that are
+            left to process, at least one.
+        """
+        tokens = token_ids(tokens)
+        found = self._longest(self.key(prepared, settings), tokens[:-1], settings or KVSettings())
+        with self._lock:
+            self._hits += found is not None
+            self._misses += found is None
+        if found is None:
+            return None, tokens
+        prompt_cache, n = found
+        return _claim(prompt_cache, prepared.selection), tokens[n:]
+
+    def warm(
+        self,
+        prepared: Ready,
+        tokens: list[int] | mx.array,
+        settings: KVSettings | None = None,
+        *,
+        disk: bool = False,
+        prefill_step_size: int = 2048,
+    ) -> int:
+        """Prefill a prefix and keep it, if it is not kept already.
+
+        If several threads ask for the same one at once, one prefills and the others wait for it.
+
+        Args:
+            prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
+            tokens (list or mx.array): the prefix's ids.
+            settings (KVSettings): those of the generations to come; None for mlx-lm's defaults.
+            disk (bool): keep it on disk too, for the next process.
+            prefill_step_size (int): tokens to process at a time.
+
+        Returns:
+            int: tokens that the network processed now.
+        """
+        tokens = token_ids(tokens)
+        if not tokens:
+            return 0
+        settings = settings or KVSettings()
+        return self._warm(prepared, tokens, settings, disk, prefill_step_size)[1]
+
+    def start(
+        self,
+        prepared: Ready,
+        tokens: list[int] | mx.array,
+        prefix: int,
+        settings: KVSettings | None = None,
+        *,
+        disk: bool = False,
+        prefill_step_size: int = 2048,
+    ) -> tuple[PromptCache | None, list[int]]:
+        """:meth:`warm` a prompt's first tokens and :meth:`fetch`, whatever fits into memory.
+
+        Args:
+            prefix (int): the number of first tokens to keep; the last of all is never among them.
+            prepared, tokens, settings, disk, prefill_step_size: as for those two.
+
+        Returns:
+            tuple: as :meth:`fetch`.
+        """
+        tokens = token_ids(tokens)
+        settings = settings or KVSettings()
+        prefix = min(prefix, len(tokens) - 1)
+        if prefix > 0:
+            kept, _ = self._warm(prepared, tokens[:prefix], settings, disk, prefill_step_size)
+        prompt_cache, rest = self.fetch(prepared, tokens, settings)
+        if prefix > 0 and len(tokens) - len(rest) < prefix:
+            return _claim(copy.deepcopy(kept), prepared.selection), tokens[prefix:]
+        return prompt_cache, rest
+
+    def _warm(
+        self,
+        prepared: Ready,
+        tokens: list[int],
+        settings: KVSettings,
+        disk: bool,
+        prefill_step_size: int,
+    ) -> tuple[PromptCache, int]:
+        """The prefix's cache, to be copied by who writes to it, and the tokens processed for it."""
+        key = self.key(prepared, settings)
+        entry = (key, tuple(tokens))
+        files = self.files if disk else None
+
+        def kept() -> tuple[PromptCache, int] | None:
+            if entry not in self._entries or (files is not None and not files.has(*entry)):
+                return None
+            self._entries.move_to_end(entry)
+            return self._entries[entry][0], 0
+
+        def make() -> tuple[PromptCache, int]:
+            prompt_cache, n = self._longest(key, tokens, settings) or (
+                make_prompt_cache(prepared.network, settings.max_kv_size),
+                0,
+            )
+            if n < len(tokens):
+                _prefill(prepared.network, tokens[n:], prompt_cache, settings, prefill_step_size)
+            prompt_cache = _compact(prompt_cache)
+            self._keep(*entry, prompt_cache)
+            if files is not None and not files.has(*entry):
+                files.store(*entry, prompt_cache)
+            with self._lock:
+                self._prefilled += len(tokens) - n
+            return prompt_cache, len(tokens) - n
+
+        (prompt_cache, prefilled), made = self._once.get((entry, disk), kept, make)
+        return prompt_cache, prefilled if made else 0
+
+    def _longest(
+        self, key: str, tokens: list[int], settings: KVSettings
+    ) -> tuple[PromptCache, int] | None:
+        """A copy of the longest kept prefix of ``tokens``, and its length."""
+        with self._lock:
+            found = self._longest_in_memory(key, tokens, settings)
+        if self.files is not None and (found is None or found[1] < len(tokens)):
+            loaded = self.files.longest(key, tokens, found[1] if found else 0)
+            if loaded is not None:
+                prompt_cache, n = loaded
+                self._keep(key, tuple(tokens[:n]), prompt_cache)
+                with self._lock:
+                    self._loads += 1
+                found = copy.deepcopy(prompt_cache), n
+        return found
+
+    def _longest_in_memory(
+        self, key: str, tokens: list[int], settings: KVSettings
+    ) -> tuple[PromptCache, int] | None:
+        best, longest = None, 0
+        for entry, (prompt_cache, _) in self._entries.items():
+            n = common_prefix(entry[1], tokens) if entry[0] == key else 0
+            # What is longer than the common part is cut, where that leaves what a shorter prompt
+            # would have made: a longer one is quantized from its first token on.
+            cut = n < len(entry[1])
+            if cut and (settings.kv_bits is not None or not can_trim_prompt_cache(prompt_cache)):
+                continue
+            if n > longest:
+                best, longest = entry, n
+        if best is None:
+            return None
+        self._entries.move_to_end(best)
+        prompt_cache = copy.deepcopy(self._entries[best][0])
+        if longest < len(best[1]):
+            trim_prompt_cache(prompt_cache, len(best[1]) - longest)
+        return prompt_cache, longest
+
+    def _keep(self, key: str, tokens: tuple[int, ...], prompt_cache: PromptCache) -> None:
+        """Keep it, and forget what was used least recently until the bound is met."""
+        nbytes = sum(layer.nbytes for layer in prompt_cache)
+        if nbytes > self.max_bytes:
+            return
+        with self._lock:
+            if (key, tokens) not in self._entries:
+                self._entries[key, tokens] = (prompt_cache, nbytes)
+                self._nbytes += nbytes
+            self._entries.move_to_end((key, tokens))
+            while self._nbytes > self.max_bytes:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self._nbytes -= freed
+
+    def clear(self) -> None:
+        """Forget what is in memory; what is on disk stays."""
+        with self._lock:
+            self._entries.clear()
+            self._nbytes = 0
+
+    @property
+    def info(self) -> WarmInfo:
+        """Counts and sizes."""
+        with self._lock:
+            return WarmInfo(
+                self._hits,
+                self._misses,
+                self._prefilled,
+                self._loads,
+                len(self._entries),
+                self._nbytes,
+                self.max_bytes,
+            )
+
+
+def _prefill(
+    network: nn.Module,
+    tokens: list[int],
+    prompt_cache: PromptCache,
+    settings: KVSettings,
+    prefill_step_size: int,
+) -> None:
+    # Not generate_step, which takes the last token by itself: quantized keys and values would be
+    # other ones than those of a prompt that goes on.
+    for start in range(0, len(tokens), prefill_step_size):
+        network(mx.array(tokens[start : start + prefill_step_size])[None], cache=prompt_cache)
+        maybe_quantize_kv_cache(
+            prompt_cache,
+            quantized_kv_start=settings.quantized_kv_start,
+            kv_group_size=settings.kv_group_size,
+            kv_bits=settings.kv_bits,
+        )
+        mx.eval([layer.state for layer in prompt_cache])
+        mx.clear_cache()
+
+
+def _compact(prompt_cache: PromptCache) -> PromptCache:
+    """Give back the room that mlx-lm allocates for more tokens. Evaluated, so for any thread."""
+    for layer in prompt_cache:
+        if type(layer) in (KVCache, QuantizedKVCache) and not layer.empty():
+            layer.keys, layer.values = tree_map(
+                lambda array, n=layer.offset: mx.contiguous(array[..., :n, :]),
+                (layer.keys, layer.values),
+            )
+    mx.eval([layer.state for layer in prompt_cache])
+    return prompt_cache
+
+
+def _claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCache:
+    """So that ``stream_generate`` refuses it under another selection."""
+    for layer in prompt_cache:
+        layer.ifp_selection = "dense" if selection is None else selection.digest
+    return prompt_cache
+
+
+def _checksum(prompt_cache: PromptCache) -> str:
+    """CRC-32 of all arrays' bytes and all counts: enough to notice a damaged file."""
+    crc = 0
+    for _, value in tree_flatten([layer.state for layer in prompt_cache]):
+        if isinstance(value, mx.array) and value.size:
+            crc = zlib.crc32(memoryview(mx.contiguous(value).reshape(-1).view(mx.uint8)), crc)
+        elif isinstance(value, int):
+            crc = zlib.crc32(str(int(value)).encode(), crc)
+    return f"{crc:08x}"
+
+
+class WarmPromptFiles:
+    """Prompt caches on disk, so that the next process finds them.
+
+    One safetensors file a prompt, by mlx-lm's ``save_prompt_cache``. Names are hashes and the
+    number of tokens; neither text nor tokens are stored. But keys and values tell much of a text to
+    those who have the model, so the folder is its owner's alone. Nothing here fails a caller: what
+    can't be read or written is warned about and left out.
+
+    Args:
+        directory (Path): of the caches; the files are in ``warm_prompts`` below it.
+        model (str): the checkpoint's name, for those who list the files.
+        max_bytes (int): bound of all files; the least recently used ones are deleted.
+    """
+
+    def __init__(
+        self, directory: Path, model: str = "", max_bytes: int = MAX_BYTES_ON_DISK
+    ) -> None:
+        self.directory = Path(directory) / "warm_prompts"
+        self.model = model
+        self.max_bytes = max_bytes
+        self._warned = False
+
+    def _path(self, key: str, tokens: Iterable[int]) -> Path:
+        tokens = np.asarray(tokens, np.int64)
+        name = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+        return self.directory / f"{key[:32]}-{tokens.size}-{name[:32]}.safetensors"
+
+    def has(self, key: str, tokens: Iterable[int]) -> bool:
+        """Whether there is a file of this very prompt."""
+        with contextlib.suppress(OSError):
+            return self._path(key, tokens).is_file()
+        return False
+
+    def longest(
+        self, key: str, tokens: list[int], longer_than: int = 0
+    ) -> tuple[PromptCache, int] | None:
+        """The longest prefix of ``tokens`` on disk that has more than ``longer_than`` tokens."""
+        lengths = {int(path.name.split("-")[1]) for path in self.entries(f"{key[:32]}-")}
+        for n in sorted(lengths, reverse=True):
+            if longer_than < n <= len(tokens):
+                prompt_cache = self._load(self._path(key, tokens[:n]), key, n)
+                if prompt_cache is not None:
+                    return prompt_cache, n
+        return None
+
+    def _load(self, path: Path, key: str, n: int) -> PromptCache | None:
+        if not path.is_file():
+            return None
+        try:
+            prompt_cache, metadata = load_prompt_cache(str(path), return_metadata=True)
+            expected = {"format": FORMAT, "version": VERSION, "key": key, "tokens": str(n)}
+            wrong = [name for name, value in expected.items() if metadata.get(name) != value]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is {metadata.get(wrong[0])}")
+            if metadata.get("crc32") != _checksum(prompt_cache):
+                raise ValueError("its checksum is another")
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            UnicodeError,
+        ) as error:
+            if not path.exists():
+                return None  # another process has deleted it
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            warnings.warn(f"Ignoring a damaged warm prompt: {path} ({reason})", stacklevel=2)
+            # Nobody can use it, and whoever prefills it again writes it again.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return prompt_cache
+
+    def store(self, key: str, tokens: tuple[int, ...], prompt_cache: PromptCache) -> None:
+        """Keep a prompt; a file that is there is replaced as a whole."""
+        if sum(layer.nbytes for layer in prompt_cache) > self.max_bytes:
+            return
+        path = self._path(key, tokens)
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            metadata = {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": self.model,
+                "key": key,
+                "tokens": str(len(tokens)),
+                "crc32": _checksum(prompt_cache),
+            }
+            with new_file(path) as temporary:
+                save_prompt_cache(str(temporary), prompt_cache, metadata)
+            self._tidy()
+        # mlx raises RuntimeError where a file cannot be written.
+        except (OSError, RuntimeError, ValueError) as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"The warm prompt was not kept on disk: {error}", stacklevel=2)
+
+    def _tidy(self) -> None:
+        total = 0
+        for path in self.entries():
+            total += path.stat().st_size if path.exists() else 0
+            if total > self.max_bytes:
+                path.unlink(missing_ok=True)
+        for path in self.directory.glob(".*.safetensors"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
+
+    def entries(self, prefix: str = "") -> list[Path]:
+        """The files whose names begin with ``prefix``, most recently used first."""
+        used = []
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.directory):
+                # Those that are being written have other names.
+                if entry.name.startswith(prefix) and _NAME.fullmatch(entry.name):
+                    with contextlib.suppress(OSError):
+                        used.append((entry.stat().st_mtime, entry.path))
+        return [Path(path) for _, path in sorted(used, reverse=True)]
