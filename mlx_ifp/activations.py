@@ -22,7 +22,7 @@ class ActivationRecorder(nn.Module):
 
     Args:
         down_proj (nn.Module): the projection.
-        tokens (mx.array): bool [B, S], which tokens count; None for all.
+        tokens (mx.array): bool or float32 [B, S], what each token counts for; None: all 1.
 
     Attributes:
         total: float32 [B, d_ffn], squares of activations over their token's squared norm.

@@ -1,4 +1,4 @@
-"""Fit the predictor to what the dense LLM's channels did on the answers, before joint training.
+"""Fit the predictor to what the dense LLM's channels did on each example, before joint training.
 
 With little data, joint training from a random head tends to give every prompt the same channels.
 Here the scores depend on the instruction from the first step. Only the predictor is trained, and
@@ -51,7 +51,7 @@ def fit_predictor(
     report: Callable[[dict[str, Any]], Any] = lambda _: None,
     report_every: int = 10,
 ) -> float:
-    """Regress the scores on the standardized activation statistics of the answers.
+    """Regress the scores on the standardized activation statistics of prompts and answers.
 
     The last bias starts as their mean, so the predictor starts as the best static mask and learns
     how instructions differ from it.
