@@ -122,6 +122,12 @@ class SubnetworkCache:
         with self._lock:
             return sum(nbytes for _, nbytes in self._entries.values())
 
+    @property
+    def digests(self) -> list[str]:
+        """What is held now, least recently used first."""
+        with self._lock:
+            return list(self._entries)
+
     def pin(self, digest: str) -> None:
         """Never evict this one, once it is there."""
         with self._lock:

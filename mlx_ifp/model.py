@@ -20,10 +20,11 @@ from .activations import activation_scores
 from .cache import SelectionCache, SubnetworkCache
 from .channels import ChannelReader
 from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
+from .delta import Residents
 from .errors import IFPError
 from .masks import Selection, select_channels
 from .predictor import Predictor, load_predictor
-from .subnetwork import build_subnetwork
+from .subnetwork import FFNRows, build_subnetwork
 from .text import Text, selector_tokens, token_ids
 
 Keep = int | float | list[int]
@@ -86,6 +87,8 @@ class Prepared:
         select_seconds: time to get the selection.
         load_seconds: time to get the sub-network.
         bytes_read: bytes of channels read for it; 0 if it was in memory.
+        channels_reused: channels, over all layers, whose rows came from another sub-network in
+            memory; the others were read.
     """
 
     network: nn.Module
@@ -94,6 +97,7 @@ class Prepared:
     select_seconds: float
     load_seconds: float
     bytes_read: int
+    channels_reused: int = 0
 
 
 class IFPModel:
@@ -134,6 +138,7 @@ class IFPModel:
         )
         self.selections = selection_cache
         self.reader = ChannelReader(checkpoint.channels)
+        self._residents = Residents(self.reader, checkpoint.ffns, dtype)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
         width = self.k if isinstance(self.k, int) else max(self.k)
@@ -291,23 +296,37 @@ class IFPModel:
         """
         return self._subnetwork(selection)[0]
 
-    def _subnetwork(self, selection: Selection | None) -> tuple[nn.Module, int]:
-        """The network, or the dense one for None, and the bytes of channels read for it now."""
+    def _subnetwork(self, selection: Selection | None) -> tuple[nn.Module, int, int]:
+        """The network (None: the dense one), bytes of channels read now, and channels reused."""
         if selection is not None and selection.checkpoint not in ("", self.checkpoint.digest):
             raise IFPError("The selection was made with another checkpoint.")
         bytes_read = 0
+        rows: list[FFNRows] = []
 
         def load() -> tuple[nn.Module, int]:
             nonlocal bytes_read
             checkpoint = self.checkpoint
+            nearest = self._residents.nearest(selection, self.networks.digests)
+
+            def read(layer: int) -> FFNRows:
+                rows.append(self._residents.read(selection, layer, nearest))
+                return rows[-1]
+
             network, nbytes, bytes_read = build_subnetwork(
-                self.trunk, self.reader, checkpoint.ffns, checkpoint.config, selection, self.dtype
+                self.trunk,
+                self.reader,
+                checkpoint.ffns,
+                checkpoint.config,
+                selection,
+                self.dtype,
+                read,
             )
+            self._residents.add(network, selection, rows)
             _set_width(network, checkpoint.d_ffn if selection is None else selection.k)
             return network, nbytes
 
         network, _ = self.networks.get("dense" if selection is None else selection.digest, load)
-        return network, bytes_read
+        return network, bytes_read, sum(layer.channels_reused for layer in rows)
 
     def dense(self) -> nn.Module:
         """The whole model, for comparison: an mlx-lm model with all d_ffn channels."""
@@ -336,7 +355,7 @@ class IFPModel:
         if selection is None and not dense:
             selection, source = self._select(text, selector, keep)
         selected = time.perf_counter()
-        network, bytes_read = self._subnetwork(selection)
+        network, bytes_read, channels_reused = self._subnetwork(selection)
         loaded = time.perf_counter()
         return Prepared(
             network=network,
@@ -345,6 +364,7 @@ class IFPModel:
             select_seconds=selected - start,
             load_seconds=loaded - selected,
             bytes_read=bytes_read,
+            channels_reused=channels_reused,
         )
 
 

@@ -37,6 +37,7 @@ class Stats:
     peak_memory: int
     active: int
     total: int
+    channels_reused: int = 0
 
     @classmethod
     def of(
@@ -60,13 +61,18 @@ class Stats:
             peak_memory=mx.get_peak_memory(),
             active=parameters[0],
             total=parameters[1],
+            channels_reused=ready.channels_reused,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``--stats`` file."""
         return {
             "selection": {"source": self.source, "seconds": self.select_seconds},
-            "load": {"seconds": self.load_seconds, "bytes_read": self.bytes_read},
+            "load": {
+                "seconds": self.load_seconds,
+                "bytes_read": self.bytes_read,
+                "channels_reused": self.channels_reused,
+            },
             "prefill": {"tokens": self.prompt_tokens, "seconds": self.prefill_seconds},
             "first_token_seconds": self.first_token_seconds,
             "decode": {"tokens": self.decode_tokens, "tokens_per_second": self.decode_tps},
@@ -77,9 +83,12 @@ class Stats:
 
     def table(self) -> str:
         """The table that ``--verbose`` prints."""
+        read = f"{self.bytes_read / 1e6:.1f} MB read"
+        if self.channels_reused:
+            read += f", {self.channels_reused:,} channels reused"
         rows = [
             ("selection", f"{self.select_seconds:.3f} s", self.source),
-            ("loading", f"{self.load_seconds:.3f} s", f"{self.bytes_read / 1e6:.1f} MB read"),
+            ("loading", f"{self.load_seconds:.3f} s", read),
             ("prefill", f"{self.prefill_seconds:.3f} s", f"{self.prompt_tokens} tokens"),
             ("first token", f"{self.first_token_seconds:.3f} s", ""),
             ("decode", f"{self.decode_tps:.1f} tokens/s", f"{self.decode_tokens} tokens"),
