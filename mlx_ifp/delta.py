@@ -12,13 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .channels import ChannelReader, Part
+from .channels import ChannelReader, Part, row_bytes
 from .checkpoint import cast
 from .masks import Selection
 from .structure import FFN
 from .subnetwork import FFNRows, apply_soft_values, folded_parts, parts_on_disk, read_ffn
 
-_THREADS = 4
 # A sub-network's name among those in memory, if it is the dense model.
 _DENSE = "dense"
 
@@ -78,7 +77,6 @@ def read_ffn_again(
     soft_values: np.ndarray | None,
     dtype: mx.Dtype | None,
     resident: LayerRows,
-    pool: ThreadPoolExecutor,
 ) -> FFNRows:
     """As :func:`~mlx_ifp.subnetwork.read_ffn`, bit for bit, with a resident layer's rows reused.
 
@@ -89,7 +87,6 @@ def read_ffn_again(
     Args:
         reader, ffn, channels, soft_values, dtype: as there; ``dtype`` must be the resident one's.
         resident (LayerRows): of the same FFN.
-        pool (ThreadPoolExecutor): copies rows.
     """
     match = _match(channels, soft_values, resident)
     if not match.shared.any():
@@ -114,7 +111,7 @@ def read_ffn_again(
     bytes_read = sum(array.nbytes for array in fresh.values())
     fresh = {key: cast(array, dtype) for key, array in fresh.items()}
     mx.eval(list(fresh.values()))
-    arrays = _merged(resident.rows.arrays, plans, fresh, pool)
+    arrays = _merged(resident.rows.arrays, plans, fresh, reader.pool)
     rows = FFNRows(ffn, arrays, bytes_read, channels_reused=int(match.shared.sum()))
     if soft_values is not None:
         apply_soft_values(rows, mx.array(soft_values), mx.array(match.factor))
@@ -128,42 +125,27 @@ def _merged(
     pool: ThreadPoolExecutor,
 ) -> dict[tuple[str, str], mx.array]:
     """New arrays: rows ``positions`` of the resident ones, with fresh rows put to ``slots``."""
-    merged, buffers = {}, {}
+    merged, new = {}, []
     for key, (positions, slots) in plans.items():
         source = resident[key]
         if not len(slots) and len(positions) == len(source):
             # The very same rows: arrays are never changed, so one can be in two sub-networks.
             merged[key] = source
         else:
-            buffers[key] = mx.zeros((len(positions), source.nbytes // len(source)), mx.uint8)
-    mx.eval(list(buffers.values()))
+            merged[key] = mx.zeros((len(positions), *source.shape[1:]), source.dtype)
+            new.append(key)
 
-    def fill(copy: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]) -> None:
-        source, positions, target, slots, rows = copy
+    def fill(key: tuple[str, str], source: np.ndarray, target: np.ndarray) -> None:
+        positions, slots = plans[key]
         # mode="clip" lets numpy write to `out` directly; positions are in range.
         np.take(source, positions, axis=0, out=target, mode="clip")
-        target[slots] = rows
+        if len(slots):
+            target[slots] = rows[key]
 
-    copies = []
-    for key, buffer in buffers.items():
-        positions, slots = plans[key]
-        source, target = _bytes(resident[key]), _bytes(buffer)
-        rows = _bytes(fresh[key]) if key in fresh else target[:0]
-        copies.append((source, positions, target, slots, rows))
-    list(pool.map(fill, copies))
-    for key, buffer in buffers.items():
-        source = resident[key]
-        shape = (buffer.shape[0], *source.shape[1:])
-        merged[key] = buffer.view(source.dtype).reshape(shape)
-    mx.eval(list(merged.values()))
+    rows = dict(zip(fresh, row_bytes(list(fresh.values())), strict=True))
+    sources, targets = (row_bytes([which[key] for key in new]) for which in (resident, merged))
+    list(pool.map(fill, new, sources, targets))
     return merged
-
-
-def _bytes(array: mx.array) -> np.ndarray:
-    """An array's own memory, uint8 [rows, bytes of a row]: numpy has no bfloat16."""
-    flat = mx.contiguous(array).view(mx.uint8)
-    mx.eval(flat)
-    return np.frombuffer(memoryview(flat), np.uint8).reshape(len(array), -1)
 
 
 def _folded_bytes(rows: FFNRows) -> int:
@@ -191,7 +173,6 @@ class Residents:
         # Only whole-dictionary operations are used: the interpreter makes each in one step, and
         # a dying network may call in from any thread, a lock's owner included.
         self._layers: dict[str, tuple[weakref.ref, list[LayerRows]]] = {}
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="rows")
 
     def add(self, network: nn.Module, selection: Selection | None, rows: list[FFNRows]) -> None:
         """Offer a sub-network's rows to those that come after it.
@@ -265,6 +246,4 @@ class Residents:
         if source is None:
             whole = None if selection is None else channels
             return read_ffn(self._reader, ffn, whole, soft_values, self._dtype)
-        return read_ffn_again(
-            self._reader, ffn, channels, soft_values, self._dtype, source[layer], self._pool
-        )
+        return read_ffn_again(self._reader, ffn, channels, soft_values, self._dtype, source[layer])
