@@ -122,10 +122,13 @@ def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
 def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) -> None:
     """Read rows of a tensor to ``target``, uint8 [k, bytes of a row]."""
     file, info, rows, target = read
-    row = target.shape[1]
+    if info.places is not None:
+        _read_places(file, info, info.places if rows is None else info.places[rows], target)
+        return
     if rows is None or not len(rows):
         file.read_into(target, info.offset)
         return
+    row = target.shape[1]
     for start, stop in _stretches(rows, row):
         first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
         part = target[start:stop]
@@ -139,6 +142,23 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
             np.take(block, rows[start:stop] - first, axis=0, out=part, mode="clip")
 
 
+def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> None:
+    """The same where channels are stored in another order: row ``places[i]`` goes to ``i``."""
+    row = target.shape[1]
+    order = np.argsort(places)
+    rows = places[order]
+    # One item a row: numpy moves it at once.
+    target = target.view(f"V{row}")[:, 0]
+    for start, stop in _stretches(rows, row, cut_runs=True) if len(rows) else ():
+        first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
+        block = _scratch(height * row)
+        file.read_into(block, info.offset + first * row)
+        block = block.view(f"V{row}")
+        if height > stop - start:
+            block = block[rows[start:stop] - first]
+        target[order[start:stop]] = block
+
+
 _local = threading.local()
 
 
@@ -150,27 +170,27 @@ def _scratch(nbytes: int) -> np.ndarray:
     return have[:nbytes]
 
 
-def _stretches(rows: np.ndarray, row: int) -> Iterator[tuple[int, int]]:
+def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> Iterator[tuple[int, int]]:
     """Cut ascending rows of ``row`` bytes into stretches to read at once: (start, stop).
 
     A long run is a stretch of its own. Shorter ones are read together with their gaps, if those
-    are small, some rows at a time.
+    are small, some rows at a time; with ``cut_runs`` long ones are, too.
     """
     steps = np.diff(rows)
     starts = np.concatenate([[0], np.flatnonzero(steps != 1) + 1])
-    long = np.diff(starts, append=len(rows)) * row >= _RUN_BYTES
-    wide = (steps[starts[1:] - 1] - 1) * row > _GAP_BYTES
-    cuts = starts[1:][wide | long[1:] | long[:-1]].tolist()
+    cuts = (steps[starts[1:] - 1] - 1) * row > _GAP_BYTES
+    if not cut_runs:
+        long = np.diff(starts, append=len(rows)) * row >= _RUN_BYTES
+        cuts |= long[1:] | long[:-1]
+    cuts = starts[1:][cuts].tolist()
     block = max(1, _BLOCK_BYTES // row)
     for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-        while rows[stop - 1] - rows[start] + 1 > stop - start:
+        while start < stop:
             end = start + int(np.searchsorted(rows[start:stop], rows[start] + block))
+            if not cut_runs and rows[stop - 1] - rows[start] + 1 == stop - start:
+                end = stop
             yield start, end
-            if end == stop:
-                break
             start = end
-        else:
-            yield start, stop
 
 
 class _File:
