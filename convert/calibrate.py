@@ -18,7 +18,7 @@ from mlx_ifp.config import CONFIG_FILE
 from mlx_ifp.model import IFPModel, default_dtype
 from mlx_ifp.tensor_files import DTYPES, LazyTensor, TensorInfo, write_safetensors
 
-CLUSTERS = 8
+CLUSTERS = 16
 _ROUNDS = 20
 
 
