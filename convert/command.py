@@ -17,6 +17,7 @@ from mlx_ifp.activations import activation_scores
 from mlx_ifp.atomic import new_directory
 from mlx_ifp.channels import ChannelReader
 from mlx_ifp.checkpoint import (
+    ORDER_FILE,
     PREDICTOR,
     STATIC_FILE,
     TOKENIZER_PATTERNS,
@@ -29,10 +30,11 @@ from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.errors import IFPError
 from mlx_ifp.hub import upload_checkpoint
-from mlx_ifp.model import Keep, default_dtype
+from mlx_ifp.model import Keep, default_dtype, load_tokenizer_of
 from mlx_ifp.tensor_files import write_safetensors
 from mlx_ifp.text import selector_tokens
 
+from .calibrate import calibrate as order_channels
 from .dense import load_dense, one_line
 from .layouts import CHECKPOINT, TRAINED, detect_layout
 from .layouts.parts import Given
@@ -49,7 +51,8 @@ SPARE_BYTES = 64 << 20
 HUB_PATTERNS = [
     *TOKENIZER_PATTERNS,
     *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
-    *("*.pt", "*.pth", "*.distcp", ".metadata", "channels*.safetensors", STATIC_FILE),
+    *("*.pt", "*.pth", "*.distcp", ".metadata", "channels*.safetensors"),
+    *(STATIC_FILE, ORDER_FILE),
 ]
 
 # A repository may have its weights as safetensors and as pickles: the latter only if need be.
@@ -79,6 +82,7 @@ def convert(
     predictor_tokenizer: str | None = None,
     text_format: str | None = None,
     static_prompts: str | Path | None = None,
+    calibrate: str | Path | None = None,
     upload_repo: str | None = None,
     dry_run: bool = False,
     revision: str | None = None,
@@ -109,6 +113,8 @@ def convert(
             by default raw with a predictor, otherwise the latter if the tokenizer has one.
         static_prompts: a text or jsonl file of prompts; their mean ``activations`` scores become
             the scores of the ``static`` selector.
+        calibrate: a text or jsonl file of prompts; the channels that the checkpoint's selector
+            selects together for them are stored side by side.
         upload_repo (str): a hub repository to upload the checkpoint to.
         dry_run (bool): print what would be done, and write nothing.
         revision (str): of a hub repository.
@@ -122,6 +128,7 @@ def convert(
     """
     mlx_path = Path(mlx_path)
     prompts = _read_prompts(Path(static_prompts)) if static_prompts is not None else None
+    calibration = _read_prompts(Path(calibrate)) if calibrate is not None else None
     precision = Precision(dtype, quantize_weights, q_bits, q_group_size, q_mode, quant_predicate)
     precision.check()
     predictor_precision = _predictor_precision(
@@ -141,8 +148,8 @@ def convert(
         if kind == CHECKPOINT:
             if replace(given, keep=None) != Given() or text_format or prompts:
                 raise IFPError(
-                    f"{model} is a checkpoint of mlx_ifp already: only its precision and k can be "
-                    "changed."
+                    f"{model} is a checkpoint of mlx_ifp already: only its precision, k and "
+                    "the order of its channels can be changed."
                 )
             return plan_requantized(
                 path, keep, precision, predictor_precision, head_precision, dequantize_weights
@@ -190,6 +197,10 @@ def convert(
         _write(plan, directory, mlx_path)
         if prompts is not None:
             _add_static_scores(directory, plan.ifp, plan.tokenizer, prompts)
+        if calibration is not None:
+            options = {"trust_remote_code": trust_remote_code}
+            own_tokenizer = plan.tokenizer or load_tokenizer_of(open_checkpoint(directory), options)
+            order_channels(directory, own_tokenizer, calibration)
         # A checkpoint brings its own: its source is that of the tensors.
         if not (directory / REPORT_FILE).exists():
             (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")

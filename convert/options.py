@@ -61,6 +61,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="Prompts, one a line or jsonl, whose mean scores the 'static' selector uses",
     )
     parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="Prompts, one a line or jsonl: channels that are selected together for them are "
+        "stored side by side, which makes reading faster",
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="Let the tokenizer run code of the model's repository",

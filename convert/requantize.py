@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_ifp.checkpoint import (
     HEAD_STEM,
+    ORDER_FILE,
     PREDICTOR,
     PREDICTOR_STEM,
     STATIC_FILE,
@@ -64,7 +65,7 @@ def plan_requantized(
     k = ifp.k if keep is None else resolve_keep(keep, checkpoint.d_ffn, layers)
     config, tensors, notes = _llm(checkpoint, precision, dequantize)
     predictor_config, predictor_files = None, []
-    infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static]
+    infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static, checkpoint.order]
     if ifp.head is not None:
         predictor_config, predictor, more = _predictor(
             checkpoint, predictor_precision, head_precision, dequantize
@@ -75,6 +76,9 @@ def plan_requantized(
         predictor_files = _files(path / PREDICTOR)
     elif head_precision.quantize:
         raise IFPError(f"{path} has no predictor, so no head for --head-q-bits.")
+    if checkpoint.order:
+        # Rows stay where they are: precision is a matter of each row.
+        tensors[Path(ORDER_FILE).stem] = _lazy(checkpoint.order)
     if checkpoint.static:
         tensors[Path(STATIC_FILE).stem] = _lazy(checkpoint.static)
     return Plan(

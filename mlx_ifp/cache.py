@@ -156,16 +156,17 @@ class SubnetworkCache:
                 del self._entries[free[0]]
                 self._evictions += 1
 
-    def digests(self) -> list[str]:
-        """What is held now, the most recently used last."""
-        with self._lock:
-            return list(self._entries)
-
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
         with self._lock:
             return sum(nbytes for _, nbytes in self._entries.values())
+
+    @property
+    def digests(self) -> list[str]:
+        """What is held now, least recently used first."""
+        with self._lock:
+            return list(self._entries)
 
     def pin(self, digest: str) -> None:
         """Never evict this one, once it is there."""

@@ -5,12 +5,13 @@ CHECKPOINT.md describes the format.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm.utils import load_config, make_shards, save_config
@@ -46,6 +47,8 @@ PREDICTOR_STEM = f"{PREDICTOR}/model"
 HEAD_STEM = f"{PREDICTOR}/head"
 HEAD_FILE = f"{HEAD_STEM}.safetensors"
 STATIC_FILE = "static.safetensors"
+ORDER_FILE = "order.safetensors"
+ORDER_TENSOR = "order"
 TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors"]
 # The package's own checkpoint, for those who name none.
@@ -67,6 +70,7 @@ class Checkpoint:
         predictor: name -> tensor of the backbone.
         head: name -> tensor of the predictor's head.
         static: name -> tensor of the static scores.
+        order: name -> tensor of the order in which channels are stored.
         digest: sha256 over the configs, which hold the sha256 of all weights.
     """
 
@@ -80,6 +84,7 @@ class Checkpoint:
     predictor: dict[str, TensorInfo]
     head: dict[str, TensorInfo]
     static: dict[str, TensorInfo]
+    order: dict[str, TensorInfo]
     digest: str
 
     @property
@@ -175,6 +180,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         check_tensors(
             path / STATIC_FILE, static, {"scores": ((len(ffns), ffns[0].d_ffn), ("F32",))}
         )
+    order = files.get(ORDER_FILE, {})
+    if ifp.channel_order == "stored":
+        channels = _with_places(path / ORDER_FILE, order, channels, ffns)
+    elif order:
+        raise IFPError(f"{path / CONFIG_FILE}: channel_order must be 'stored' with {ORDER_FILE}.")
     return Checkpoint(
         path=path,
         config=config,
@@ -186,6 +196,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         predictor=tensors(PREDICTOR_STEM),
         head=files.get(HEAD_FILE, {}),
         static=static,
+        order=order,
         digest=_digest(path),
     )
 
@@ -282,11 +293,34 @@ def _check_head(
     check_tensors(path / HEAD_FILE, tensors, head_tensors(head, config, tensors))
 
 
+def _with_places(
+    path: Path, order: dict[str, TensorInfo], channels: dict[str, TensorInfo], ffns: list[FFN]
+) -> dict[str, TensorInfo]:
+    """The channels' tensors, which know where each channel is."""
+    shape = (len(ffns), ffns[0].d_ffn)
+    check_tensors(path, order, {ORDER_TENSOR: (shape, ("U32",))})
+    stored = np.array(mx.load(str(path))[ORDER_TENSOR]).astype(np.int64)
+    for layer in range(len(ffns)):
+        if not np.array_equal(np.sort(stored[layer]), np.arange(shape[1])):
+            raise IFPError(f"{path}: layer {layer} does not hold each channel once.")
+    places = {ffn.path: np.argsort(row) for ffn, row in zip(ffns, stored, strict=True)}
+    return {
+        name: replace(info, places=places[name.rsplit(".", 2)[0]])
+        for name, info in channels.items()
+    }
+
+
 def load_tensors(tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    """Lazy arrays of all the tensors, floats cast to ``dtype`` if one is given."""
+    """Lazy arrays of all the tensors, floats cast to ``dtype`` if one is given.
+
+    Channels come in their own order, however they are stored.
+    """
     arrays: dict[str, mx.array] = {}
     for path in sorted({tensor.path for tensor in tensors.values()}):
         arrays |= {k: v for k, v in mx.load(str(path)).items() if k in tensors}
+    for name, array in arrays.items():
+        if (places := tensors[name].places) is not None:
+            arrays[name] = mx.take(array, mx.array(places), axis=0)
     return {name: cast(array, dtype) for name, array in arrays.items()}
 
 

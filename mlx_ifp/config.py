@@ -15,6 +15,7 @@ ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
 EMBEDDINGS = ("own", "llm")
+ORDERS = ("original", "stored")
 
 
 @dataclass
@@ -108,6 +109,8 @@ class IFPConfig:
     Attributes:
         predictor_embedding: ``own``, or ``llm`` if the backbone uses the LLM's embedding and
             tokenizer and has neither in ``predictor/``.
+        channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
+            each row is.
     """
 
     k: int | list[int]
@@ -116,6 +119,7 @@ class IFPConfig:
     text: TextConfig = field(default_factory=TextConfig)
     head: HeadConfig | None = None
     predictor_embedding: str = "own"
+    channel_order: str = "original"
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -175,6 +179,7 @@ class IFPConfig:
         if self.head is not None:
             self.head.check()
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
+        _one_of("channel_order", self.channel_order, ORDERS)
         needed = self.selector == "predictor" or self.predictor_embedding == "llm"
         _require(not needed or self.head is not None, "head is missing")
 

@@ -23,6 +23,7 @@ from .budget import Estimator, Use
 from .cache import SelectionCache, SubnetworkCache
 from .channels import ChannelReader
 from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
+from .delta import Residents
 from .errors import IFPError
 from .fit import MemoryLimit
 from .kv_size import Generation
@@ -32,7 +33,7 @@ from .predictor import Predictor, load_predictor
 from .prompt_cache import KVSettings, WarmPromptFiles, WarmPrompts
 from .reuse import Reuse, check_overlap
 from .structure import get_module
-from .subnetwork import build_subnetwork
+from .subnetwork import FFNRows, build_subnetwork
 from .task_library import TaskLibrary
 from .text import Text, selector_tokens, token_ids
 
@@ -110,6 +111,8 @@ class Prepared:
         select_seconds: time to get the selection.
         load_seconds: time to get the sub-network.
         bytes_read: bytes of channels read for it; 0 if it was in memory.
+        channels_reused: channels, over all layers, whose rows came from another sub-network in
+            memory; the others were read.
         reuse_overlap: if another selection stands in for the text's own (``reuse_overlap`` of
             :func:`load`), their overlap; ``selection`` is the one in use. Else None.
     """
@@ -120,6 +123,7 @@ class Prepared:
     select_seconds: float
     load_seconds: float
     bytes_read: int
+    channels_reused: int = 0
     reuse_overlap: float | None = None
 
 
@@ -177,6 +181,7 @@ class IFPModel:
             # They are not part of the estimate; on disk they may be kept.
             self.warm.max_bytes = 0
         self.reader = ChannelReader(checkpoint.channels)
+        self._residents = Residents(self.reader, checkpoint.ffns, dtype)
         self.predictor_loads = self.selector_runs = 0
         self._tokenizer_config = tokenizer_config
         self.memory: MemoryLimit | None = None
@@ -358,11 +363,12 @@ class IFPModel:
         """
         return self._subnetwork(selection)[0]
 
-    def _subnetwork(self, selection: Selection | None) -> tuple[nn.Module, int]:
-        """The network, or the dense one for None, and the bytes of channels read for it now."""
+    def _subnetwork(self, selection: Selection | None) -> tuple[nn.Module, int, int]:
+        """The network (None: the dense one), bytes of channels read now, and channels reused."""
         if selection is not None and selection.checkpoint not in ("", self.checkpoint.digest):
             raise IFPError("The selection was made with another checkpoint.")
         bytes_read = 0
+        rows: list[FFNRows] = []
 
         def load() -> tuple[nn.Module, int]:
             nonlocal bytes_read
@@ -370,16 +376,30 @@ class IFPModel:
             if self.memory is not None:
                 self.memory.before_loading(selection)
                 self._release_if_tight()
+            # Of what is still there.
+            nearest = self._residents.nearest(selection, self.networks.digests)
+
+            def read(layer: int) -> FFNRows:
+                rows.append(self._residents.read(selection, layer, nearest))
+                return rows[-1]
+
             network, nbytes, bytes_read = build_subnetwork(
-                self.trunk, self.reader, checkpoint.ffns, checkpoint.config, selection, self.dtype
+                self.trunk,
+                self.reader,
+                checkpoint.ffns,
+                checkpoint.config,
+                selection,
+                self.dtype,
+                read,
             )
+            self._residents.add(network, selection, rows)
             _set_width(network, checkpoint.d_ffn if selection is None else selection.k)
             return network, nbytes
 
         network, _ = self.networks.get(_digest(selection), load)
         if self.reuse is not None and selection is not None:
             self.reuse.add(selection)
-        return network, bytes_read
+        return network, bytes_read, sum(layer.channels_reused for layer in rows)
 
     def dense(self) -> nn.Module:
         """The whole model, for comparison: an mlx-lm model with all d_ffn channels."""
@@ -413,7 +433,7 @@ class IFPModel:
         if self.reuse is not None and source not in ("given", "dense"):
             key = self._key_on_disk(text, selector, keep)
             selection, overlap = self.reuse.stand_in(selection, key)
-        network, bytes_read = self._subnetwork(selection)
+        network, bytes_read, channels_reused = self._subnetwork(selection)
         loaded = time.perf_counter()
         return Prepared(
             network=network,
@@ -422,6 +442,7 @@ class IFPModel:
             select_seconds=selected - start,
             load_seconds=loaded - selected,
             bytes_read=bytes_read,
+            channels_reused=channels_reused,
             reuse_overlap=overlap,
         )
 

@@ -88,7 +88,7 @@ class Reuse:
             return
         packed = PackedSelection(selection)
         with self._lock:
-            held = self._networks.digests()
+            held = self._networks.digests
             self._packed = {d: p for d, p in self._packed.items() if d in held}
             self._packed[selection.digest] = packed
 
@@ -114,7 +114,7 @@ class Reuse:
             return settled
 
     def _find(self, selection: Selection, key: str) -> tuple[Selection, float] | None:
-        held = self._networks.digests()
+        held = self._networks.digests
         if selection.digest in held:
             return None
         new = PackedSelection(selection)

@@ -46,6 +46,7 @@ class Stats:
     peak_memory: int
     active: int
     total: int
+    channels_reused: int = 0
     reuse_overlap: float | None = None
     warm: WarmStart | None = None
 
@@ -72,6 +73,7 @@ class Stats:
             peak_memory=mx.get_peak_memory(),
             active=parameters[0],
             total=parameters[1],
+            channels_reused=ready.channels_reused,
             reuse_overlap=ready.reuse_overlap,
             warm=warm,
         )
@@ -85,7 +87,11 @@ class Stats:
                 "seconds": self.select_seconds,
                 "reuse_overlap": self.reuse_overlap,
             },
-            "load": {"seconds": self.load_seconds, "bytes_read": self.bytes_read},
+            "load": {
+                "seconds": self.load_seconds,
+                "bytes_read": self.bytes_read,
+                "channels_reused": self.channels_reused,
+            },
             **warm,
             "prefill": {"tokens": self.prompt_tokens, "seconds": self.prefill_seconds},
             "first_token_seconds": self.first_token_seconds,
@@ -100,9 +106,12 @@ class Stats:
         source = self.source
         if self.reuse_overlap is not None:
             source += f", another reused: overlap {self.reuse_overlap:.3f}"
+        read = f"{self.bytes_read / 1e6:.1f} MB read"
+        if self.channels_reused:
+            read += f", {self.channels_reused:,} channels reused"
         rows = [
             ("selection", f"{self.select_seconds:.3f} s", source),
-            ("loading", f"{self.load_seconds:.3f} s", f"{self.bytes_read / 1e6:.1f} MB read"),
+            ("loading", f"{self.load_seconds:.3f} s", read),
             ("prefill", f"{self.prefill_seconds:.3f} s", f"{self.prompt_tokens} tokens"),
             ("first token", f"{self.first_token_seconds:.3f} s", ""),
             ("decode", f"{self.decode_tps:.1f} tokens/s", f"{self.decode_tokens} tokens"),

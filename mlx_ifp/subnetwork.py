@@ -1,6 +1,7 @@
 """Trunk + chosen FFN channels -> a plain mlx-lm model with a narrower FFN."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from .channels import ChannelReader, Part
 from .checkpoint import cast
 from .errors import IFPError
 from .masks import Selection
-from .structure import FFN, evaluate, get_module, linear, quantization_of
+from .structure import FFN, PROJECTIONS, evaluate, get_module, linear, quantization_of
 
 _PARTS = ("weight", "scales", "biases", "bias")
 
@@ -79,12 +80,14 @@ class FFNRows:
         arrays: (projection, part) -> array; ``gate_up_proj`` is the projection of a fused FFN.
         bytes_read: bytes of channels read for them.
         soft_values: float32 [k], if they could not be folded into the arrays, else None.
+        channels_reused: how many of the channels were in memory already.
     """
 
     ffn: FFN
     arrays: dict[tuple[str, str], mx.array]
     bytes_read: int
     soft_values: mx.array | None = None
+    channels_reused: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -109,46 +112,73 @@ def read_ffn(
         ffn (FFN): the layer's.
         channels (array): int [k], or None for all of them.
         soft_values (array): float32 [k]: lambda of each channel. It is folded into the up
-            projection where that is exact: scale the row, or the row's scales and biases. The
-            8-bit scales of mxfp4 and nvfp4 can't take it, so there it stays apart.
+            projection where that is exact: scale the row, or the row's scales and biases; see
+            :func:`folded_parts`.
         dtype (mx.Dtype): cast floats to this type; None keeps them.
     """
-    inputs = ("gate_proj", "up_proj")
-    wanted: dict[tuple[str, str], list[Part]] = {}
-    for part in _PARTS:
-        names = {p: f"{ffn.path}.{p}.{part}" for p in (*inputs, "down_proj")}
-        if ffn.fused and names["gate_proj"] in reader:
-            wanted["gate_up_proj", part] = [(names[p], channels) for p in inputs]
-        elif not ffn.fused:
-            wanted |= {(p, part): [(names[p], channels)] for p in inputs if names[p] in reader}
-        if names["down_proj"] in reader:
-            wanted["down_proj", part] = [(names["down_proj"], channels)]
+    wanted: dict[tuple[str, str], list[Part]] = {
+        key: [(name, channels) for name in names]
+        for key, names in parts_on_disk(reader, ffn).items()
+    }
     arrays = dict(zip(wanted, reader.read(list(wanted.values())), strict=True))
     bytes_read = sum(array.nbytes for array in arrays.values())
     arrays = {key: cast(array, dtype) for key, array in arrays.items()}
     mx.eval(list(arrays.values()))
     rows = FFNRows(ffn, arrays, bytes_read)
     if soft_values is not None:
-        _apply_soft_values(rows, mx.array(soft_values))
+        apply_soft_values(rows, mx.array(soft_values))
     return rows
 
 
-def _apply_soft_values(rows: FFNRows, soft_values: mx.array) -> None:
-    """Multiply the up projection's rows by lambda (paper, section 3.1: FFN(X, m))."""
-    projection = "gate_up_proj" if rows.ffn.fused else "up_proj"
-    arrays = rows.arrays
-    quantized = (projection, "scales") in arrays
-    if quantized and (projection, "biases") not in arrays:
+def parts_on_disk(reader: ChannelReader, ffn: FFN) -> dict[tuple[str, str], list[str]]:
+    """(projection, part) of an FFN in memory -> the tensors that it is made of, top to bottom."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for part in _PARTS:
+        for projection in PROJECTIONS:
+            name = f"{ffn.path}.{projection}.{part}"
+            if name in reader:
+                module = ffn.module_path(projection).rpartition(".")[2]
+                found.setdefault((module, part), []).append(name)
+    return found
+
+
+def folded_parts(ffn: FFN, arrays: dict[tuple[str, str], mx.array]) -> list[tuple[str, str]]:
+    """The (projection, part) of an FFN that soft values are multiplied into.
+
+    They multiply a channel's row of the up projection (paper, section 3.1: FFN(X, m)): the row,
+    or the row's scales and biases. 8-bit scales can't take them. Then it is the row of the down
+    projection, if that is in floats; else there is none, and they stay apart.
+    """
+    up = "gate_up_proj" if ffn.fused else "up_proj"
+    parts = ("weight", "bias")
+    if (up, "scales") in arrays:
+        if (up, "biases") not in arrays:
+            return [("down_proj", "weight")] * (("down_proj", "scales") not in arrays)
+        parts = ("scales", "biases", "bias")
+    return [(up, part) for part in parts if (up, part) in arrays]
+
+
+def apply_soft_values(rows: FFNRows, soft_values: mx.array, factor: mx.array | None = None) -> None:
+    """Multiply channels by lambda, or keep it beside them where that is not exact.
+
+    Args:
+        rows (FFNRows): changed; arrays are replaced by new ones.
+        soft_values (mx.array): float32 [k], lambda.
+        factor (mx.array): float32 [k], what is still missing of it in each row; None for all.
+    """
+    folded = folded_parts(rows.ffn, rows.arrays)
+    if not folded:
         rows.soft_values = soft_values
         return
-    if rows.ffn.fused:
-        soft_values = mx.concatenate([mx.ones_like(soft_values), soft_values])
-    for part in ("scales", "biases", "bias") if quantized else ("weight", "bias"):
-        array = arrays.get((projection, part))
-        if array is not None:
-            factor = soft_values if array.ndim == 1 else soft_values[:, None]
-            arrays[projection, part] = (array.astype(mx.float32) * factor).astype(array.dtype)
-    mx.eval(list(arrays.values()))
+    factor = soft_values if factor is None else factor
+    for key in folded:
+        array = rows.arrays[key]
+        own = factor
+        if key[0] == "gate_up_proj":
+            own = mx.concatenate([mx.ones_like(factor), factor])
+        own = own if array.ndim == 1 else own[:, None]
+        rows.arrays[key] = (array.astype(mx.float32) * own).astype(array.dtype)
+    mx.eval(list(rows.arrays.values()))
 
 
 def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
@@ -168,8 +198,6 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
         if how is None:
             # Transposing is a change of strides: the array on disk is the array in memory.
             down = projection == "down_proj"
-            if down and rows.soft_values is not None:
-                weight = (weight * rows.soft_values[:, None]).astype(weight.dtype)
             module[projection] = linear(weight.T if down else weight, bias)
         elif projection == "down_proj":
             module.down_proj = ChannelMajorLinear(
@@ -219,6 +247,7 @@ def build_subnetwork(
     config: dict[str, Any],
     selection: Selection | None,
     dtype: mx.Dtype | None = None,
+    read: Callable[[int], FFNRows] | None = None,
 ) -> tuple[nn.Module, int, int]:
     """The sub-network of a selection: a stock mlx-lm model, trunk shared.
 
@@ -229,6 +258,7 @@ def build_subnetwork(
         config (dict): the LLM's config.
         selection (Selection): which channels; None takes all of them, the dense model.
         dtype (mx.Dtype): cast floats to this type; None keeps them.
+        read (Callable): gives the rows of a layer, if not :func:`read_ffn` is to.
 
     Returns:
         tuple: the model, the bytes its own FFN takes in memory, and the bytes read for it.
@@ -238,9 +268,12 @@ def build_subnetwork(
     model = share(trunk)
     nbytes = bytes_read = 0
     for i, ffn in enumerate(ffns):
-        soft_values = selection.soft_values[i] if selection and selection.soft_values else None
-        channels = selection.layers[i] if selection else None
-        rows = read_ffn(reader, ffn, channels, soft_values, dtype)
+        if read is not None:
+            rows = read(i)
+        else:
+            soft_values = selection.soft_values[i] if selection and selection.soft_values else None
+            channels = selection.layers[i] if selection else None
+            rows = read_ffn(reader, ffn, channels, soft_values, dtype)
         set_ffn(get_module(model, ffn.path), rows, config)
         nbytes += rows.nbytes
         bytes_read += rows.bytes_read

@@ -7,7 +7,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,19 @@ _BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | {"I64": 8, "I32"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its file, type, shape, first byte in the file, and size in bytes."""
+    """Where a tensor lies: its file, type, shape, first byte in the file, and size in bytes.
+
+    Attributes:
+        places: of FFN channels that are stored in another order: int64 [rows], the row of each
+            channel; None if channel i is row i.
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    places: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], int]:

@@ -227,8 +227,16 @@ def test_a_head_whose_width_does_not_fit_stays_and_the_note_says_so(tmp_path, ca
 
 def test_options_that_do_not_fit_the_source(checkpoint, tiny_checkpoint, tmp_path):
     for source, options, expected in (
-        (checkpoint, {"tokenizer": str(checkpoint)}, "only its precision and k can be changed"),
-        (checkpoint, {"text_format": "raw"}, "only its precision and k can be changed"),
+        (
+            checkpoint,
+            {"tokenizer": str(checkpoint)},
+            "its precision, k and the order of",
+        ),
+        (
+            checkpoint,
+            {"text_format": "raw"},
+            "its precision, k and the order of",
+        ),
         (checkpoint, {"head_q_bits": 7}, "head cannot be quantized so"),
         (tiny_checkpoint, {"head_q_bits": 4}, "has no predictor"),
     ):

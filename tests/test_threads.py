@@ -79,9 +79,9 @@ def flights(monkeypatch):
     loads, runs = InFlight(), InFlight()
     build, scores = mlx_ifp.model.build_subnetwork, mlx_ifp.model.activation_scores
 
-    def watched_build(trunk, reader, ffns, config, selection, dtype):
+    def watched_build(trunk, reader, ffns, config, selection, *more):
         with loads("dense" if selection is None else selection.digest):
-            return build(trunk, reader, ffns, config, selection, dtype)
+            return build(trunk, reader, ffns, config, selection, *more)
 
     def watched_scores(*args, **kwargs):
         with runs("any"):
