@@ -36,7 +36,13 @@ from .atomic import new_file
 from .benchmark_chart import chart
 from .benchmark_loading import ColdFiles, check_cold
 from .benchmark_runs import Bench, Settings, measure
-from .benchmark_shapes import DEFAULT_SCALE, describe, paper_shapes, write_shapes
+from .benchmark_shapes import (
+    DEFAULT_SCALE,
+    check_quantization,
+    describe,
+    paper_shapes,
+    write_shapes,
+)
 from .benchmark_table import heading, summary, table
 from .cli import command
 from .errors import IFPError
@@ -82,9 +88,7 @@ def benchmark(
     """
     settings = settings or Settings()
     settings.check()
-    for option, text in (("--task", task), ("--other-task", other_task)):
-        if not text.strip():
-            raise IFPError(f"The task is empty; give some text with {option}.")
+    _check_tasks(task, other_task)
     checkpoint = model.checkpoint
     files = None
     if cold:
@@ -116,6 +120,12 @@ def benchmark(
         },
         "lengths": [summary(one) for one in measured],
     }
+
+
+def _check_tasks(task: str, other_task: str) -> None:
+    for option, text in (("--task", task), ("--other-task", other_task)):
+        if not text.strip():
+            raise IFPError(f"The task is empty; give some text with {option}.")
 
 
 EXAMPLES = """Each network runs alone first, which warms up and gives its peak memory. Then all
@@ -191,11 +201,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings_of(args: argparse.Namespace) -> Settings:
-    """The numbers, after all that can be found wrong before minutes of measuring."""
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The numbers of the command line; a default that depends on others is set.
+
+    Raises:
+        IFPError: for all that can be found wrong before minutes of measuring.
+    """
     values = {each.name: getattr(args, each.name) for each in fields(Settings)}
     settings = Settings(**values | {"prompt_tokens": tuple(args.prompt_tokens)})
     settings.check()
+    _check_tasks(args.task, args.other_task)
     if args.json is not None:
         path = Path(args.json)
         if path.is_dir() or not path.parent.is_dir():
@@ -214,8 +229,11 @@ def _settings_of(args: argparse.Namespace) -> Settings:
         raise IFPError("Give --shapes or --model, not both.")
     if not args.quantize and (args.q_bits is not None or args.q_group_size is not None):
         raise IFPError("--q-bits and --q-group-size need -q.")
-    args.scale = DEFAULT_SCALE if args.scale is None else args.scale
+    for option, default in (("scale", DEFAULT_SCALE), ("q_bits", 4), ("q_group_size", 64)):
+        if getattr(args, option) is None:
+            setattr(args, option, default)
     paper_shapes(args.scale)
+    check_quantization(args.q_bits, args.q_group_size)
     return settings
 
 
@@ -227,8 +245,8 @@ def _write_shapes(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         Path(args.model),
         args.scale,
         dtype=dtype,
-        bits=(4 if args.q_bits is None else args.q_bits) if args.quantize else None,
-        group_size=64 if args.q_group_size is None else args.q_group_size,
+        bits=args.q_bits if args.quantize else None,
+        group_size=args.q_group_size,
     )
 
 
@@ -236,7 +254,7 @@ def _write_shapes(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 def main() -> None:
     """Run ``mlx_ifp.benchmark``."""
     args = setup_arg_parser().parse_args()
-    settings = _settings_of(args)
+    settings = settings_of(args)
     # A first prompt must not find its selection on disk.
     args.no_cache = True
     geometry = None

@@ -57,19 +57,23 @@ class ColdFiles:
         found = [there for path in self.paths for there in _in_memory(path)]
         return sum(found) / len(found) if found else -1.0
 
-    def read_seconds(self, nbytes: int) -> float:
-        """Seconds to read so many bytes, one after another, from the beginning of the files on."""
+    def read(self, nbytes: int | None = None) -> int:
+        """Read bytes one after another, from the beginning of the files on.
+
+        Args:
+            nbytes (int): how many; None reads all.
+
+        Returns:
+            int: how many there were.
+        """
+        size = sum(path.stat().st_size for path in self.paths)
+        left = wanted = size if nbytes is None else min(nbytes, size)
         buffer = memoryview(bytearray(_READ_BYTES))
-        start = time.perf_counter()
         for path in self.paths:
             with open(path, "rb", buffering=0) as file:
-                while nbytes and (count := file.readinto(buffer[: min(nbytes, _READ_BYTES)])):
-                    nbytes -= count
-        return time.perf_counter() - start
-
-    def warm(self) -> None:
-        """Read the files whole."""
-        self.read_seconds(sum(path.stat().st_size for path in self.paths))
+                while left and (count := file.readinto(buffer[: min(left, _READ_BYTES)])):
+                    left -= count
+        return wanted - left
 
 
 def check_cold() -> None:
@@ -117,8 +121,10 @@ def cold_seconds(
     model.subnetwork(selection)
     loading = time.perf_counter() - start
     still = max(still, files.drop())
-    reading = files.read_seconds(nbytes)
-    files.warm()
+    start = time.perf_counter()
+    files.read(nbytes)
+    reading = time.perf_counter() - start
+    files.read()
     return {
         "cold_load_seconds": loading,
         "sequential_read_seconds": reading,

@@ -74,6 +74,16 @@ def paper_shapes(scale: int) -> dict[str, Any]:
     return {"llm": llm, "backbone": backbone, "k": k, "P": _P // scale}
 
 
+def check_quantization(bits: int, group_size: int) -> None:
+    """Raises IFPError if MLX cannot quantize so."""
+    for option, value, choices in (
+        ("--q-bits", bits, BITS),
+        ("--q-group-size", group_size, GROUP_SIZES),
+    ):
+        if value not in choices:
+            raise IFPError(f"{option} is one of {', '.join(map(str, choices))}, not {value}.")
+
+
 def _divided(shape: dict[str, int], scale: int, head_dim: int) -> dict[str, Any]:
     divided = {name: max(value // scale, 1) for name, value in shape.items()}
     kv_heads = divided["num_key_value_heads"]
@@ -120,11 +130,7 @@ def write_shapes(
     ffns = find_ffns(build_model(llm))
     modules: set[str] = set()
     if bits is not None:
-        if bits not in BITS or group_size not in GROUP_SIZES:
-            raise IFPError(
-                f"--q-bits is one of {', '.join(map(str, BITS))}, and --q-group-size one of "
-                f"{', '.join(map(str, GROUP_SIZES))}."
-            )
+        check_quantization(bits, group_size)
         llm = llm | {"quantization": {"group_size": group_size, "bits": bits, "mode": "affine"}}
         # The hidden size, along which all is quantized, is a multiple of 128.
         modules = {
@@ -190,7 +196,7 @@ def _random(
     module, _, part = name.rpartition(".")
     bits, group_size = quantization
     if packed:
-        return mx.random.bits(shape, key=key)
+        return mx.random.randint(-(1 << 31), (1 << 31) - 1, shape, key=key).view(mx.uint32)
     if len(shape) == 1:
         return mx.zeros(shape, dtype) if part == "bias" else mx.ones(shape, dtype)
     inputs = shape[-1] if part == "weight" else shape[-1] * group_size

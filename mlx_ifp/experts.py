@@ -17,7 +17,10 @@ from .structure import (
     PROJECTIONS,
     build_model,
     evaluate,
+    find_embedding,
     get_module,
+    linear,
+    quantized_linear,
     set_module,
 )
 from .subnetwork import share
@@ -30,6 +33,7 @@ ARCHITECTURES = {
     "qwen3": ("qwen3_moe", "mlp"),
 }
 ACTIVE = 4
+_OUTPUT = "lm_head"
 # MLX quantizes in groups of at least this many.
 _LEAST_GROUP = 32
 
@@ -64,7 +68,12 @@ class Experts:
             for _, array in tree_flatten(module.parameters())
         )
         idle = (self.count - self.active) / (self.count - self.shared)
-        return memory | {"bytes_per_token": memory["bytes_per_token"] - round(switches * idle)}
+        # An output layer may be the embedding once more.
+        arrays = {id(array): array for _, array in tree_flatten(self.network.parameters())}
+        return {
+            "weights_bytes": sum(array.nbytes for array in arrays.values()),
+            "bytes_per_token": memory["bytes_per_token"] - round(switches * idle),
+        }
 
 
 def experts_model(
@@ -115,7 +124,12 @@ def experts_model(
     )
     trunk = _own_arrays(network, {ffn.path for ffn in ffns})
     blocks = [f"{ffn.path.rpartition('.')[0]}.{place}" for ffn in ffns]
-    if _shapes(trunk) != _shapes(_own_arrays(model, set(blocks))):
+    theirs = _own_arrays(model, set(blocks))
+    if theirs.keys() - trunk.keys() == {_OUTPUT}:
+        # Qwen2's has an output layer even where that is the embedding.
+        embedding = get_module(network, find_embedding(network))
+        trunk[_OUTPUT] = _as_linear(embedding)
+    if _shapes(trunk) != _shapes(theirs):
         return None, [
             f"mixture of experts: mlx-lm's {architecture} has another attention than this "
             f"{model_type}."
@@ -136,6 +150,14 @@ def experts_model(
     if width * ACTIVE != k:
         notes.append(f"mixture of experts: {width * ACTIVE} channels are active, not k = {k}")
     return Experts(model, architecture, count, ACTIVE, shared, width), notes
+
+
+def _as_linear(embedding: nn.Embedding | nn.QuantizedEmbedding) -> nn.Module:
+    """The output layer that an embedding is, around its very arrays."""
+    if isinstance(embedding, nn.Embedding):
+        return linear(embedding.weight)
+    how = {name: getattr(embedding, name) for name in ("group_size", "bits", "mode")}
+    return quantized_linear(embedding.weight, embedding.scales, embedding.get("biases"), how)
 
 
 def _quantization(ffn: nn.Module) -> dict[str, dict[str, Any]]:
