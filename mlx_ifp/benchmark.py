@@ -154,7 +154,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--shapes",
         choices=["paper"],
         help="Instead of --model: a checkpoint with the shapes of the paper's 9B -> 3B model and "
-        "random weights, in a temporary directory",
+        "random weights, in a temporary directory (19 GB in bfloat16 at --scale 1)",
     )
     group.add_argument(
         "--scale",
