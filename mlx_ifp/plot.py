@@ -243,7 +243,7 @@ def curves_figure(logs: Sequence[Log]) -> "Figure":
     ]
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure = _new_figure(6.0 * columns + (2 if columns == 1 else 0), 3.6 * rows + 0.5)
+    figure = new_figure(6.0 * columns + (2 if columns == 1 else 0), 3.6 * rows + 0.5)
     palette = matplotlib.colormaps["tab10" if len(logs) <= 10 else "tab20"].colors
     for number, (title, curves) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)
@@ -400,7 +400,7 @@ def overlap_figure(
 
     columns = len(layers) if len(layers) <= 3 else math.ceil(math.sqrt(len(layers)))
     rows = math.ceil(len(layers) / columns)
-    figure = _new_figure(4.2 * columns + 1.4, 4.2 * rows + 0.6)
+    figure = new_figure(4.2 * columns + 1.4, 4.2 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(layers) :]:
         axes.remove()
@@ -433,7 +433,7 @@ def overlap_figure(
 # -- files
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure in inches, without pyplot: it would choose a window system and keep figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -449,17 +449,18 @@ def _plain(text: str) -> str:
     return (text if len(text) <= 32 else f"{text[:31]}…").replace("$", r"\$")
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path, option: str = "--output") -> None:
     """Raises IFPError before hours of work, not after them."""
     if path.suffix.lower() != ".png":
-        raise IFPError(f"--output {path}: the name must end in .png.")
+        raise IFPError(f"{option} {path}: the name must end in .png.")
     if path.is_dir():
-        raise IFPError(f"--output {path} is a directory; name a file.")
+        raise IFPError(f"{option} {path} is a directory; name a file.")
     if not path.parent.is_dir():
-        raise IFPError(f"--output {path}: there is no directory {path.parent}.")
+        raise IFPError(f"{option} {path}: there is no directory {path.parent}.")
 
 
-def _check_matplotlib() -> None:
+def check_matplotlib() -> None:
+    """Raises IFPError if it is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -511,8 +512,8 @@ def main() -> None:
     args = setup_arg_parser().parse_args()
     output = Path(args.output)
     _check_arguments(args)
-    _check_output(output)
-    _check_matplotlib()
+    check_output(output)
+    check_matplotlib()
     if args.overlap:
         figure, said = _draw_overlap(args)
     else:

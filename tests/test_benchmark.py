@@ -1,6 +1,9 @@
 """``mlx_ifp.benchmark``. What it measures is never asserted on: machines differ."""
 
 import json
+import os
+import re
+import sys
 from statistics import median
 
 import mlx.core as mx
@@ -8,107 +11,210 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_ifp import load
-from mlx_ifp.benchmark import FIRST, FULL, REPEAT, ROWS, SAME_SIZE, Settings, benchmark
+from mlx_ifp.benchmark import benchmark, settings_of, setup_arg_parser
+from mlx_ifp.benchmark_chart import chart
+from mlx_ifp.benchmark_runs import (
+    EXPERTS,
+    FIRST,
+    FULL,
+    OVERLAPPING,
+    REPEAT,
+    ROWS,
+    SAME_SIZE,
+    SWITCH,
+    SWITCHES,
+    Settings,
+)
+from mlx_ifp.benchmark_table import FIGURES, table
+from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
+from mlx_ifp.errors import IFPError
 from mlx_ifp.same_size import memory_of, same_size_model
 
 from .conftest import make_dense, run_command
 from .helpers import random_selection, relative_error
 
 TOKENS = mx.array([[5, 77, 130, 9, 42, 200, 301, 17]])
-FEW = ("-p", 12, "-g", 12, "-n", 2)
 
 
 @pytest.fixture(scope="module")
-def run(tiny_checkpoint, tmp_path_factory):
-    """The command's output and its JSON."""
-    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    done = run_command("benchmark", "--model", tiny_checkpoint, *FEW, "--json", file)
+def run(predictor_checkpoint, tmp_path_factory):
+    """The command with all it can do: its output, its JSON, its chart."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    files = (
+        "--cache-dir",
+        folder / "selections",
+        "--json",
+        folder / "figures.json",
+        "--chart",
+        folder / "times.png",
+    )
+    cold = ("--cold",) if hasattr(os, "posix_fadvise") else ()
+    done = run_command(
+        *("benchmark", "--model", predictor_checkpoint, "-p", 5, 12, "-g", 12, "-n", 2),
+        *("--samples", 3, "--task", "Sort lists.", "--other-task", "Name rivers.", *cold, *files),
+    )
     assert done.returncode == 0, done.stderr
-    return done, json.loads(file.read_text())
+    # Selections on disk are neither read nor written.
+    assert sorted(path.name for path in folder.iterdir()) == ["figures.json", "times.png"]
+    return done, json.loads(files[3].read_text()), files[5].read_bytes()
 
 
-def test_table_has_a_line_for_each_network(run):
-    lines = run[0].stdout.splitlines()
-    header = next(line for line in lines if line.startswith("network "))
-    for column in ("selection s", "loading s", "prefill s", "first token s", "decode tokens/s"):
-        assert column in header
-    for row in ROWS:
-        cells = next(line for line in lines if line.startswith(row))[len(row) :].split()
-        assert len(cells) == 7
-        assert ("-" in cells) == (row in (SAME_SIZE, FULL))
-    assert "k = 64 of 160 channels in 3 layers" in run[0].stdout
-    assert "sub-network / same size" in run[0].stdout
+def test_there_is_a_table_for_each_length(run):
+    tables = run[0].stdout.split(" tokens in, 12 out, 3 samples, tokens/s of all\n")
+    assert [int(text.split()[-1]) for text in tables[:-1]] == [5, 12]
+    for text in tables[1:]:
+        lines = text.splitlines()
+        header = next(line for line in lines if line.startswith("network "))
+        for _, column, _ in FIGURES:
+            assert column in header
+        for row in ROWS:
+            cells = next(line for line in lines if line.startswith(row))[len(row) :].split()
+            assert len(cells) == 8
+            dashes = [i for i, cell in enumerate(cells) if cell == "-"]
+            if row in SWITCHES:
+                assert dashes == [2, 3, 4, 5, 6, 7]
+            else:
+                assert dashes == ([] if row in (FIRST, REPEAT) else [0, 1])
+        for ratio in ("/ same size:", "/ full model:", "/ mixture of experts:", "/ prefill:"):
+            assert sum(ratio in line for line in lines) == 1
+        assert "mixture of experts: mixtral, 4 of 10 experts of 16 channels" in text
+    assert "k = 64 of 160 channels in 3 layers, selector predictor" in tables[0]
 
 
 def test_json_has_every_trial_and_its_summary(run):
     result = run[1]
     assert result["settings"] == {
-        "prompt_tokens": 12,
+        "prompt_tokens": [5, 12],
         "generation_tokens": 12,
         "num_trials": 2,
+        "samples": 3,
         "prefill_step_size": 2048,
         "seed": 0,
     }
-    assert len(result["trials"]) == 2
-    # The order rotates.
-    assert [next(iter(trial)) for trial in result["trials"]] == [FIRST, REPEAT]
-    for row in ROWS:
-        values = [trial[row]["decode_tps"] for trial in result["trials"]]
-        figure = result["rows"][row]["decode_tps"]
-        assert (figure["min"], figure["max"]) == (min(values), max(values))
-        assert figure["min"] <= figure["median"] <= figure["max"]
-        for one in (*(trial[row] for trial in result["trials"]), result["warm_up"][row]):
-            parts = one["select_seconds"] + one["load_seconds"] + one["prefill_seconds"]
-            assert one["first_token_seconds"] == pytest.approx(parts)
-            # The first token is not decoded; the others are, in turns of eight.
-            assert len(one["turn_seconds"]) == 2
-            assert one["decode_tps"] == pytest.approx(11 / sum(one["turn_seconds"]))
-    ratios = [
-        median(t[SAME_SIZE]["turn_seconds"][i] / t[REPEAT]["turn_seconds"][i] for i in range(2))
-        for t in result["trials"]
-    ]
-    assert result["decode_to_same_size"]["min"] == pytest.approx(min(ratios))
+    assert (result["task"], result["other_task"]) == ("Sort lists.", "Name rivers.")
+    for one in result["lengths"]:
+        trials = [trial["rows"] for trial in one["trials"]]
+        assert len(trials) == 2
+        # The order rotates.
+        assert [next(iter(rows)) for rows in trials] == [FIRST, REPEAT]
+        for row in set(ROWS) - set(SWITCHES):
+            values = [rows[row]["decode_tps"] for rows in trials]
+            figure = one["rows"][row]["decode_tps"]
+            assert (figure["min"], figure["max"]) == (min(values), max(values))
+            assert figure["min"] <= figure["median"] <= figure["max"]
+            for each in (*(rows[row] for rows in trials), one["warm_up"][row]):
+                parts = each["select_seconds"] + each["load_seconds"] + each["prefill_seconds"]
+                assert each["first_token_seconds"] == pytest.approx(parts)
+                # The first token is not decoded; the others are, in turns of eight.
+                assert len(each["turn_seconds"]) == 2
+                assert each["decode_seconds"] == pytest.approx(sum(each["turn_seconds"]))
+                assert each["decode_tps"] == pytest.approx(3 * 11 / each["decode_seconds"])
+        for row in SWITCHES:
+            assert all("prefill_seconds" not in rows[row] for rows in trials)
 
 
-def test_only_a_first_prompt_selects_and_reads(run):
+def test_ratios_are_those_of_the_trials(run):
+    for one in run[1]["lengths"]:
+        ratios, trials = one["ratios"], one["trials"]
+
+        def turns(trial, row):
+            return trial["rows"][row]["turn_seconds"]
+
+        for name, row in (
+            ("decode_to_same_size", SAME_SIZE),
+            ("decode_to_full", FULL),
+            ("decode_to_experts", EXPERTS),
+        ):
+            values = [
+                median(turns(t, row)[i] / turns(t, REPEAT)[i] for i in range(2)) for t in trials
+            ]
+            assert ratios[name]["min"] == pytest.approx(min(values))
+            assert ratios[name]["max"] == pytest.approx(max(values))
+        rows = one["rows"]
+        share = rows[FULL]["bytes_per_token"] / rows[REPEAT]["bytes_per_token"]
+        assert ratios["bytes_full_to_sub_network"] == pytest.approx(share)
+        assert ratios["decode_to_full_of_bytes"]["max"] == pytest.approx(
+            ratios["decode_to_full"]["max"] / share
+        )
+        firsts = [trial["rows"][FIRST] for trial in trials]
+        to_prefill = [
+            (first["select_seconds"] + first["load_seconds"]) / first["prefill_seconds"]
+            for first in firsts
+        ]
+        assert ratios["first_prompt_to_prefill"]["min"] == pytest.approx(min(to_prefill))
+        to_copy = [
+            first["load_seconds"] / t["copy_seconds"]
+            for first, t in zip(firsts, trials, strict=True)
+        ]
+        assert ratios["loading_to_copy"]["max"] == pytest.approx(max(to_copy))
+
+
+def test_cold_loading_is_compared_with_a_cold_read(run):
+    for one in run[1]["lengths"]:
+        if not hasattr(os, "posix_fadvise"):
+            assert one["ratios"]["cold_loading_to_read"] is None
+            continue
+        values = [t["cold_load_seconds"] / t["sequential_read_seconds"] for t in one["trials"]]
+        assert one["ratios"]["cold_loading_to_read"]["min"] == pytest.approx(min(values))
+        assert all(-1 <= trial["still_in_memory"] <= 1 for trial in one["trials"])
+        assert "loading, cold / sequential read:" in run[0].stdout
+
+
+def test_only_a_new_task_selects_and_reads(run):
     # float32: k = 64 channels of 3 rows of 64 in 3 layers.
     channels = 4 * 64 * 3 * 64 * 3
-    for trial in run[1]["trials"]:
-        assert (trial[FIRST]["source"], trial[FIRST]["bytes_read"]) == ("activations", channels)
-        assert (trial[REPEAT]["source"], trial[REPEAT]["bytes_read"]) == ("memory", 0)
-        for row in (SAME_SIZE, FULL):
-            assert trial[row]["bytes_read"] == trial[row]["select_seconds"] == 0
+    for one in run[1]["lengths"]:
+        for trial in one["trials"]:
+            rows = trial["rows"]
+            assert (rows[FIRST]["source"], rows[FIRST]["bytes_read"]) == ("predictor", channels)
+            for row in (REPEAT, SWITCH):
+                assert (rows[row]["source"], rows[row]["bytes_read"]) == ("memory", 0)
+            # What the first task has not, and no more.
+            missing = (1 - trial["overlap"]) * channels
+            assert rows[OVERLAPPING]["source"] == "predictor"
+            assert 0 < trial["overlap"] < 1
+            assert rows[OVERLAPPING]["bytes_read"] == round(missing)
+            for row in (SAME_SIZE, FULL, EXPERTS):
+                assert rows[row]["bytes_read"] == rows[row]["select_seconds"] == 0
+        expected = [(1 - trial["overlap"]) * channels for trial in one["trials"]]
+        assert one["overlapping_bytes_expected"]["min"] == pytest.approx(min(expected))
 
 
-def test_memory_is_of_one_network_at_a_time(run):
-    rows = run[1]["rows"]
-    for row in rows.values():
-        assert row["peak_memory_bytes"] > row["weights_bytes"]
-    assert (
-        rows[FULL]["weights_bytes"] - rows[REPEAT]["weights_bytes"] == 4 * (160 - 64) * 3 * 64 * 3
-    )
-    assert rows[SAME_SIZE]["weights_bytes"] == rows[REPEAT]["weights_bytes"]
-    # The full model is not counted in what the others need.
-    assert rows[SAME_SIZE]["peak_memory_bytes"] < rows[FULL]["peak_memory_bytes"]
+def test_memory_is_of_one_network_at_a_time(run, predictor_checkpoint):
+    checkpoint = open_checkpoint(predictor_checkpoint)
+    predictor = sum(t.nbytes for t in (*checkpoint.predictor.values(), *checkpoint.head.values()))
+    for one in run[1]["lengths"]:
+        rows = one["rows"]
+        for row in set(ROWS) - set(SWITCHES):
+            assert rows[row]["peak_memory_bytes"] > rows[row]["weights_bytes"]
+        more = 4 * (160 - 64) * 3 * 64 * 3
+        assert rows[FULL]["weights_bytes"] - rows[REPEAT]["weights_bytes"] == more
+        assert rows[SAME_SIZE]["weights_bytes"] == rows[REPEAT]["weights_bytes"]
+        # As many experts as have d_ffn channels, and what chooses among them.
+        gates = 4 * 10 * 64 * 3
+        assert rows[EXPERTS]["weights_bytes"] == rows[FULL]["weights_bytes"] + gates
+        assert rows[EXPERTS]["bytes_per_token"] == rows[REPEAT]["bytes_per_token"] + gates
+        # The full model is not counted in what the others need.
+        assert rows[SAME_SIZE]["peak_memory_bytes"] < rows[FULL]["peak_memory_bytes"]
+        assert one["predictor_bytes"] == predictor
+        whole = rows[FIRST]["weights_bytes"] + predictor
+        assert one["ratios"]["peak_to_weights"] == rows[FIRST]["peak_memory_bytes"] / whole
+        assert one["ratios"]["peak_to_weights"] > 1
 
 
-def test_selections_on_disk_are_not_touched(tiny_checkpoint, tmp_path):
-    cache = tmp_path / "selections"
-    done = run_command("benchmark", "--model", tiny_checkpoint, *FEW, "--cache-dir", cache)
-    assert done.returncode == 0, done.stderr
-    assert not cache.exists()
-
-
-def test_a_predictor_is_measured_too(predictor_checkpoint, tmp_path):
-    file = tmp_path / "figures.json"
-    done = run_command(
-        "benchmark", "--model", predictor_checkpoint, *FEW, "--json", file, "--task", "Sort lists."
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(file.read_text())
-    assert (result["task"], result["network"]["selector"]) == ("Sort lists.", "predictor")
-    assert {trial[FIRST]["source"] for trial in result["trials"]} == {"predictor"}
+def test_the_chart_has_the_medians_as_bars(run):
+    assert run[2].startswith(b"\x89PNG")
+    axes = chart(run[1]).axes
+    assert len(axes) == 2
+    for panel, one in zip(axes, run[1]["lengths"], strict=True):
+        bars = [bar.get_width() for container in panel.containers for bar in container]
+        medians = [
+            one["rows"][row].get(part, {"median": 0})["median"]
+            for part in ("select_seconds", "load_seconds", "prefill_seconds", "decode_seconds")
+            for row in ROWS
+        ]
+        assert bars == pytest.approx(medians)
 
 
 def test_a_static_selection_is_said_to_be_made_once(tmp_path):
@@ -121,11 +227,20 @@ def test_a_static_selection_is_said_to_be_made_once(tmp_path):
     )
     model, _ = load(checkpoint, selector="static", cache=False)
     stream = mx.default_stream(mx.default_device())
-    result = benchmark(model, settings=Settings(4, 12, 1))
-    assert result["warm_up"][FIRST]["source"] == "static"
-    assert result["trials"][0][FIRST]["source"] == "memory"
-    assert result["trials"][0][FIRST]["bytes_read"] > 0
-    assert any("same for every text" in note for note in result["notes"])
+    result = benchmark(model, settings=Settings((4,), 12, 1), experts=False)
+    [one] = result["lengths"]
+    assert one["warm_up"][FIRST]["source"] == "static"
+    first = one["trials"][0]["rows"][FIRST]
+    assert first["source"] == "memory"
+    assert first["bytes_read"] > 0
+    assert one["predictor_bytes"] == 0
+    assert one["overlap"]["median"] == 1
+    assert one["trials"][0]["rows"][OVERLAPPING]["bytes_read"] == 0
+    assert EXPERTS not in one["rows"]
+    assert one["ratios"]["decode_to_experts"] is None
+    assert any("same for every text" in note for note in one["notes"])
+    # The figures are printed without it.
+    assert "mixture" not in table(one, result["settings"])
     assert mx.default_stream(mx.default_device()) == stream
 
 
@@ -183,10 +298,9 @@ def test_a_width_that_groups_do_not_divide_is_said(tmp_path):
     stock, notes = same_size_model(network, model.checkpoint.ffns)
     assert relative_error(stock(TOKENS), network(TOKENS)) < 2e-5
     assert len(notes) == 1
-    done = run_command("benchmark", "--model", checkpoint, *FEW)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == notes[0]
     assert "k = 50" in notes[0]
+    result = benchmark(model, settings=Settings((4,), 2, 1), experts=False)
+    assert notes[0] in table(result["lengths"][0], result["settings"]).splitlines()
 
 
 def test_an_embedding_that_is_looked_up_is_not_read_for_each_token(tmp_path):
@@ -199,26 +313,49 @@ def test_an_embedding_that_is_looked_up_is_not_read_for_each_token(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("-n", 0), "--num-trials must be at least 1"),
-        (("--prompt-tokens", 0), "--prompt-tokens must be at least 1"),
-        (("-g", 1), "--generation-tokens must be at least 2"),
-        (("--prefill-step-size", -1), "--prefill-step-size must be at least 1"),
-        (("--task", " "), "empty"),
-        (("--json", "nowhere/figures.json"), "nowhere"),
-        (("--keep", 161), "d_ffn = 160"),
+        ("--task=", "--task"),
+        ("--other-task=", "--other-task"),
+        ("-n 0", "--num-trials must be at least 1"),
+        ("-p 8 0", "--prompt-tokens must be at least 1"),
+        ("-p 8 8", "twice"),
+        ("-g 1", "--generation-tokens must be at least 2"),
+        ("--prefill-step-size -1", "--prefill-step-size must be at least 1"),
+        ("--samples 0", "--samples must be at least 1"),
+        ("--json nowhere/figures.json", "nowhere"),
+        ("--chart nowhere/times.png", "--chart nowhere/times.png: there is no directory nowhere"),
+        ("--chart times.pdf", "--chart times.pdf: the name must end in .png"),
+        ("--shapes paper --model some", "--shapes or --model, not both"),
+        ("--shapes paper --scale 17", "--scale 17 leaves none of the 16 attention heads"),
+        ("--shapes paper --scale 0", "--scale must be at least 1"),
+        ("--shapes paper --q-bits 4", "need -q"),
+        ("--shapes paper -q --q-bits 7", "--q-bits is one of"),
+        ("--shapes paper -q --q-group-size 48", "--q-group-size is one of"),
+        ("--scale 8", "--scale needs --shapes"),
+        ("-q", "--quantize needs --shapes"),
     ],
 )
-def test_bad_values_are_one_line(tiny_checkpoint, tmp_path, arguments, words):
-    done = run_command("benchmark", "--model", tiny_checkpoint, *FEW, *arguments, cwd=tmp_path)
+def test_bad_options_are_found_before_anything_is_read(arguments, words):
+    args = setup_arg_parser().parse_args(arguments.split())
+    with pytest.raises(IFPError, match=re.escape(words)):
+        settings_of(args)
+
+
+def test_what_a_machine_lacks_is_said_first(monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    with pytest.raises(IFPError, match="--cold works on Linux only"):
+        settings_of(setup_arg_parser().parse_args(["--cold"]))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(IFPError, match=re.escape("mlx_ifp[plot]")):
+        settings_of(setup_arg_parser().parse_args(["--chart", "times.png"]))
+
+
+def test_a_bad_value_is_one_line(tiny_checkpoint):
+    done = run_command("benchmark", "--model", tiny_checkpoint, "--keep", 161)
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.rglob("*.json")) == []
+    assert "d_ffn = 160" in done.stderr
 
 
 def test_help_has_examples():
-    done = run_command("benchmark", "-h")
-    assert done.returncode == 0
-    assert "examples:" in done.stdout
+    assert "examples:" in setup_arg_parser().format_help()
