@@ -30,9 +30,11 @@ from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.errors import IFPError
 from mlx_ifp.hub import upload_checkpoint
-from mlx_ifp.model import Keep, default_dtype, load_tokenizer_of
+from mlx_ifp.keep import Keep
+from mlx_ifp.model import default_dtype
 from mlx_ifp.tensor_files import write_safetensors
 from mlx_ifp.text import selector_tokens
+from mlx_ifp.tokenizers import load_tokenizer_of
 
 from .calibrate import calibrate as order_channels
 from .dense import load_dense, one_line

@@ -64,7 +64,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--calibrate",
         metavar="FILE",
         help="Prompts, one a line or jsonl: channels that are selected together for them are "
-        "stored side by side, which makes reading faster",
+        "stored side by side",
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_ifp.checkpoint import HEAD_STEM, PREDICTOR_STEM
 from mlx_ifp.config import IFPConfig, TextConfig
 from mlx_ifp.errors import IFPError
-from mlx_ifp.model import resolve_keep
+from mlx_ifp.keep import resolve_keep
 from mlx_ifp.structure import find_body, get_module
 
 from .dense import DenseModel, dtype_of, open_tokenizer

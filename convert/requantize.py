@@ -18,7 +18,7 @@ from mlx_ifp.checkpoint import (
 from mlx_ifp.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError
 from mlx_ifp.expected import head_quantization, quantized_modules
-from mlx_ifp.model import resolve_keep
+from mlx_ifp.keep import resolve_keep
 from mlx_ifp.structure import PROJECTIONS, build_model, quantization_of
 from mlx_ifp.tensor_files import DTYPES, TensorInfo
 
@@ -52,7 +52,7 @@ def plan_requantized(
 
     Args:
         path (Path): the checkpoint.
-        keep: k, as :func:`~mlx_ifp.model.resolve_keep` takes it; None keeps the checkpoint's.
+        keep: k, as :func:`~mlx_ifp.keep.resolve_keep` takes it; None keeps the checkpoint's.
         precision, predictor_precision, head_precision: of the LLM, the predictor's backbone and
             its head; where nothing is asked for, tensors stay as they are.
         dequantize (bool): undo the quantization of all three first.

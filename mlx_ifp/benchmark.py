@@ -92,7 +92,7 @@ def benchmark(
     settings.check()
     saved = task if isinstance(task, Task) else None
     text = task if saved is None else saved.text
-    _check_tasks("-" if saved is not None else task, other_task)
+    _check_tasks(text, other_task)
     checkpoint = model.checkpoint
     files = None
     if cold:

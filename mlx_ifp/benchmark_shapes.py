@@ -14,7 +14,7 @@ from .checkpoint import CHANNELS, HEAD_STEM, PREDICTOR, PREDICTOR_STEM, TRUNK, w
 from .config import HeadConfig, IFPConfig
 from .errors import IFPError
 from .expected import backbone_tensors, channel_tensors, head_tensors, trunk_tensors
-from .model import WIDTH_MULTIPLE, resolve_keep
+from .keep import WIDTH_MULTIPLE, resolve_keep
 from .structure import PROJECTIONS, build_model, find_ffns
 
 DEFAULT_SCALE = 8

@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from .atomic import new_file
 from .errors import IFPError
 from .masks import Selection
+from .once import Once
 
 SELECTION_VERSION = "1"
 MAX_SELECTIONS = 256
@@ -64,7 +64,7 @@ class SubnetworkCache:
         self.max_bytes = max_bytes
         self._lock = threading.RLock()
         self._entries: OrderedDict[str, tuple[nn.Module, int]] = OrderedDict()
-        self._loading: dict[str, Future] = {}
+        self._once = Once(self._lock)
         self._pinned: set[str] = set()
         self._users: Counter[str] = Counter()
         self._hits = self._misses = self._evictions = 0
@@ -81,49 +81,44 @@ class SubnetworkCache:
         Returns:
             tuple: the model, and whether it was there.
         """
-        with self._lock:
+
+        def held() -> tuple[nn.Module, int] | None:
             if entry := self._entries.get(digest):
                 self._entries.move_to_end(digest)
-                self._hits += 1
-                return entry[0], True
-            future = self._loading.get(digest)
-            mine = future is None
-            if mine:
-                future = self._loading[digest] = Future()
-                self._misses += 1
-            else:
-                self._hits += 1
-        if not mine:
-            return future.result()[0], True
-        try:
-            entry = load()
-        except BaseException as error:
+            return entry
+
+        def made() -> tuple[nn.Module, int]:
             with self._lock:
-                del self._loading[digest]
-            future.set_exception(error)
-            raise
-        with self._lock:
-            del self._loading[digest]
-            if digest in self._entries:
-                # A user of the one that was evicted has brought it back meanwhile.
-                entry = self._entries[digest]
-            elif entry[1] <= self.max_bytes or self._stays(digest):
-                self._entries[digest] = entry
-                self._evict()
-        future.set_result(entry)
-        return entry[0], False
+                self._misses += 1
+            entry = load()
+            with self._lock:
+                if digest in self._entries:
+                    # A user of the one that was evicted has brought it back meanwhile.
+                    entry = self._entries[digest]
+                elif entry[1] <= self.max_bytes or self._stays(digest):
+                    self._entries[digest] = entry
+                    self._evict()
+            return entry
+
+        (network, _), mine = self._once.get(digest, held, made)
+        if not mine:
+            with self._lock:
+                self._hits += 1
+        return network, not mine
 
     def _stays(self, digest: str) -> bool:
         return digest in self._pinned or digest in self._users
 
     @contextlib.contextmanager
-    def using(self, digest: str, network: nn.Module, nbytes: int) -> Iterator[nn.Module]:
+    def using(
+        self, digest: str, network: nn.Module, nbytes: Callable[[], int]
+    ) -> Iterator[nn.Module]:
         """Keep a sub-network, and count its bytes, for as long as the block runs.
 
         Args:
             digest (str): the selection's.
             network (nn.Module): from :meth:`get`. If it was evicted since, it comes back.
-            nbytes (int): its bytes, as ``load`` gave them.
+            nbytes (Callable): gives its bytes; called only if it comes back.
 
         Yields:
             nn.Module: the one that is kept. It is another than ``network`` if that was evicted and
@@ -131,7 +126,9 @@ class SubnetworkCache:
         """
         with self._lock:
             self._users[digest] += 1
-            network = self._entries.setdefault(digest, (network, nbytes))[0]
+            if digest not in self._entries:
+                self._entries[digest] = (network, nbytes())
+            network = self._entries[digest][0]
             self._entries.move_to_end(digest)
             self._evict()
         try:

@@ -73,11 +73,8 @@ def _plan(
     tokenizer: TokenizerWrapper,
 ) -> Use:
     """What is going to be run, known before any weight is read."""
-    text = task
-    if task is None and args.selection is None and args.task_name is None:
-        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
     generation = Generation.of(len(_tokens(tokenizer, messages)), 0, **vars(args))
-    return use_of(args, checkpoint, tokenizer, generation, text)
+    return use_of(args, checkpoint, tokenizer, generation, messages, task)
 
 
 @command

@@ -20,6 +20,8 @@ from .subnetwork import FFNRows, apply_soft_values, folded_parts, parts_on_disk,
 
 # A sub-network's name among those in memory, if it is the dense model.
 _DENSE = "dense"
+# Comparing takes 1.5 ms a sub-network of 30 layers, and old tasks are seldom the nearest.
+_COMPARED = 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def read_ffn_again(
     plans, groups = {}, {}
     for key, names in parts_on_disk(reader, ffn).items():
         slots = []
-        for name in names:
+        for name in names[-_COMPARED:]:
             # Of a fused projection only the lower half, up_proj, has soft values in it.
             again = match.stale if key in folded and name == names[-1] else False
             slots.append(np.flatnonzero(~match.shared | again))
@@ -204,11 +206,12 @@ class Residents:
         return selection.layers[layer], None if soft_values is None else soft_values[layer]
 
     def nearest(self, selection: Selection | None, names: list[str]) -> list[LayerRows] | None:
-        """The sub-network from which the fewest bytes would be missing.
+        """The sub-network from which the fewest bytes would be missing, of those used last.
 
         Args:
             selection (Selection): what is wanted; None for the dense model.
-            names (list): which may be used: the digests of their selections, or ``dense``.
+            names (list): which may be used, the one used last at the end: the digests of their
+                selections, or ``dense``.
 
         Returns:
             list: its L layers; None if nothing could be reused.

@@ -25,7 +25,6 @@ from .cli import command
 from .errors import IFPError
 from .hub import uploading
 from .masks import Selection
-from .model import load_tokenizer_of
 from .options import (
     add_model_options,
     add_task_options,
@@ -36,6 +35,7 @@ from .options import (
 from .structure import FFN, quantization_of, with_width
 from .subnetwork import FFNRows, check_selection, read_ffn
 from .tensor_files import DTYPES, LazyTensor, write_safetensors
+from .tokenizers import load_tokenizer_of
 
 GGUF_FILE = "ggml-model-f16.gguf"  # mlx-lm's default name
 GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx_lm.fuse --export-gguf

@@ -22,9 +22,10 @@ from .cache import save_selection
 from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
+from .keep import Keep
 from .kv_size import Generation, stored_positions
 from .masks import Selection
-from .model import IFPModel, Keep, Prepared
+from .model import IFPModel, Prepared
 from .options import (
     add_kv_options,
     add_memory_options,
@@ -380,10 +381,8 @@ def _plan(
     tokens = len(_tokens(args, tokenizer, [dict(message) for message in messages]))
     if args.prompt_cache_file is not None:
         tokens += stored_positions(args.prompt_cache_file)
-    text = task
-    if task is None and args.selection is None and args.task_name is None and not args.dense:
-        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
-    return use_of(args, checkpoint, tokenizer, Generation.of(tokens, **vars(args)), text)
+    generation = Generation.of(tokens, **vars(args))
+    return use_of(args, checkpoint, tokenizer, generation, messages, task)
 
 
 def _check_warm_flags(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from .cache import SelectionCache, load_selection
 from .cli import command
 from .errors import IFPError
-from .prompt_cache import WarmPromptFiles
+from .prompt_cache_files import WarmPromptFiles
 
 EXAMPLES = """examples:
   mlx_ifp.manage --scan

@@ -8,39 +8,37 @@ import time
 from collections import OrderedDict
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 
 from .activations import activation_scores
 from .budget import Estimator, Use
 from .cache import SelectionCache, SubnetworkCache
 from .channels import ChannelReader
-from .checkpoint import PREDICTOR, Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
+from .checkpoint import Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
 from .delta import Residents
 from .errors import IFPError
-from .fit import MemoryLimit
+from .keep import Keep, resolve_keep
 from .kv_size import Generation
 from .masks import Selection, select_channels
+from .memory_limit import MemoryLimit
 from .once import Once
 from .predictor import Predictor, load_predictor
-from .prompt_cache import KVSettings, WarmPromptFiles, WarmPrompts
+from .prompt_cache import KVSettings, WarmPrompts
+from .prompt_cache_files import WarmPromptFiles
 from .reuse import Reuse, check_overlap
 from .structure import get_module
 from .subnetwork import FFNRows, build_subnetwork
 from .task_library import TaskLibrary
 from .text import Text, selector_tokens, token_ids
+from .tokenizers import load_predictor_tokenizer, load_tokenizer_of
 
-Keep = int | float | list[int]
-
-# Widths that are multiples of this keep every fast Metal kernel open.
-WIDTH_MULTIPLE = 64
 _REMEMBERED_SELECTIONS = 256
 
 
@@ -56,33 +54,6 @@ def default_cache_bytes() -> int:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
     return int(limit) // 2
-
-
-def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
-    """Channels to keep in each layer.
-
-    Args:
-        keep: a count, a list of L counts, or a fraction (a float) of d_ffn, which is rounded to a
-            multiple of 64.
-        d_ffn (int): channels of a layer.
-        layers (int): L.
-
-    Raises:
-        IFPError: if it is out of range.
-    """
-    if isinstance(keep, float):
-        if not 0 < keep <= 1:
-            raise IFPError(f"The fraction of channels to keep must be in (0, 1], not {keep}.")
-        if keep == 1 or d_ffn <= WIDTH_MULTIPLE:
-            return max(1, round(keep * d_ffn))
-        rounded = round(keep * d_ffn / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        return min(max(rounded, WIDTH_MULTIPLE), d_ffn)
-    ks = keep if isinstance(keep, list) else [keep]
-    if isinstance(keep, list) and len(ks) != layers:
-        raise IFPError(f"{len(ks)} values of k were given for {layers} layers.")
-    if any(not 1 <= k <= d_ffn for k in ks):
-        raise IFPError(f"k must be between 1 and d_ffn = {d_ffn}, not {keep}.")
-    return keep
 
 
 def checked_selector(checkpoint: Checkpoint, selector: str) -> str:
@@ -462,9 +433,9 @@ class IFPModel:
         Args:
             prepared (Prepared): from :meth:`prepare`.
         """
-        digest = _digest(prepared.selection)
+        network = prepared.network
         return self.networks.using(
-            digest, prepared.network, _ffn_bytes(prepared.network, self.checkpoint)
+            _digest(prepared.selection), network, partial(_ffn_bytes, network, self.checkpoint)
         )
 
     def warm_prompt(
@@ -501,41 +472,6 @@ def _set_width(network: nn.Module, k: int | list[int]) -> None:
     args = getattr(network, "args", None)
     if hasattr(args, "intermediate_size"):
         args.intermediate_size = k
-
-
-def _load_tokenizer(
-    path: Path, config: dict[str, Any] | None, eos_token_ids: Any = None
-) -> TokenizerWrapper:
-    try:
-        return load_tokenizer(path, config, eos_token_ids=eos_token_ids)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise IFPError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
-
-
-def load_tokenizer_of(
-    checkpoint: Checkpoint, config: dict[str, Any] | None = None
-) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint's LLM; ``config`` is passed on, as in mlx-lm.
-
-    Raises:
-        IFPError: if it cannot be loaded.
-    """
-    return _load_tokenizer(checkpoint.path, config, checkpoint.config.get("eos_token_id"))
-
-
-def load_predictor_tokenizer(
-    checkpoint: Checkpoint, config: dict[str, Any] | None = None
-) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint's predictor, which has one of its own."""
-    return _load_tokenizer(checkpoint.path / PREDICTOR, config)
 
 
 def open_model(

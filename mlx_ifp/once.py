@@ -45,11 +45,9 @@ class Once:
                 return self._make(key, future, make), True
             try:
                 return future.result(), False
-            except Exception:
-                raise
-            except BaseException:
-                # The other thread was interrupted, not this one: it is this one's turn.
-                if future.exception() is None:
+            except (KeyboardInterrupt, SystemExit):
+                # If it is the other thread that was interrupted, it is this one's turn.
+                if not future.done() or future.exception() is None:
                     raise
 
     def _make(self, key: Hashable, future: Future, make: Callable[[], Value]) -> Value:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -16,20 +17,14 @@ from .cache import SelectionCache, load_selection
 from .checkpoint import Checkpoint
 from .config import SELECTORS
 from .errors import IFPError
-from .fit import check
+from .keep import Keep, resolve_keep
 from .kv_size import Generation
 from .masks import Selection
-from .model import (
-    IFPModel,
-    Keep,
-    checked_selector,
-    default_dtype,
-    load_predictor_tokenizer,
-    open_model,
-    resolve_keep,
-)
+from .memory_limit import check
+from .model import IFPModel, checked_selector, default_dtype, open_model
 from .task_library import Task, TaskLibrary
-from .text import Text, selector_tokens
+from .text import selecting_text, selector_tokens
+from .tokenizers import load_predictor_tokenizer
 
 
 def parse_keep(text: str) -> Keep:
@@ -183,7 +178,8 @@ def use_of(
     checkpoint: Checkpoint,
     tokenizer: TokenizerWrapper,
     generation: Generation,
-    text: Text | None,
+    messages: list[dict[str, Any]],
+    task: str | None,
 ) -> Use:
     """What the options are going to use a checkpoint for.
 
@@ -192,7 +188,8 @@ def use_of(
         checkpoint: what they name.
         tokenizer: of its LLM.
         generation: lengths, and how keys and values are kept.
-        text: what selects; None if the options have a selection or ask for the dense model.
+        messages: the prompt, which selects if nothing else does.
+        task: a description that selects, or None.
     """
     if getattr(args, "dense", False):
         return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
@@ -205,6 +202,9 @@ def use_of(
     selector = checked_selector(checkpoint, args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
+    text = task
+    if task is None:
+        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
     tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
     return Use(k, generation, selector, len(tokens), args.cached_tasks)
 

@@ -4,53 +4,35 @@ In memory, and if asked on disk. Keys and values made under one mask are wrong u
 that determines them is part of the key they are kept under.
 """
 
-import contextlib
 import copy
 import hashlib
 import json
-import os
-import re
 import threading
-import time
-import warnings
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm import __version__ as mlx_lm_version
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
     can_trim_prompt_cache,
-    load_prompt_cache,
     make_prompt_cache,
-    save_prompt_cache,
     trim_prompt_cache,
 )
 
-from .atomic import new_file
 from .masks import Selection
 from .once import Once
+from .prompt_cache_files import PromptCache, WarmPromptFiles
 from .text import common_prefix, token_ids
 
-PromptCache = list[Any]
 _Entry = tuple[str, tuple[int, ...]]
 
-FORMAT = "mlx_ifp.warm_prompt"
-VERSION = "1"
 MAX_BYTES = 1 << 30
-MAX_BYTES_ON_DISK = 4 << 30
-_NAME = re.compile(r"[0-9a-f]{32}-\d+-[0-9a-f]{32}\.safetensors")
-# A process that was killed leaves a temporary file; one that writes now is not that slow.
-_ABANDONED_SECONDS = 3600
 
 
 class Ready(Protocol):
@@ -116,7 +98,7 @@ class WarmPrompts:
         self,
         checkpoint: str,
         dtype: mx.Dtype | None,
-        files: "WarmPromptFiles | None" = None,
+        files: WarmPromptFiles | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.files = files
@@ -368,139 +350,3 @@ def _claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCach
     for layer in prompt_cache:
         layer.ifp_selection = "dense" if selection is None else selection.digest
     return prompt_cache
-
-
-def _checksum(prompt_cache: PromptCache) -> str:
-    """CRC-32 of all arrays' bytes and all counts: enough to notice a damaged file."""
-    crc = 0
-    for _, value in tree_flatten([layer.state for layer in prompt_cache]):
-        if isinstance(value, mx.array) and value.size:
-            crc = zlib.crc32(memoryview(mx.contiguous(value).reshape(-1).view(mx.uint8)), crc)
-        elif isinstance(value, int):
-            crc = zlib.crc32(str(int(value)).encode(), crc)
-    return f"{crc:08x}"
-
-
-class WarmPromptFiles:
-    """Prompt caches on disk, so that the next process finds them.
-
-    One safetensors file a prompt, by mlx-lm's ``save_prompt_cache``. Names are hashes and the
-    number of tokens; neither text nor tokens are stored. But keys and values tell much of a text to
-    those who have the model, so the folder is its owner's alone. Nothing here fails a caller: what
-    can't be read or written is warned about and left out.
-
-    Args:
-        directory (Path): of the caches; the files are in ``warm_prompts`` below it.
-        model (str): the checkpoint's name, for those who list the files.
-        max_bytes (int): bound of all files; the least recently used ones are deleted.
-    """
-
-    def __init__(
-        self, directory: Path, model: str = "", max_bytes: int = MAX_BYTES_ON_DISK
-    ) -> None:
-        self.directory = Path(directory) / "warm_prompts"
-        self.model = model
-        self.max_bytes = max_bytes
-        self._warned = False
-
-    def _path(self, key: str, tokens: Iterable[int]) -> Path:
-        tokens = np.asarray(tokens, np.int64)
-        name = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
-        return self.directory / f"{key[:32]}-{tokens.size}-{name[:32]}.safetensors"
-
-    def has(self, key: str, tokens: Iterable[int]) -> bool:
-        """Whether there is a file of this very prompt."""
-        with contextlib.suppress(OSError):
-            return self._path(key, tokens).is_file()
-        return False
-
-    def longest(
-        self, key: str, tokens: list[int], longer_than: int = 0
-    ) -> tuple[PromptCache, int] | None:
-        """The longest prefix of ``tokens`` on disk that has more than ``longer_than`` tokens."""
-        lengths = {int(path.name.split("-")[1]) for path in self.entries(f"{key[:32]}-")}
-        for n in sorted(lengths, reverse=True):
-            if longer_than < n <= len(tokens):
-                prompt_cache = self._load(self._path(key, tokens[:n]), key, n)
-                if prompt_cache is not None:
-                    return prompt_cache, n
-        return None
-
-    def _load(self, path: Path, key: str, n: int) -> PromptCache | None:
-        if not path.is_file():
-            return None
-        try:
-            prompt_cache, metadata = load_prompt_cache(str(path), return_metadata=True)
-            expected = {"format": FORMAT, "version": VERSION, "key": key, "tokens": str(n)}
-            wrong = [name for name, value in expected.items() if metadata.get(name) != value]
-            if wrong:
-                raise ValueError(f"{wrong[0]} is {metadata.get(wrong[0])}")
-            if metadata.get("crc32") != _checksum(prompt_cache):
-                raise ValueError("its checksum is another")
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            UnicodeError,
-        ) as error:
-            if not path.exists():
-                return None  # another process has deleted it
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            warnings.warn(f"Ignoring a damaged warm prompt: {path} ({reason})", stacklevel=2)
-            # Nobody can use it, and whoever prefills it again writes it again.
-            with contextlib.suppress(OSError):
-                path.unlink()
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)
-        return prompt_cache
-
-    def store(self, key: str, tokens: tuple[int, ...], prompt_cache: PromptCache) -> None:
-        """Keep a prompt; a file that is there is replaced as a whole."""
-        if sum(layer.nbytes for layer in prompt_cache) > self.max_bytes:
-            return
-        path = self._path(key, tokens)
-        try:
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            self.directory.mkdir(mode=0o700, exist_ok=True)
-            metadata = {
-                "format": FORMAT,
-                "version": VERSION,
-                "model": self.model,
-                "key": key,
-                "tokens": str(len(tokens)),
-                "crc32": _checksum(prompt_cache),
-            }
-            with new_file(path) as temporary:
-                save_prompt_cache(str(temporary), prompt_cache, metadata)
-            self._tidy()
-        # mlx raises RuntimeError where a file cannot be written.
-        except (OSError, RuntimeError, ValueError) as error:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"The warm prompt was not kept on disk: {error}", stacklevel=2)
-
-    def _tidy(self) -> None:
-        total = 0
-        for path in self.entries():
-            total += path.stat().st_size if path.exists() else 0
-            if total > self.max_bytes:
-                path.unlink(missing_ok=True)
-        for path in self.directory.glob(".*.safetensors"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    path.unlink()
-
-    def entries(self, prefix: str = "") -> list[Path]:
-        """The files whose names begin with ``prefix``, most recently used first."""
-        used = []
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self.directory):
-                # Those that are being written have other names.
-                if entry.name.startswith(prefix) and _NAME.fullmatch(entry.name):
-                    with contextlib.suppress(OSError):
-                        used.append((entry.stat().st_mtime, entry.path))
-        return [Path(path) for _, path in sorted(used, reverse=True)]

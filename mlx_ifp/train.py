@@ -16,7 +16,7 @@ from mlx_lm.utils import save_config
 from .cli import command
 from .config import TEXT_FORMATS, IFPConfig, MaskConfig, TextConfig
 from .errors import IFPError
-from .model import resolve_keep
+from .keep import resolve_keep
 from .options import parse_keep
 from .subnetwork import share
 from .tuner.data import load_examples
@@ -24,7 +24,8 @@ from .tuner.dense_targets import DenseTargets
 from .tuner.predictor_start import PredictorStart, from_checkpoint, from_layers, from_model
 from .tuner.save import save_student
 from .tuner.student import FINE_TUNE_TYPES, Source, Student, choose_trainable, load_source
-from .tuner.trainer import RunLog, Split, Trainer, TrainingArgs, identity_of
+from .tuner.trainer import RunLog, Split, Trainer, identity_of
+from .tuner.training_args import TrainingArgs
 from .tuner.training_state import latest_checkpoint
 from .tuner.warm_start import fit_predictor, mean_importance
 

@@ -13,9 +13,9 @@ from mlx_ifp.cache_prompt import main as cache_prompt_main
 from mlx_ifp.channels import ChannelReader
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
-from mlx_ifp.fit import advice, check
 from mlx_ifp.generate import main
 from mlx_ifp.kv_size import Generation
+from mlx_ifp.memory_limit import advice, check
 from mlx_ifp.options import parse_size
 
 from .conftest import make_dense

@@ -18,7 +18,8 @@ from mlx_lm.models.cache import KVCache
 from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.cache import default_cache_dir
 from mlx_ifp.convert import convert
-from mlx_ifp.prompt_cache import KVSettings, WarmPromptFiles
+from mlx_ifp.prompt_cache import KVSettings
+from mlx_ifp.prompt_cache_files import WarmPromptFiles
 from mlx_ifp.text import encode_prompt, shared_prefix
 
 from .conftest import make_dense, run_command
@@ -348,7 +349,8 @@ def test_the_disk_is_bounded_and_tidy(tmp_path):
 WRITER = """
 import sys
 import mlx.core as mx
-from mlx_ifp.prompt_cache import KVCache, WarmPromptFiles
+from mlx_lm.models.cache import KVCache
+from mlx_ifp.prompt_cache_files import WarmPromptFiles
 files, layer = WarmPromptFiles(sys.argv[1]), KVCache()
 layer.keys = layer.values = mx.full((1, 1, 4096, 8), float(sys.argv[2]))
 layer.offset = 4096

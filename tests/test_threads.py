@@ -236,15 +236,15 @@ def entry(name, nbytes=10):
 def test_what_is_in_use_is_not_evicted_and_counts():
     cache = SubnetworkCache(max_bytes=20)
     cache.get("a", entry("a"))
-    with cache.using("a", "a", 10):
-        with cache.using("a", "a", 10):
+    with cache.using("a", "a", lambda: 10):
+        with cache.using("a", "a", lambda: 10):
             for name in "bcd":
                 cache.get(name, entry(name))
         cache.clear()
         assert cache.get("a", entry("another"))[0] == "a"
         assert cache.nbytes == 10
         # One larger than the bound is not kept, unless it is in use, and then it counts.
-        with cache.using("big", "big", 50):
+        with cache.using("big", "big", lambda: 50):
             assert cache.nbytes == 60
         assert cache.nbytes == 10
     for name in "bc":
@@ -254,8 +254,8 @@ def test_what_is_in_use_is_not_evicted_and_counts():
 
 def test_two_in_use_may_exceed_the_bound_until_one_is_done():
     cache = SubnetworkCache(max_bytes=10)
-    with cache.using("a", "a", 10):
-        with cache.using("b", "b", 10):
+    with cache.using("a", "a", lambda: 10):
+        with cache.using("b", "b", lambda: 10):
             assert cache.nbytes == 20
         assert cache.nbytes == 10
         assert cache.get("a", entry("another"))[0] == "a"
@@ -298,7 +298,7 @@ def test_one_that_comes_back_while_it_is_loaded_stays_the_only_one():
 
     def user():
         assert began.wait(SECONDS)
-        with cache.using("a", "evicted", 10):
+        with cache.using("a", "evicted", lambda: 10):
             go.set()
             assert done.wait(SECONDS)
             return cache.get("a", entry("third"))[0]

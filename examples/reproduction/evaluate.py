@@ -23,6 +23,7 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ifp import IFPModel, load
+from mlx_ifp.cli import command
 from mlx_ifp.masks import Selection
 from mlx_ifp.model import Prepared
 from mlx_ifp.overlap import overlap_summary
@@ -128,7 +129,8 @@ class Scorer:
             network, self.tokenizer, example.tokens[: example.offset], max_tokens=160
         )
         found, wanted = (re.findall(r"-?\d[\d,]*\.?\d*", text) for text in (answer, reference))
-        return bool(found) and found[-1].strip(",.") == wanted[-1].strip(",.")
+        last = [numbers[-1].strip(",.") if numbers else None for numbers in (found, wanted)]
+        return last[0] is not None and last[0] == last[1]
 
 
 def random_selection(model: IFPModel, k: int, seed: int) -> Selection:
@@ -161,6 +163,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command
 def main() -> None:
     """Evaluate what is not in the output yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -42,7 +42,10 @@ def main() -> None:
                 if any(run.glob("checkpoint-*")):
                     command.append("--resume")
                 print(" ".join(command), flush=True)
-                subprocess.run(command, check=True)
+                done = subprocess.run(command)
+                if done.returncode:
+                    # Training has said why.
+                    sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

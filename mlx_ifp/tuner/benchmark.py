@@ -32,13 +32,14 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from ..cli import command
 from ..config import IFPConfig
 from ..errors import IFPError
-from ..model import resolve_keep
+from ..keep import resolve_keep
 from ..options import parse_count, parse_keep
 from .data import Example
 from .dense_targets import DenseTargets
 from .predictor_start import from_layers
 from .student import Student, choose_trainable, load_source
-from .trainer import Split, Trainer, TrainingArgs
+from .trainer import Split, Trainer
+from .training_args import TrainingArgs
 
 LEARNING_RATE = 1e-5
 

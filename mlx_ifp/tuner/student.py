@@ -17,10 +17,11 @@ from ..checkpoint import Checkpoint, expanded, load_tensors, open_checkpoint, re
 from ..config import CONFIG_FILE, IFPConfig
 from ..errors import IFPError
 from ..masks import soft_topk
-from ..model import default_dtype, load_tokenizer_of
+from ..model import default_dtype
 from ..predictor import Predictor, PredictorHead
 from ..structure import FFN, build_model, find_embedding, find_ffns, get_module, set_module
 from ..subnetwork import share
+from ..tokenizers import load_tokenizer_of
 from .networks import gathered, masked
 
 FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")

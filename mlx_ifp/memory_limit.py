@@ -5,11 +5,10 @@ from dataclasses import replace
 from .budget import Budget, Estimator, Use, k_text, size_text
 from .cache import SubnetworkCache
 from .errors import IFPError
+from .keep import WIDTH_MULTIPLE
 from .kv_size import Generation
 from .masks import Selection
 
-# As in a fraction of k: other widths are slower on Metal.
-WIDTH_MULTIPLE = 64
 Measure = tuple[str, Use]
 
 
