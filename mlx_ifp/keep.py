@@ -33,3 +33,18 @@ def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
     if any(not 1 <= k <= d_ffn for k in ks):
         raise IFPError(f"k must be between 1 and d_ffn = {d_ffn}, not {keep}.")
     return keep
+
+
+def resolve_one_keep(keep: Keep, d_ffn: int, layers: int) -> int:
+    """Channels to keep in each layer, the same number in all of them, as training needs it.
+
+    Args:
+        keep, d_ffn, layers: as for :func:`resolve_keep`.
+
+    Raises:
+        IFPError: if it is out of range, or a list.
+    """
+    k = resolve_keep(keep, d_ffn, layers)
+    if isinstance(k, list):
+        raise IFPError("--keep must be one number for all layers in training.")
+    return k

@@ -16,7 +16,7 @@ from mlx_lm.utils import save_config
 from .cli import command
 from .config import TEXT_FORMATS, IFPConfig, MaskConfig, TextConfig
 from .errors import IFPError
-from .keep import resolve_keep
+from .keep import resolve_one_keep
 from .options import parse_keep
 from .subnetwork import share
 from .tuner.data import load_examples
@@ -273,9 +273,7 @@ def _predictor(args: types.SimpleNamespace, source: Source, dtype: Any) -> Predi
 def _ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
     trained = source.checkpoint.ifp if source.checkpoint is not None else None
     keep = args.keep if args.keep is not None else (trained.k if trained else 0.5)
-    k = resolve_keep(keep, source.ffns[0].d_ffn, len(source.ffns))
-    if isinstance(k, list):
-        raise IFPError("--keep must be one number for all layers in training.")
+    k = resolve_one_keep(keep, source.ffns[0].d_ffn, len(source.ffns))
     text = trained.text if trained else TextConfig()
     if args.text_format is not None:
         text = TextConfig(text.source, args.text_format, text.max_tokens)

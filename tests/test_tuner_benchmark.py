@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 
 def _run(*args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mlx_ifp.tuner.benchmark", *map(str, args)]
@@ -34,8 +36,11 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_more_channels_than_there_are_is_one_line(dense_llama):
-    result = _run("--model", dense_llama, "--keep", 100000, "-n", 1)
+@pytest.mark.parametrize(("keep", "words"), [("100000", "d_ffn"), ("64,64,64", "one number")])
+def test_a_wrong_k_is_one_line_before_anything_is_measured(dense_llama, keep, words):
+    # A round of so many tokens would take longer than the test may.
+    many = ("--tokens", 100_000, "--batch-size", 100)
+    result = _run("--model", dense_llama, "--keep", keep, "-n", 1, *many)
     assert result.returncode == 1
-    assert "d_ffn" in result.stderr
+    assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1

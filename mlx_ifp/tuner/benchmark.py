@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -32,7 +31,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from ..cli import command
 from ..config import IFPConfig
 from ..errors import IFPError
-from ..keep import resolve_keep
+from ..keep import Keep, resolve_one_keep
 from ..options import parse_count, parse_keep
 from .data import Example
 from .dense_targets import DenseTargets
@@ -49,7 +48,7 @@ class Settings:
     """The numbers of the command line."""
 
     model: str
-    keep: int | float | list[int]
+    keep: Keep
     batch_size: int
     tokens: int
     steps: int
@@ -73,6 +72,12 @@ class _Turns(TrainingCallback):
         self.pipe.recv()
 
 
+def _begin(pipe: Connection) -> None:
+    """Say that all is set up, and wait for the first turn."""
+    pipe.send("ready")
+    pipe.recv()
+
+
 def _tokens(settings: Settings, vocabulary: int) -> list[list[int]]:
     """Sequences for a few batches, all of one length, so that no padding differs."""
     random = np.random.default_rng(0)
@@ -88,7 +93,7 @@ def _run_stock(settings: Settings, pipe: Connection) -> None:
     for layer in model.layers:
         layer.unfreeze()
     rows = [(tokens, 0) for tokens in _tokens(settings, source.config["vocab_size"])]
-    pipe.recv()
+    _begin(pipe)
     with tempfile.TemporaryDirectory() as directory:
         args = stock.TrainingArgs(
             batch_size=settings.batch_size,
@@ -105,7 +110,7 @@ def _run_stock(settings: Settings, pipe: Connection) -> None:
 def _run_ours(settings: Settings, pipe: Connection) -> None:
     source = load_source(settings.model)
     start = from_layers(source, min(4, len(source.ffns)), 128)
-    k = resolve_keep(settings.keep, source.ffns[0].d_ffn, len(source.ffns))
+    k = resolve_one_keep(settings.keep, source.ffns[0].d_ffn, len(source.ffns))
     ifp = IFPConfig(k=k, selector="predictor")
     ifp.head, ifp.predictor_embedding = start.head.config, "llm"
     student = Student(source.llm, source.ffns, start.backbone, start.head, ifp, None,
@@ -115,7 +120,7 @@ def _run_ours(settings: Settings, pipe: Connection) -> None:
         Example(tokens, 1, tokens[: max(1, settings.tokens // 4)], "random")
         for tokens in _tokens(settings, source.config["vocab_size"])
     ]
-    pipe.recv()
+    _begin(pipe)
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory)
         targets = DenseTargets(run, source.llm, source.ffns, examples, source.digest)
@@ -168,18 +173,12 @@ def measure(settings: Settings) -> dict[str, list[tuple[float, int]]]:
         processes.append(process)
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in RUNS}
     try:
+        for name, pipe in pipes.items():
+            _answer(name, pipe)
         for trial in range(settings.num_trials + 1):
             for name, pipe in pipes.items():
-                # One that has failed is gone, but it has said why.
-                with suppress(BrokenPipeError):
-                    pipe.send("go")
-                try:
-                    report = pipe.recv()
-                except EOFError:
-                    raise IFPError(f"{name}: its process ended.") from None
-                if isinstance(report, IFPError):
-                    raise report
-                per_second, peak = report
+                pipe.send("go")
+                per_second, peak = _answer(name, pipe)
                 # The first round compiles and fills caches.
                 if trial:
                     tokens = settings.batch_size * settings.tokens
@@ -189,6 +188,17 @@ def measure(settings: Settings) -> dict[str, list[tuple[float, int]]]:
             process.terminate()
             process.join()
     return results
+
+
+def _answer(name: str, pipe: Connection) -> Any:
+    """What a process says next, unless that is what went wrong."""
+    try:
+        said = pipe.recv()
+    except EOFError:
+        raise IFPError(f"{name}: its process ended.") from None
+    if isinstance(said, IFPError):
+        raise said
+    return said
 
 
 def table(settings: Settings, results: dict[str, list[tuple[float, int]]]) -> str:
