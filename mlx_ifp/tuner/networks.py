@@ -41,25 +41,78 @@ def gathered(
     """
     narrow = share(model)
     for i, ffn in enumerate(ffns):
-        module, rows = get_module(narrow, ffn.path), indices[i]
+        module, channels = get_module(narrow, ffn.path), indices[i]
         soft = None if soft_values is None else soft_values[i]
+        kept = _Kept(channels, ffn.d_ffn)
         if ffn.fused:
             weight, bias = _wide_weight(module.gate_up_proj)
-            both = mx.concatenate([rows, rows + ffn.d_ffn])
-            weight, bias = weight[both], None if bias is None else bias[both]
+            both = _Kept(mx.concatenate([channels, channels + ffn.d_ffn]), 2 * ffn.d_ffn)
+            weight, bias = both.rows(weight), None if bias is None else both.rows(bias)
             if soft is not None:
                 soft = mx.concatenate([mx.ones_like(soft), soft])
             module.gate_up_proj = _scaled(weight, bias, soft)
         else:
             for name, factor in (("gate_proj", None), ("up_proj", soft)):
                 weight, bias = _wide_weight(module[name])
-                bias = None if bias is None else bias[rows]
-                module[name] = _scaled(weight[rows], bias, factor)
+                bias = None if bias is None else kept.rows(bias)
+                module[name] = _scaled(kept.rows(weight), bias, factor)
         weight, bias = _wide_weight(module.down_proj)
-        module.down_proj = linear(weight[:, rows], bias)
+        module.down_proj = linear(kept.columns(weight), bias)
     # Gradient checkpointing passes on only what may be trained, and all of this is.
     narrow.unfreeze()
     return narrow
+
+
+class _Kept:
+    """Rows or columns of a wide array, with a gradient that is gathered, too.
+
+    MLX's own gradient of indexing scatters. As every channel is kept once or not at all, the wide
+    gradient is the narrow one with zeros in between, and those are one gather: on a CPU a seventh
+    of the time for rows, a tenth for columns.
+
+    Args:
+        indices (mx.array): int32 [n], no two alike.
+        size (int): of the wide axis.
+    """
+
+    def __init__(self, indices: mx.array, size: int) -> None:
+        n = indices.size
+        self._indices = indices
+        # Where each wide row is among the kept ones; n, where the padding is, if it is not.
+        self._places = mx.full((size,), n, dtype=mx.int32).at[indices].add(mx.arange(n) - n)
+
+    def rows(self, wide: mx.array) -> mx.array:
+        """[size, ...] -> [n, ...]."""
+
+        @mx.custom_function
+        def take(wide: mx.array) -> mx.array:
+            return wide[self._indices]
+
+        @take.vjp
+        def vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+            zeros = mx.zeros((1, *cotangent.shape[1:]), cotangent.dtype)
+            return mx.concatenate([cotangent, zeros])[self._places]
+
+        return take(wide)
+
+    def columns(self, wide: mx.array) -> mx.array:
+        """[d, size] -> [d, n]."""
+
+        def along(array: mx.array, indices: mx.array) -> mx.array:
+            # Faster on a CPU than plain indexing of a second axis.
+            indices = mx.broadcast_to(indices[None], (array.shape[0], indices.size))
+            return mx.take_along_axis(array, indices, axis=1)
+
+        @mx.custom_function
+        def take(wide: mx.array) -> mx.array:
+            return along(wide, self._indices)
+
+        @take.vjp
+        def vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+            zeros = mx.zeros((cotangent.shape[0], 1), cotangent.dtype)
+            return along(mx.concatenate([cotangent, zeros], axis=1), self._places)
+
+        return take(wide)
 
 
 def _scaled(weight: mx.array, bias: mx.array | None, soft: mx.array | None) -> nn.Linear:
