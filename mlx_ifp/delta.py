@@ -97,7 +97,7 @@ def read_ffn_again(
     plans, groups = {}, {}
     for key, names in parts_on_disk(reader, ffn).items():
         slots = []
-        for name in names[-_COMPARED:]:
+        for name in names:
             # Of a fused projection only the lower half, up_proj, has soft values in it.
             again = match.stale if key in folded and name == names[-1] else False
             slots.append(np.flatnonzero(~match.shared | again))
@@ -217,7 +217,7 @@ class Residents:
             list: its L layers; None if nothing could be reused.
         """
         best, most = None, 0
-        for name in names:
+        for name in names[-_COMPARED:]:
             # It may be gone by now, or not be there yet.
             _, layers = self._layers.get(name, (None, []))
             saved = 0

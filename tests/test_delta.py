@@ -167,6 +167,17 @@ def test_the_one_with_the_largest_overlap_gives_the_rows(checkpoints):
     assert len(networks) == 3
 
 
+def test_only_those_used_last_are_compared(checkpoints):
+    model, _ = load(checkpoints["llama", "float"], cache=False)
+    near, *others = (random_selection(3, 160, 64, seed=seed) for seed in range(9))
+    networks = [model.subnetwork(selection) for selection in (near, *others[:7])]
+    new = Selection((*near.layers[:2], others[7].layers[2]), None, 160)
+    assert model._residents.nearest(new, model.networks.digests)[0].channels is near.layers[0]
+    networks.append(model.subnetwork(others[7]))
+    assert model._residents.nearest(new, model.networks.digests)[0].channels is not near.layers[0]
+    assert len(networks) == 9
+
+
 def _others(channels):
     return np.setdiff1d(np.arange(160), channels).astype(np.int32)
 
