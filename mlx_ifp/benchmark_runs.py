@@ -17,6 +17,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from .benchmark_loading import ColdFiles, cold_seconds, copy_seconds
 from .errors import IFPError
 from .experts import experts_model
+from .kv_size import Generation, kv_bytes
 from .masks import Selection
 from .model import IFPModel, Prepared
 from .same_size import float_dtype, memory_of, same_size_model
@@ -220,6 +221,7 @@ class Measured:
         warm_up: row -> its run alone.
         memory: row -> ``weights_bytes``, ``bytes_per_token`` and, of MLX with no other network
             in memory, ``peak_memory_bytes``.
+        kv_bytes: of the sub-network's key-value caches, one for each sample, at the end.
         predictor_bytes: what it takes in memory besides the trunk; 0 if another selector ran.
         dtype: what the networks compute in.
         trials: each has ``rows``: row -> run; ``overlap`` of the two tasks' selections;
@@ -231,6 +233,7 @@ class Measured:
     selection: Selection
     warm_up: dict[str, Run]
     memory: dict[str, dict[str, int]]
+    kv_bytes: int
     predictor_bytes: int
     dtype: str
     trials: list[Trial]
@@ -273,6 +276,10 @@ def measure(
     predictor = _predictor_bytes(model) if uses_predictor else 0
     ready = run_alone(REPEAT)
     selection = ready.selection
+    generation = Generation(
+        prompt_tokens, settings.generation_tokens, prefill_step_size=settings.prefill_step_size
+    )
+    caches = settings.samples * kv_bytes(ready.network, generation)
     same_size, notes = same_size_model(ready.network, checkpoint.ffns)
     del ready
     bench.forget()
@@ -313,6 +320,7 @@ def measure(
         selection,
         warm_up,
         memory,
+        caches,
         predictor,
         str(float_dtype(bench.networks[FULL])).removeprefix("mlx.core."),
         trials,

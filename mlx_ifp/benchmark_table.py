@@ -84,6 +84,8 @@ def summary(measured: Measured) -> dict[str, Any]:
             if cold
             else None,
             "peak_to_weights": memory[FIRST]["peak_memory_bytes"] / weights,
+            "peak_to_weights_and_caches": memory[FIRST]["peak_memory_bytes"]
+            / (weights + measured.kv_bytes),
         },
         "repeat_seconds": over(lambda t: to_use(t, REPEAT)),
         "switch_seconds": over(lambda t: to_use(t, SWITCH)),
@@ -95,6 +97,7 @@ def summary(measured: Measured) -> dict[str, Any]:
             lambda t: (1 - t["overlap"]) * t["rows"][FIRST]["bytes_read"]
         ),
         "predictor_bytes": measured.predictor_bytes,
+        "kv_bytes": measured.kv_bytes,
         "notes": measured.notes,
         "warm_up": measured.warm_up,
         "trials": trials,
@@ -175,7 +178,8 @@ def _ratios(one: dict[str, Any]) -> list[str]:
             "peak / (trunk + active channels + predictor)",
             f"{ratios['peak_to_weights']:.3f}, "
             f"{peak['peak_memory_bytes'] / 1e6:.1f} of {peak['weights_bytes'] / 1e6:.1f} + "
-            f"{one['predictor_bytes'] / 1e6:.1f} MB",
+            f"{one['predictor_bytes'] / 1e6:.1f} MB; with the KV cache's "
+            f"{one['kv_bytes'] / 1e6:.1f} MB: {ratios['peak_to_weights_and_caches']:.3f}",
         ),
         ("a repeated task adds", f"{_text(one['repeat_seconds'], 1e3)} ms"),
         ("a switch between cached tasks adds", f"{_text(one['switch_seconds'], 1e3)} ms"),

@@ -201,6 +201,10 @@ def test_memory_is_of_one_network_at_a_time(run, predictor_checkpoint):
         whole = rows[FIRST]["weights_bytes"] + predictor
         assert one["ratios"]["peak_to_weights"] == rows[FIRST]["peak_memory_bytes"] / whole
         assert one["ratios"]["peak_to_weights"] > 1
+        # 3 samples, keys and values of 3 layers with 2 heads of 16, 256 positions at a time.
+        assert one["kv_bytes"] == 4 * 3 * 2 * 3 * 2 * 16 * 256
+        with_caches = rows[FIRST]["peak_memory_bytes"] / (whole + one["kv_bytes"])
+        assert one["ratios"]["peak_to_weights_and_caches"] == with_caches
 
 
 def test_the_chart_has_the_medians_as_bars(run):

@@ -380,6 +380,21 @@ def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return padded, lengths
 
 
+def batches_by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut an order into batches; neighbours in length share one, so that padding is small.
+
+    Args:
+        order (array): int [n], indices of examples in a random order, which windows keep random.
+        lengths (array): int, of all examples.
+        size (int): of a batch; the last one may be smaller.
+    """
+    batches = []
+    for window in np.split(order, range(SORT_WINDOW * size, len(order), SORT_WINDOW * size)):
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += np.split(window, range(size, len(window), size))
+    return batches
+
+
 class Batches:
     """Endless, resumable: the batch of step i depends only on (seed, i).
 
@@ -443,13 +458,7 @@ class Batches:
         rng = np.random.default_rng([self.seed, epoch])
         size, batches = self.batch_size, []
         for group in self._groups:
-            order = rng.permutation(group)
-            # Neighbours in length share a batch, so padding is small; windows keep it random.
-            for window in np.split(
-                order, range(SORT_WINDOW * size, len(order), SORT_WINDOW * size)
-            ):
-                window = window[np.argsort(self._lengths[window], kind="stable")]
-                batches += np.split(window, range(size, len(window), size))
+            batches += batches_by_length(rng.permutation(group), self._lengths, size)
             missing = size - len(batches[-1])
             if missing:
                 others = rng.permutation(np.setdiff1d(group, batches[-1]))

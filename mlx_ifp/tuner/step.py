@@ -1,8 +1,12 @@
-"""One training step: scores -> mask -> network -> loss."""
+"""One training step: scores -> mask -> network -> loss, and gradients -> weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 
 from .data import Batch
@@ -130,3 +134,33 @@ def batch_loss(
         scores = student.scores(contrast.selecting, contrast.selecting_lengths)
         loss = loss + mix.contrastive * contrastive_loss(scores, contrast_tasks)
     return loss, ce, kl
+
+
+def optimizers_of(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
+    """The parts of a MultiOptimizer, or the one optimizer."""
+    return optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else [optimizer]
+
+
+def compiled_update(
+    model: nn.Module, optimizer: optim.Optimizer, max_grad_norm: float = 0.0
+) -> Callable[[dict], None]:
+    """Clipping and the optimizer as one graph: a pass over the weights, not one an operation.
+
+    Args:
+        model (nn.Module): whose weights are updated.
+        optimizer (optim.Optimizer): initialized, and not to be given another state afterwards.
+        max_grad_norm (float): gradients are scaled down to this norm; 0 for never.
+
+    Returns:
+        Callable: takes the gradients; the new weights are not evaluated yet.
+    """
+    # These very dictionaries; a MultiOptimizer's own state is a new one at each look.
+    state = [model.state, *(each.state for each in optimizers_of(optimizer))]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def apply(grads: dict) -> None:
+        if max_grad_norm:
+            grads, _ = optim.clip_grad_norm(grads, max_grad_norm)
+        optimizer.update(model, grads)
+
+    return apply

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mlx_lm.tuner.utils import build_schedule
 from ..errors import IFPError
 from .data import Batches, Example, make_batch
 from .dense_targets import DenseTargets
-from .step import Mix, batch_loss, positions_of
+from .step import Mix, batch_loss, compiled_update, optimizers_of, positions_of
 from .student import Student
 from .training_args import TrainingArgs
 from .training_state import latest_checkpoint, load_state, save_state
@@ -278,30 +277,12 @@ class Trainer:
         # Of all ranks, so that all of them stop.
         self._require_finite(mx.distributed.all_sum(loss, stream=mx.cpu).item())
 
-    def _optimizers(self) -> list[optim.Optimizer]:
-        """The LLM's and the predictor's; the first and the last are one if only one is trained."""
-        both = isinstance(self.optimizer, optim.MultiOptimizer)
-        return self.optimizer.optimizers if both else [self.optimizer]
-
-    def _compiled_apply(self) -> Callable[[dict], None]:
-        """Clipping and AdamW as one graph: a pass over the weights, not one an operation."""
-        # These very dictionaries; a MultiOptimizer's own state is a new one at each look.
-        state = [self.student.state, *(each.state for each in self._optimizers())]
-
-        @partial(mx.compile, inputs=state, outputs=state)
-        def apply(grads: dict) -> None:
-            if self.args.max_grad_norm:
-                grads, _ = optim.clip_grad_norm(grads, self.args.max_grad_norm)
-            self.optimizer.update(self.student, grads)
-
-        return apply
-
     def update(self) -> tuple[float, float, float, int]:
         """One update of the weights: the loss, its two parts, and the tokens seen."""
         grads, loss, ce, kl, tokens = self.gradients()
         self._require_finite(loss)
         if self._apply is None:
-            self._apply = self._compiled_apply()
+            self._apply = compiled_update(self.student, self.optimizer, self.args.max_grad_norm)
         self._apply(grads)
         mx.eval(self.student.trainable_parameters(), self.optimizer.state)
         if mx.get_cache_memory() > self.args.clear_cache_threshold > 0:
@@ -367,7 +348,7 @@ class Trainer:
         *losses, _, _ = np.mean(self._unreported, axis=0).tolist()
         tokens, seconds = np.sum(self._unreported, axis=0).tolist()[-2:]
         self._unreported = []
-        optimizers = self._optimizers()
+        optimizers = optimizers_of(self.optimizer)
         report = {
             "iteration": self.step,
             "train_loss": losses[0],

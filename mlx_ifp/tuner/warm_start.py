@@ -13,8 +13,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from .data import Example, make_batch
+from .data import Example, batches_by_length, make_batch
 from .dense_targets import DenseTargets
+from .step import compiled_update
 from .student import Student
 
 
@@ -89,16 +90,20 @@ def fit_predictor(
         [lambda path, _: path.startswith("head")],
     )
     value_and_grad = nn.value_and_grad(trained, loss_of)
+    optimizer.init(trained.trainable_parameters())
+    update = compiled_update(trained, optimizer)
     random = np.random.default_rng([seed, 1])
-    order: list[int] = []
+    lengths = np.array([len(example.selecting) for example in examples])
+    batches: list[np.ndarray] = []
     explained = []
     for step in range(1, iters + 1):
-        if len(order) < batch_size:
-            order += random.permutation(used).tolist()
-        indices, order = order[:batch_size], order[batch_size:]
+        if not batches:
+            batches = batches_by_length(random.permutation(used), lengths, batch_size)
+            batches = [batches[i] for i in random.permutation(len(batches))]
+        indices = batches.pop().tolist()
         wanted = mx.array(standardized(targets.activations(indices)))
         loss, grads = value_and_grad(trained, make_batch(examples, indices), wanted)
-        optimizer.update(trained, grads)
+        update(grads)
         around_mean = (wanted - mean).square().mean()
         mx.eval(trained.parameters(), optimizer.state, loss, around_mean)
         explained.append(1 - loss.item() / max(around_mean.item(), 1e-9))
