@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_map
 
-BLOCK = 512
+# So few that the logits of a block stay small beside the weights: with 512 the peak of a step on
+# SmolLM2 is 230 MB higher, and the step no faster.
+BLOCK = 128
 
 
 @dataclass(frozen=True)
