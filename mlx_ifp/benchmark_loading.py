@@ -1,6 +1,7 @@
 """What loading is compared with: a copy in memory, and a sequential read of the same files."""
 
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -11,21 +12,28 @@ from .masks import Selection
 from .model import IFPModel
 
 _COPY_BYTES = 256 << 20
+_COPIES = 5
 _READ_BYTES = 8 << 20
 # To see whether pages are in memory, each of so many in a file is tried.
 _PROBES = 64
 
 
 def copy_seconds(nbytes: int) -> float:
-    """Seconds numpy takes to copy so many bytes to newly allocated memory, as loading does."""
+    """Seconds numpy takes to copy so many bytes to newly allocated memory, as loading does.
+
+    The median of a few times: whether the system has pages at hand makes a large difference.
+    """
     source = np.ones(min(nbytes, _COPY_BYTES), np.uint8)
-    copies = []
-    start = time.perf_counter()
-    while nbytes:
-        piece = source[: min(nbytes, _COPY_BYTES)]
-        copies.append(piece.copy())
-        nbytes -= len(piece)
-    return time.perf_counter() - start
+
+    def once() -> float:
+        left, copies = nbytes, []
+        start = time.perf_counter()
+        while left:
+            copies.append(source[: min(left, _COPY_BYTES)].copy())
+            left -= len(copies[-1])
+        return time.perf_counter() - start
+
+    return statistics.median(once() for _ in range(_COPIES))
 
 
 class ColdFiles:

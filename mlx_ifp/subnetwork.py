@@ -298,8 +298,10 @@ def build_subnetwork(
             soft_values = selection.soft_values[i] if selection and selection.soft_values else None
             channels = selection.layers[i] if selection else None
             rows = read_ffn(reader, ffn, channels, soft_values, dtype)
-        set_ffn(get_module(model, ffn.path), rows, config)
+        module = get_module(model, ffn.path)
+        set_ffn(module, rows, config)
+        # The trunk is evaluated already.
+        evaluate(module)
         nbytes += rows.nbytes
         bytes_read += rows.bytes_read
-    evaluate(model)
     return model, nbytes, bytes_read
