@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +16,8 @@ from tokenizers import processors
 from mlx_ifp.config import TextConfig
 from mlx_ifp.convert.gguf import load_gguf
 from mlx_ifp.errors import IFPError
-from mlx_ifp.tuner.data import Batches, Example, load_examples, make_batch, task_counts
+from mlx_ifp.tuner.batches import Batches, make_batch
+from mlx_ifp.tuner.data import Example, load_examples
 
 TEXT = TextConfig()
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
@@ -133,7 +135,7 @@ def test_a_row_without_a_task_is_named_if_descriptions_select(refused):
 
 def test_tasks_are_counted(load):
     rows = [COMPLETION | {"task": "a"}, COMPLETION, COMPLETION | {"task": "a"}]
-    assert task_counts(load(rows)["train"]) == {"a": 2, None: 1}
+    assert Counter(example.task for example in load(rows)["train"]) == {"a": 2, None: 1}
 
 
 def test_splits_that_are_absent_are_empty(load):
@@ -216,7 +218,7 @@ def test_a_chunk_of_one_token_is_predicted(load, tokenizer):
 def test_texts_of_one_chunk_give_nothing(load):
     rows = [{"text": "short"}, {"text": ""}, {"text": " \n"}, {"text": text_of(20), "task": "long"}]
     examples = load(rows, stage="pretrain", chunk_size=32)["train"]
-    assert task_counts(examples) == {"long": 1}
+    assert Counter(example.task for example in examples) == {"long": 1}
 
 
 def test_no_text_of_two_chunks(refused):

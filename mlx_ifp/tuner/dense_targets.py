@@ -18,7 +18,8 @@ import numpy as np
 from ..activations import ActivationRecorder
 from ..structure import FFN, get_module
 from ..subnetwork import share
-from .data import Batch, Example, make_batch
+from .batches import Batch, make_batch
+from .data import Example
 from .networks import hidden_states, output_layer
 
 TOP_K = 64

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from .data import Batch
+from .batches import Batch
 from .losses import Targets, blockwise_loss, contrastive_loss
 from .networks import hidden_states, output_layer
 from .student import Student

@@ -19,7 +19,8 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import build_schedule
 
 from ..errors import IFPError
-from .data import Batches, Example, make_batch
+from .batches import Batches, make_batch
+from .data import Example
 from .dense_targets import DenseTargets
 from .step import Mix, batch_loss, compiled_update, optimizers_of, positions_of
 from .student import Student

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..masks import Selection, select_channels
 from ..overlap import overlap_summary
-from .data import Example, make_batch
+from .batches import make_batch
+from .data import Example
 from .dense_targets import DenseTargets
 from .losses import cross_entropy, kl_to_teacher
 from .networks import hidden_states, masked, output_layer

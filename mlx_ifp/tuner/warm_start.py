@@ -13,7 +13,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from .data import Example, batches_by_length, make_batch
+from .batches import batches_by_length, make_batch
+from .data import Example
 from .dense_targets import DenseTargets
 from .step import compiled_update
 from .student import Student
