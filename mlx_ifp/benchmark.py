@@ -46,9 +46,9 @@ from .benchmark_shapes import (
 from .benchmark_table import heading, summary, table
 from .cli import command
 from .errors import IFPError
+from .figures import DPI, check_matplotlib, check_output
 from .model import IFPModel, default_dtype
 from .options import add_model_options, add_task_name_option, load_model, named_task, parse_seed
-from .plot import DPI, check_matplotlib, check_output
 from .task_library import Task
 
 TASK = "You are an expert Python programmer. Answer with working code and a short explanation."

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .plot import new_figure
+from .figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

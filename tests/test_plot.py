@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_ifp import IFPError, load, plot
-from mlx_ifp.plot import curves_figure, default_layers, overlap_figure, read_log, read_prompts
+from mlx_ifp.overlap_maps import default_layers, overlap_figure, read_prompts, select_all
+from mlx_ifp.training_curves import curves_figure, read_log, read_logs
 
 from .conftest import run_command
 
@@ -86,7 +87,7 @@ def test_the_command_overlays_runs_and_replaces_the_image(tmp_path):
     assert done.stderr == ""
     image = check_image(output, 1800, 1155)
     assert has_color(image, (31, 119, 180)) and has_color(image, (255, 127, 14))
-    (legend,) = curves_figure(plot.read_logs(runs)).legends
+    (legend,) = curves_figure(read_logs(runs)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", r"\$b_\$"]
 
 
@@ -101,7 +102,7 @@ def test_the_dense_loss_is_dashed(tmp_path):
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [a_run(tmp_path / "x" / "run"), a_run(tmp_path / "y" / "run"), a_run(tmp_path / "z")]
-    assert [log.label for log in plot.read_logs(runs)] == [str(runs[0]), str(runs[1]), "z"]
+    assert [log.label for log in read_logs(runs)] == [str(runs[0]), str(runs[1]), "z"]
 
 
 def test_what_a_log_does_not_have_is_not_drawn(tmp_path):
@@ -202,7 +203,7 @@ def test_the_command_draws_heat_maps(tmp_path, predictor_checkpoint):
 def test_the_selections_are_those_of_the_model(tmp_path, predictor_checkpoint):
     rows = read_prompts(write_prompts(tmp_path / "p.jsonl", PROMPTS), 128)
     model, _ = load(predictor_checkpoint)
-    selections = plot.select_all(model, rows, "p.jsonl")
+    selections = select_all(model, rows, "p.jsonl")
     expected = model.select("Reverse a string in Python.")
     assert selections[1].digest == expected.digest
 

@@ -1,0 +1,168 @@
+"""Prompts -> selections -> heat maps of their overlap (paper, figure 3)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .errors import IFPError
+from .figures import json_object, new_figure, plain
+from .masks import Selection
+from .model import IFPModel
+from .text import selecting_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_TASK = "(no task)"
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A line of a file of prompts: its number, the messages, and the task or None."""
+
+    line: int
+    messages: list[dict[str, Any]]
+    task: str | None
+
+
+def read_prompts(path: str | Path, limit: int) -> list[PromptRow]:
+    """Read prompts, sorted by task; those without one come last.
+
+    If there are more than ``limit``, every task keeps its first ones, as many as the others have.
+
+    Args:
+        path: JSON lines in mlx-lm's formats: ``messages`` or ``prompt``, and maybe ``task``.
+        limit (int): prompts to keep.
+
+    Raises:
+        IFPError: naming the file and the first line that is not usable.
+    """
+    rows: list[PromptRow] = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            row = json_object(line)
+            task = row.get("task")
+            if not isinstance(task, str | None):
+                raise IFPError("task must be a string.")
+            rows.append(PromptRow(number, _messages(row), task))
+        except IFPError as error:
+            raise IFPError(f"{path}: line {number}: {error}") from error
+    if len(rows) < 2:
+        raise IFPError(f"{path}: an overlap needs two prompts, here are {len(rows)}.")
+    if limit < 2:
+        raise IFPError("An overlap needs two prompts; --max-prompts must be 2 or more.")
+    tasks: dict[str | None, list[PromptRow]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    # The first of each task, then the second of each, and so on.
+    rounds = sorted(
+        (i, row.line, row) for members in tasks.values() for i, row in enumerate(members)
+    )
+    kept = [row for _, _, row in rounds[:limit]]
+    return sorted(kept, key=lambda row: (row.task is None, row.task or "", row.line))
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row; a prompt is one of the user, as in training."""
+    if "messages" not in row and isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": row["prompt"]}]
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise IFPError("a row has messages, a list that is not empty, or prompt, a string.")
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else 0
+        parts = content if isinstance(content, list) else []
+        if not isinstance(content, str | list | None) or not all(
+            isinstance(part, dict) and isinstance(part.get("text", ""), str) for part in parts
+        ):
+            raise IFPError("a message must be an object with role and content.")
+    return messages
+
+
+def default_layers(layers: int) -> list[int]:
+    """Four layers spread evenly from the first to the last of ``layers``, or all if fewer."""
+    if layers <= 4:
+        return list(range(layers))
+    return [i * (layers - 1) // 3 for i in range(4)]
+
+
+def select_all(model: IFPModel, rows: Sequence[PromptRow], path: str | Path) -> list[Selection]:
+    """The selections of prompts.
+
+    Raises:
+        IFPError: naming the line of ``path`` whose text selects nothing.
+    """
+    selections = []
+    for row in tqdm(rows, desc="Selecting", unit="prompt", disable=None):
+        try:
+            text = selecting_text(row.messages, model.checkpoint.ifp.text.source)
+            selections.append(model.select(text))
+        except IFPError as error:
+            raise IFPError(f"{path}: line {row.line}: {error}") from error
+    return selections
+
+
+def overlap_figure(
+    matrix: np.ndarray,
+    tasks: Sequence[str | None],
+    layers: Sequence[int],
+    titles: Sequence[str],
+) -> "Figure":
+    """Heat maps of the overlap of all pairs of prompts (paper, Figure 3).
+
+    Args:
+        matrix: float64 [n, n, L], from :func:`~mlx_ifp.overlap.overlap_matrix`.
+        tasks: n names or None, prompts of one task side by side.
+        layers: the layers to draw.
+        titles: one for each of them.
+    """
+    n = len(matrix)
+    shown = matrix[:, :, list(layers)]
+    others = shown[~np.eye(n, dtype=bool)]
+    # The diagonal is always 1; the colours are for the rest. At least 0.1 is spanned, so that
+    # selections that hardly differ look so.
+    high = float(others.max())
+    low = min(float(others.min()), high - 0.1)
+    if low < 0:
+        low, high = 0.0, max(high, 0.1)
+    blocks = [(name, len(list(group))) for name, group in groupby(tasks)]
+    ends = np.cumsum([size for _, size in blocks])
+    centres = ends - np.array([size for _, size in blocks]) / 2 - 0.5
+    named = [plain(NO_TASK if name is None else name) for name, _ in blocks]
+
+    columns = len(layers) if len(layers) <= 3 else math.ceil(math.sqrt(len(layers)))
+    rows = math.ceil(len(layers) / columns)
+    figure = new_figure(4.2 * columns + 1.4, 4.2 * rows + 0.6)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(layers) :]:
+        axes.remove()
+    # Lines of many tasks would hide the cells.
+    width = min(0.8, 12 / len(blocks))
+    for i, title in enumerate(titles):
+        axes = grid.flat[i]
+        image = axes.imshow(
+            shown[:, :, i], vmin=low, vmax=high, cmap="viridis", interpolation="nearest"
+        )
+        axes.set_title(title, fontsize=10)
+        for end in ends[:-1]:
+            axes.axhline(end - 0.5, color="white", linewidth=width)
+            axes.axvline(end - 0.5, color="white", linewidth=width)
+        first, last = i % columns == 0, i + columns >= len(layers)
+        if set(tasks) == {None}:
+            axes.set_xlabel("prompt" if last else "")
+            axes.set_ylabel("prompt" if first else "")
+            continue
+        size = min(9.0, max(4.0, 240 / len(blocks)))
+        axes.set_xticks(centres, named if last else [], rotation=90, fontsize=size)
+        axes.set_yticks(centres, named if first else [], fontsize=size)
+        axes.tick_params(length=0)
+    extend = "max" if high < 1 else "neither"
+    bar = figure.colorbar(image, ax=list(figure.axes), shrink=0.7, extend=extend)
+    bar.set_label("shared channels / k")
+    return figure
