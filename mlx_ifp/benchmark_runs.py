@@ -221,7 +221,7 @@ class Measured:
         warm_up: row -> its run alone.
         memory: row -> ``weights_bytes``, ``bytes_per_token`` and, of MLX with no other network
             in memory, ``peak_memory_bytes``.
-        kv_bytes: of the sub-network's key-value caches, one for each sample, at the end.
+        kv_bytes: the most that the sub-network's key-value cache takes, for each sample.
         predictor_bytes: what it takes in memory besides the trunk; 0 if another selector ran.
         dtype: what the networks compute in.
         trials: each has ``rows``: row -> run; ``overlap`` of the two tasks' selections;

@@ -19,7 +19,7 @@ Part = tuple[str, np.ndarray | None]
 # Reading and copying release the GIL; more threads help a cold disk, no harm to a warm one.
 _THREADS = 4
 # Rows that are closer in the file than this are read with what lies between them: one request
-# of some more bytes costs less than two.
+# of some more bytes costs less than two. Of a small tensor it is the mean that counts.
 _GAP_BYTES = 64 << 10
 # A run this long is read to where it belongs; shorter ones are picked out of what is read.
 _RUN_BYTES = 256 << 10

@@ -9,6 +9,7 @@ from mlx_lm.utils import load_model, save_config, save_model
 from mlx_ifp import load
 from mlx_ifp.convert import convert
 from mlx_ifp.structure import get_module
+from mlx_ifp.subnetwork import share
 
 from .conftest import ARCHITECTURES, make_dense
 from .helpers import mask_model, random_selection, relative_error
@@ -98,6 +99,29 @@ def test_half_precision_can_be_asked_for(tmp_path, dtype):
     kinds = {array.dtype for _, array in tree_flatten(network.parameters())}
     assert kinds == {getattr(mx, dtype)}
     assert network(TOKENS).dtype == getattr(mx, dtype)
+
+
+def test_a_shared_tree_has_the_same_arrays_in_modules_of_its_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+            self.tied = self.one
+            self.pair = (nn.Linear(4, 4), mx.ones(3))
+            self.sizes = {"a": [1, 2]}
+            self.called = self.one.__call__
+
+    model = Model()
+    copied = share(model)
+    assert copied.one is copied.tied is not model.one
+    assert copied.called.__self__ is copied.one
+    assert copied.pair[0] is not model.pair[0]
+    assert copied.sizes == model.sizes and copied.sizes["a"] is not model.sizes["a"]
+    for name, array in tree_flatten(model):
+        if isinstance(array, mx.array):
+            assert dict(tree_flatten(copied))[name] is array, name
+    copied.one.freeze()
+    assert model.one.trainable_parameters() and not copied.tied.trainable_parameters()
 
 
 def test_trunk_arrays_are_shared_not_copied(tiny_checkpoint):

@@ -38,9 +38,8 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(("keep", "words"), [("100000", "d_ffn"), ("64,64,64", "one number")])
 def test_a_wrong_k_is_one_line_before_anything_is_measured(dense_llama, keep, words):
-    # A round of so many tokens would take longer than the test may.
-    many = ("--tokens", 100_000, "--batch-size", 100)
-    result = _run("--model", dense_llama, "--keep", keep, "-n", 1, *many)
+    # A round of so many steps would take longer than the test may.
+    result = _run("--model", dense_llama, "--keep", keep, "-n", 1, "--steps", 1_000_000)
     assert result.returncode == 1
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1

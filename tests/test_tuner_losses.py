@@ -101,14 +101,15 @@ def test_blocks_give_the_whole_loss_and_its_gradients(name, frozen, teacher):
                 assert mx.allclose(found[key], gradient, rtol=1e-4, atol=1e-6), key
 
 
-def test_blocks_take_less_memory_than_the_whole():
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_memory_is_that_of_one_block(trained):
     model = build_model({"model_type": "llama", **ARCHITECTURES["llama"], "vocab_size": 20000})
-    model.freeze()
-    n = 512
+    if not trained:
+        model.freeze()
     parameters, logits = output_layer(model)
     mx.eval(model.parameters())
 
-    def peak(block: int) -> int:
+    def peak(n: int, block: int) -> int:
         hidden = mx.random.normal((n, 64))
         targets = Targets(mx.arange(n), mx.ones((n,)))
         mx.eval(hidden, targets.labels, targets.ce_weights)
@@ -116,13 +117,15 @@ def test_blocks_take_less_memory_than_the_whole():
         before = mx.get_active_memory()
         mx.reset_peak_memory()
 
-        def loss(hidden):
+        def loss(parameters, hidden):
             return blockwise_loss(parameters, hidden, targets, logits, block)
 
-        mx.eval(mx.value_and_grad(loss)(hidden))
+        wanted = (0, 1) if trained else 1
+        mx.eval(mx.value_and_grad(loss, argnums=wanted)(parameters, hidden))
         return mx.get_peak_memory() - before
 
-    assert peak(32) < peak(n) / 2
+    assert peak(512, 64) < peak(512, 512) / 2
+    assert peak(1024, 64) < 1.3 * peak(128, 64)
 
 
 def test_contrastive_loss_prefers_tasks_apart():

@@ -94,8 +94,17 @@ def test_lora_is_gathered_with_its_update():
     linear_to_lora_layers(model, 3, {"rank": 4, "dropout": 0.0, "scale": 10.0})
     for name, array in tree_flatten(model.trainable_parameters()):
         model.load_weights([(name, mx.random.normal(array.shape) * 0.1)], strict=False)
+    masks = mx.stack([mask, mask])
     narrow = gathered(model, ffns, indices, soft)(TOKENS)
-    assert relative_error(narrow, masked(model, ffns, mx.stack([mask, mask]))(TOKENS)) < 1e-5
+    assert relative_error(narrow, masked(model, ffns, masks)(TOKENS)) < 1e-5
+
+    def gradients(network):
+        loss = nn.value_and_grad(model, lambda: network()(TOKENS).square().mean())
+        return dict(tree_flatten(loss()[1]))
+
+    wide = gradients(lambda: masked(model, ffns, masks))
+    for name, grad in gradients(lambda: gathered(model, ffns, indices, soft)).items():
+        assert relative_error(grad, wide[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

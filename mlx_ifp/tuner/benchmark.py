@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -73,7 +74,7 @@ class _Turns(TrainingCallback):
 
 
 def _begin(pipe: Connection) -> None:
-    """Say that all is set up, and wait for the first turn."""
+    """Say that the model and the options are fine, and wait for the first turn."""
     pipe.send("ready")
     pipe.recv()
 
@@ -177,7 +178,9 @@ def measure(settings: Settings) -> dict[str, list[tuple[float, int]]]:
             _answer(name, pipe)
         for trial in range(settings.num_trials + 1):
             for name, pipe in pipes.items():
-                pipe.send("go")
+                # One that has ended may have said why.
+                with suppress(OSError):
+                    pipe.send("go")
                 per_second, peak = _answer(name, pipe)
                 # The first round compiles and fills caches.
                 if trial:
@@ -194,7 +197,7 @@ def _answer(name: str, pipe: Connection) -> Any:
     """What a process says next, unless that is what went wrong."""
     try:
         said = pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise IFPError(f"{name}: its process ended.") from None
     if isinstance(said, IFPError):
         raise said

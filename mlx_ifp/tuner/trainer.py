@@ -134,7 +134,7 @@ class Trainer:
         self.step = self.trained_tokens = 0
         # Of each step since the last report: loss, cross-entropy, KL, tokens, seconds.
         self._unreported: list[list[float]] = []
-        # Made at the first update: a resumed run replaces the optimizer's state.
+        # Made at the first update.
         self._apply: Callable[[dict], None] | None = None
         if args.grad_checkpoint:
             grad_checkpoint(student.llm.layers[0])
@@ -148,6 +148,8 @@ class Trainer:
             IFPError: if it is damaged, or of another run.
         """
         state = load_state(path, self.student, self.optimizer)
+        # It updates the state that was there before.
+        self._apply = None
         theirs = state["identity"]
         for name, value in self.identity.items():
             if theirs.get(name) != value:
@@ -349,6 +351,7 @@ class Trainer:
         *losses, _, _ = np.mean(self._unreported, axis=0).tolist()
         tokens, seconds = np.sum(self._unreported, axis=0).tolist()[-2:]
         self._unreported = []
+        # The first is the LLM's, the last the predictor's; they are one if one of them is trained.
         optimizers = optimizers_of(self.optimizer)
         report = {
             "iteration": self.step,
