@@ -65,3 +65,8 @@ def test_all_arms_are_trained_and_compared(dense_llama, data, tmp_path):
     assert results["static-64-0"]["overlap"]["between"] == 1
     assert results["task-64-0"]["overlap"]["within"] == 1
     assert results["prompt-64-0"]["overlap"]["between"] < 1
+    # With any overlap at all enough, the first prompt's sub-network serves the other three.
+    _script("evaluate.py", *arguments, "--reuse-overlap", 0.01)
+    reused = json.loads(output.read_text())["prompt-64-0, reuse 0.01"]
+    assert reused["reused"] == 3
+    assert reused["overlap"]["between"] == 1

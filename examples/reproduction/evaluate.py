@@ -32,8 +32,8 @@ from mlx_ifp.tuner.data import Example, load_examples
 HERE = Path(__file__).parent
 # The tasks whose answers are a few words.
 SHORT = ("commonsense", "paraphrase", "reading", "science")
-# One task's sub-network stays; those of single prompts are used once.
-CACHE_BYTES = 1 << 30
+# Some stay, for the prompts of one task or for reuse.
+CACHE_BYTES = 4 << 30
 Prepare = Callable[[Example], Prepared]
 
 
@@ -92,11 +92,13 @@ class Scorer:
         rows: dict[str, list[dict[str, float]]] = defaultdict(list)
         selections: list[Selection] = []
         solved: list[bool] = []
+        reused = 0
         for i, example in enumerate(self.examples):
             ready = prepare(example)
             rows[example.task].append(self.score(i, answer_logprobs(ready.network, example)))
             if ready.selection is not None:
                 selections.append(ready.selection)
+            reused += ready.reuse_overlap is not None
             if example.task == "math" and len(solved) < math:
                 solved.append(self._solves(ready.network, example))
         tasks = {}
@@ -110,7 +112,7 @@ class Scorer:
                 "examples": len(scores),
                 "tokens": tokens,
             }
-        result: dict[str, Any] = {"tasks": tasks}
+        result: dict[str, Any] = {"tasks": tasks, "reused": reused}
         for name in ("ce", "kl"):
             result[name] = float(np.mean([task[name] for task in tasks.values()]))
         for name in ("exact", "begins"):
@@ -173,7 +175,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON with the results")
     parser.add_argument("--per-task", type=int, default=20, help="Examples of each task")
     parser.add_argument("--math", type=int, default=10, help="Word problems to decode")
-    parser.add_argument("--keep", type=int, nargs="+", default=[768, 384], help="Untrained arms")
+    parser.add_argument("--keep", type=int, nargs="*", default=[768, 384], help="Untrained arms")
+    parser.add_argument(
+        "--reuse-overlap",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="Also with sub-networks reused for selections that overlap this much",
+    )
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
 
@@ -204,13 +214,15 @@ def main() -> None:
             lambda e, k=k: source.prepare(e.selecting, selector="activations", keep=k),
         )
     for run in sorted(args.runs.glob("*-*-*")):
-        if run.name in results or not (run / "ifp").exists():
-            continue
-        model, _ = load(run / "ifp", cache=False, cache_bytes=CACHE_BYTES)
-        if run.name.startswith("task"):
-            keep(run.name, lambda e, m=model: m.prepare(selecting[id(e)]))
-        else:
-            keep(run.name, lambda e, m=model: m.prepare(e.selecting))
+        for reuse in (None, *args.reuse_overlap):
+            arm = run.name if reuse is None else f"{run.name}, reuse {reuse}"
+            if arm in results or not (run / "ifp").exists():
+                continue
+            model, _ = load(run / "ifp", cache=False, cache_bytes=CACHE_BYTES, reuse_overlap=reuse)
+            if run.name.startswith("task"):
+                keep(arm, lambda e, m=model: m.prepare(selecting[id(e)]))
+            else:
+                keep(arm, lambda e, m=model: m.prepare(e.selecting))
     print(table(results))
 
 
