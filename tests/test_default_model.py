@@ -15,7 +15,6 @@ from mlx_ifp import IFPError, load
 from .conftest import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT / "mlx_ifp" / "default_model"
 
 
 @pytest.fixture
@@ -87,9 +86,24 @@ def test_the_wheel_carries_all_its_files(predictor_checkpoint, tmp_path):
     }
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the package has no model yet")
 def test_the_real_one_answers(tmp_path):
     done = run_command("generate", "--prompt", "Write a short story.", "-m", 16, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert len(done.stdout.split()) > 4
     assert "predictor" in done.stderr
+
+
+def test_the_real_one_is_small_and_selects_by_the_prompt():
+    files = [file for file in mlx_ifp.checkpoint.DEFAULT_MODEL.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 95e6
+    model, _ = load(cache=False)
+    assert 2 * model.checkpoint.ifp.k <= model.checkpoint.d_ffn
+    code, story, again = (
+        model.select(text)
+        for text in (
+            "Write a Python function that sorts a list.",
+            "You are an old pirate. Tell me about the sea.",
+            "Write a Python function that reverses a string.",
+        )
+    )
+    assert code.overlap(again)[0] > code.overlap(story)[0] + 0.05
