@@ -13,6 +13,7 @@ DPI = 150
 
 
 def json_object(line: bytes) -> dict[str, Any]:
+    """A line of JSON as a dict; raises IFPError if it is none, without where."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:

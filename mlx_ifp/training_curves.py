@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import IFPError
 from .figures import json_object, new_figure, plain
+from .tuner.trainer import LOG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-LOG_FILE = "log.jsonl"
 
 
 @dataclass(frozen=True)
