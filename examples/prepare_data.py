@@ -3,7 +3,8 @@
     python prepare_data.py instructions-train.jsonl instructions-valid.jsonl data
 
 Each input line is ``{"messages": [...], "task": "math"}``. The first lines of each task are kept,
-in turns, so that any beginning of the file holds all tasks.
+in turns, so that any beginning of the file holds all tasks. ``--train-skip-per-task`` leaves out
+lines that an earlier run has seen.
 """
 
 import argparse
@@ -12,12 +13,14 @@ import json
 from pathlib import Path
 
 
-def balanced(lines: list[str], per_task: int) -> list[str]:
-    """The first ``per_task`` lines of each task, one task after another."""
+def balanced(lines: list[str], per_task: int, skip: int = 0) -> list[str]:
+    """The first ``per_task`` lines of each task after ``skip``, one task after another."""
     by_task: dict[str, list[str]] = {}
     for line in lines:
         by_task.setdefault(json.loads(line)["task"], []).append(line)
-    turns = itertools.zip_longest(*(rows[:per_task] for _, rows in sorted(by_task.items())))
+    turns = itertools.zip_longest(
+        *(rows[skip : skip + per_task] for _, rows in sorted(by_task.items()))
+    )
     return [line for turn in turns for line in turn if line is not None]
 
 
@@ -28,11 +31,16 @@ def main() -> None:
     parser.add_argument("valid", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--train-per-task", type=int, default=320)
+    parser.add_argument("--train-skip-per-task", type=int, default=0)
     parser.add_argument("--valid-per-task", type=int, default=10)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    for split, per_task in (("train", args.train_per_task), ("valid", args.valid_per_task)):
-        rows = balanced(getattr(args, split).read_text().splitlines(), per_task)
+    parts = (
+        ("train", args.train_per_task, args.train_skip_per_task),
+        ("valid", args.valid_per_task, 0),
+    )
+    for split, per_task, skip in parts:
+        rows = balanced(getattr(args, split).read_text().splitlines(), per_task, skip)
         (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
         print(f"{args.output / split}.jsonl: {len(rows)} examples")
 

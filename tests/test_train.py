@@ -14,7 +14,9 @@ from mlx.utils import tree_flatten
 
 from mlx_ifp import IFPError, generate, load
 from mlx_ifp.checkpoint import open_checkpoint
-from mlx_ifp.train import DEFAULTS, options_of, run
+from mlx_ifp.convert import convert
+from mlx_ifp.train import run
+from mlx_ifp.train_options import DEFAULTS, options_of
 from mlx_ifp.tuner import training_state
 from mlx_ifp.tuner.student import load_source
 from mlx_ifp.tuner.trainer import Trainer
@@ -110,9 +112,70 @@ def test_the_checkpoint_is_the_student(options, monkeypatch):
     tokens = mx.array([tokenizer.encode(prompt)])
     scores = student.scores(tokens, mx.array([tokens.shape[1]]))
     assert mx.allclose(scores[0], model.scores(prompt), rtol=1e-4, atol=1e-4)
-    network = student.narrow(model.scores(prompt), args.mask_temperature)
+    network = student.narrow(student.trunk(), model.scores(prompt), args.mask_temperature)
     ours, theirs = model.subnetwork(selection)(tokens), network(tokens)
     assert mx.abs(ours - theirs).max() < 1e-4 * mx.abs(theirs).max()
+
+
+def test_quantization_aware_training_trains_what_convert_makes(options, monkeypatch, tmp_path):
+    kept = {}
+    monkeypatch.setattr(
+        "mlx_ifp.train.save_student",
+        lambda student, *args, **kwargs: (
+            kept.update(student=student),
+            save(student, *args, **kwargs),
+        ),
+    )
+    from mlx_ifp.tuner.save import save_student as save
+
+    args = options(quantize=True, q_bits=4, q_group_size=32, warm_start_iters=2)
+    trained = run(args)
+    quantized = convert(str(trained), tmp_path / "4bit", quantize_weights=True, q_bits=4,
+                        q_group_size=32, predictor_q_bits=0)  # fmt: skip
+    student, tokens = kept["student"], mx.array([[5, 9, 200, 31, 7]])
+    model, _ = load(quantized, dtype=mx.float32)
+    floats, _ = load(trained, dtype=mx.float32)
+    prompt = "Write a poem about tree 3."
+    network = student.narrow(student.trunk(), model.scores(prompt), args.mask_temperature)
+    ours, theirs, unrounded = (
+        network(tokens),
+        model.subnetwork(model.select(prompt))(tokens),
+        floats.subnetwork(floats.select(prompt))(tokens),
+    )
+    assert mx.abs(ours - theirs).max() < 1e-3 * mx.abs(theirs).max()
+    assert mx.abs(unrounded - theirs).max() > 3e-2 * mx.abs(theirs).max()
+
+
+def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama, tmp_path):
+    common = {"val_batches": 1, "distill_weight": 1.0, "group_masks": True, "learning_rate": 0.03}
+    first = run(options(**common))
+    reports = {}
+    for name, teacher in (("dense", str(dense_llama)), ("itself", None)):
+        args = options(**common | {"model": str(first), "run_path": str(tmp_path / name),
+                                   "teacher": teacher, "iters": 0,
+                                   "predictor_layers": None})  # fmt: skip
+        run(args)
+        reports[name] = _log(Path(args.run_path))[-1]
+    last = _log(Path(options().run_path))[-1]
+    assert reports["dense"]["dense_loss"] == last["dense_loss"]
+    assert reports["dense"]["val_kl"] == pytest.approx(last["val_kl"], rel=1e-3)
+    assert reports["itself"]["val_kl"] < reports["dense"]["val_kl"] / 2
+    with pytest.raises(IFPError, match="another run: its teacher"):
+        run(options(**common | {"model": str(first), "run_path": str(tmp_path / "itself"),
+                                "resume": True, "teacher": str(dense_llama),
+                                "predictor_layers": None,
+                                "mlx_path": str(tmp_path / "other")}))  # fmt: skip
+
+
+def test_what_is_stored_in_float16_is_trained_in_float32(options, dense_llama, tmp_path):
+    half = convert(str(dense_llama), tmp_path / "half", dtype="float16")
+    first = run(options(model=str(half), iters=2))
+    assert {tensor.dtype for tensor in open_checkpoint(first).predictor.values()} == {"F16"}
+    # In float16 the first update would end in NaN.
+    args = options(model=str(first), predictor_layers=None, run_path=str(tmp_path / "on"))
+    again = run(args)
+    assert len([line for line in _log(Path(args.run_path)) if "train_loss" in line]) == 4
+    assert open_checkpoint(again).digest != open_checkpoint(first).digest
 
 
 def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
@@ -323,6 +386,9 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
         ({"report_to": "nobody"}, "--report-to nobody"),
         ({"lr_schedule": {"name": "no_such"}}, "schedule"),
         ({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}, "lora_parameters"),
+        ({"q_bits": 4}, "need -q"),
+        ({"teacher": "no/such/teacher"}, "no/such/teacher"),
+        ({"quantize": True, "q_bits": 17}, "cannot be quantized"),
     ],
 )
 def test_bad_options_are_one_line(changes, words, options):

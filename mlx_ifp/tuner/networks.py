@@ -14,18 +14,25 @@ from mlx_lm.tuner.lora import LoRALinear
 from ..structure import FFN, find_body, get_module, linear, set_module
 from ..subnetwork import share
 
+# (path of a module, rows of its weight) -> what its quantized checkpoint will have.
+RoundRows = Callable[[str, mx.array], mx.array]
 
-def _wide_weight(module: nn.Module) -> tuple[mx.array, mx.array | None]:
+
+def wide_weight(module: nn.Module) -> tuple[mx.array, mx.array | None]:
     """A Linear's weight [output, input] and bias; LoRA's update is added."""
     if isinstance(module, LoRALinear):
-        weight, bias = _wide_weight(module.linear)
+        weight, bias = wide_weight(module.linear)
         update = (module.lora_a @ module.lora_b).T * module.scale
         return weight + update.astype(weight.dtype), bias
     return module.weight, module.get("bias")
 
 
 def gathered(
-    model: nn.Module, ffns: list[FFN], indices: mx.array, soft_values: mx.array | None
+    model: nn.Module,
+    ffns: list[FFN],
+    indices: mx.array,
+    soft_values: mx.array | None,
+    round_rows: RoundRows = lambda _, rows: rows,
 ) -> nn.Module:
     """The narrow network of one selection: k channels are gathered, nothing wide is multiplied.
 
@@ -35,6 +42,8 @@ def gathered(
         indices (mx.array): int32 [L, k], the channels to keep.
         soft_values (mx.array): float32 [L, k], multiplied with the up projection's rows as a
             sub-network does at inference; None for a hard mask.
+        round_rows (Callable): of a :class:`~mlx_ifp.tuner.quantization_aware.Rounding`; a row is a
+            channel, or one of the gate's and the up projection's.
 
     Returns:
         nn.Module: a copy that shares all arrays outside the FFNs.
@@ -45,19 +54,23 @@ def gathered(
         soft = None if soft_values is None else soft_values[i]
         kept = _Kept(channels, ffn.d_ffn)
         if ffn.fused:
-            weight, bias = _wide_weight(module.gate_up_proj)
+            weight, bias = wide_weight(module.gate_up_proj)
             both = _Kept(mx.concatenate([channels, channels + ffn.d_ffn]), 2 * ffn.d_ffn)
-            weight, bias = both.rows(weight), None if bias is None else both.rows(bias)
+            weight = round_rows(ffn.module_path("gate_up_proj"), both.rows(weight))
+            bias = None if bias is None else both.rows(bias)
             if soft is not None:
                 soft = mx.concatenate([mx.ones_like(soft), soft])
             module.gate_up_proj = _scaled(weight, bias, soft)
         else:
             for name, factor in (("gate_proj", None), ("up_proj", soft)):
-                weight, bias = _wide_weight(module[name])
+                weight, bias = wide_weight(module[name])
+                weight = round_rows(ffn.module_path(name), kept.rows(weight))
                 bias = None if bias is None else kept.rows(bias)
-                module[name] = _scaled(kept.rows(weight), bias, factor)
-        weight, bias = _wide_weight(module.down_proj)
-        module.down_proj = linear(kept.columns(weight), bias)
+                module[name] = _scaled(weight, bias, factor)
+        weight, bias = wide_weight(module.down_proj)
+        # Its channels are columns here, and rows where they are stored.
+        rows = round_rows(ffn.module_path("down_proj"), kept.columns(weight).T)
+        module.down_proj = linear(rows.T, bias)
     # Gradient checkpointing passes on only what may be trained, and all of this is.
     narrow.unfreeze()
     return narrow

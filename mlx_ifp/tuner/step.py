@@ -111,11 +111,12 @@ def batch_loss(
         row = slice(mix.shared_by, mix.shared_by + 1)
         selecting, lengths = selecting[row], lengths[row]
     scores = student.scores(selecting, lengths)
+    trunk = student.trunk()
     if mix.blend == 1.0 and scores.shape[0] == 1:
-        network = student.narrow(scores[0], mix.temperature)
+        network = student.narrow(trunk, scores[0], mix.temperature)
     else:
         scores = mx.broadcast_to(scores, (batch.tokens.shape[0], *scores.shape[1:]))
-        network = student.wide(scores, mix.temperature, mix.blend)
+        network = student.wide(trunk, scores, mix.temperature, mix.blend)
     inputs = batch.tokens[:, :-1]
     hidden = hidden_states(network, inputs)
     rows = positions.rows
@@ -127,7 +128,7 @@ def batch_loss(
         ids, logprobs = (part.reshape(-1, part.shape[-1])[rows] for part in teacher)
         targets = Targets(targets.labels, targets.ce_weights, ids, logprobs,
                           positions.distilled * mix.kl)  # fmt: skip
-    parameters, logits = output_layer(student.llm)
+    parameters, logits = output_layer(trunk)
     hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
     loss, ce, kl = blockwise_loss(parameters, hidden, targets, logits)
     if contrast is not None:

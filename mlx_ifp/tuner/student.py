@@ -23,6 +23,7 @@ from ..structure import FFN, build_model, find_embedding, find_ffns, get_module,
 from ..subnetwork import share
 from ..tokenizers import load_tokenizer_of
 from .networks import gathered, masked
+from .quantization_aware import Rounding
 
 FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")
 
@@ -52,6 +53,15 @@ class Source:
     dtype: mx.Dtype
 
 
+def trained_in(stored: mx.Dtype) -> mx.Dtype:
+    """The type to train weights in that are stored in another: float32 on a CPU and for float16.
+
+    The squares of most gradients, and AdamW's epsilon, are below float16's smallest number: its
+    first update would divide 0 by 0.
+    """
+    return mx.float32 if stored == mx.float16 else default_dtype() or stored
+
+
 def load_source(
     model: str, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
 ) -> Source:
@@ -61,7 +71,7 @@ def load_source(
 
     Args:
         model (str): a directory or hub id.
-        dtype (mx.Dtype): cast to this type; None keeps it, but for float32 on a CPU.
+        dtype (mx.Dtype): cast to this type; None for what :func:`trained_in` says.
         trust_remote_code (bool): let the tokenizer run code of its repository.
 
     Raises:
@@ -88,7 +98,7 @@ def load_source(
         config.pop(name, None)
     ffns = find_ffns(llm)
     stored = next(a.dtype for _, a in tree_flatten(llm.parameters()) if _is_float(a))
-    llm = _cast(llm, dtype or default_dtype())
+    llm = _cast(llm, dtype or trained_in(stored))
     mx.eval(llm.parameters())
     files = sorted(path.glob("*.safetensors"))
     return Source(path, config, tokenizer, llm, ffns, checkpoint, _digest(files), stored)
@@ -149,6 +159,7 @@ class Student(nn.Module):
         ifp (IFPConfig): k, mask, text and head as the checkpoint will have them.
         static (mx.array): float32 [L, d_ffn], scores that are the same for every text.
         embedding (str): where the LLM's embedding is put in the backbone, if it is shared.
+        rounding (Rounding): run the LLM's weights as they will be quantized; None runs the floats.
     """
 
     def __init__(
@@ -160,6 +171,7 @@ class Student(nn.Module):
         ifp: IFPConfig,
         static: mx.array | None = None,
         embedding: str = "",
+        rounding: Rounding | None = None,
     ) -> None:
         super().__init__()
         self.llm = llm
@@ -167,7 +179,7 @@ class Student(nn.Module):
             self.backbone, self.head = backbone, head
         # Names with an underscore are no parameters.
         self._ffns, self._ifp, self._static = ffns, ifp, static
-        self._embedding = embedding
+        self._embedding, self._rounding = embedding, rounding
 
     @property
     def ffns(self) -> list[FFN]:
@@ -214,24 +226,45 @@ class Student(nn.Module):
         best = mx.argpartition(-mx.stop_gradient(scores), self.k - 1, axis=-1)[..., : self.k]
         return mx.sort(best, axis=-1)
 
-    def narrow(self, scores: mx.array, temperature: float) -> nn.Module:
-        """The sub-network of scores [L, d_ffn], as :func:`~mlx_ifp.tuner.networks.gathered`."""
+    def trunk(self) -> nn.Module:
+        """The LLM as a network of its own is made of it: but for the FFNs, its weights are rounded.
+
+        Without rounding, the LLM itself.
+        """
+        return self.llm if self._rounding is None else self._rounding.trunk(self.llm)
+
+    def narrow(self, trunk: nn.Module, scores: mx.array, temperature: float) -> nn.Module:
+        """The sub-network of scores [L, d_ffn], as :func:`~mlx_ifp.tuner.networks.gathered`.
+
+        Args:
+            trunk (nn.Module): of :meth:`trunk`.
+            scores (mx.array): float32 [L, d_ffn].
+            temperature (float): epsilon of SoftTopK.
+        """
         indices = self.channels(scores)
         soft = None
         if self._ifp.mask.operator != "topk":
             soft = soft_topk(scores, self.k, operator=self._ifp.mask.operator,
                              temperature=temperature)  # fmt: skip
             soft = mx.take_along_axis(soft, indices, axis=-1)
-        return gathered(self.llm, self._ffns, indices, soft)
+        more = () if self._rounding is None else (self._rounding.rows,)
+        return gathered(trunk, self._ffns, indices, soft, *more)
 
-    def wide(self, scores: mx.array, temperature: float, blend: float = 1.0) -> nn.Module:
-        """The masked full network of scores [B, L, d_ffn]."""
+    def wide(
+        self, trunk: nn.Module, scores: mx.array, temperature: float, blend: float = 1.0
+    ) -> nn.Module:
+        """The masked full network of scores [B, L, d_ffn]; the same arguments."""
         indices = self.channels(scores)
         kept = mx.put_along_axis(mx.zeros(scores.shape), indices, mx.array(1.0), axis=-1)
         if self._ifp.mask.operator != "topk":
             kept = kept * soft_topk(scores, self.k, operator=self._ifp.mask.operator,
                                     temperature=temperature)  # fmt: skip
-        return masked(self.llm, self._ffns, kept, blend)
+        return self.masked(trunk, kept, blend)
+
+    def masked(self, trunk: nn.Module, masks: mx.array, blend: float = 1.0) -> nn.Module:
+        """The full network under masks [B, L, d_ffn]."""
+        wide = trunk if self._rounding is None else self._rounding.wide(trunk)
+        return masked(wide, self._ffns, masks, blend)
 
 
 def choose_trainable(

@@ -15,7 +15,7 @@ from .batches import make_batch
 from .data import Example
 from .dense_targets import DenseTargets
 from .losses import cross_entropy, kl_to_teacher
-from .networks import hidden_states, masked, output_layer
+from .networks import hidden_states, output_layer
 from .student import Student
 
 _BLOCK = 512
@@ -50,7 +50,7 @@ def score_answers(
     """Run examples as one batch, each under its own selection, as it would run at inference.
 
     Args:
-        student (Student): the masked full model equals the sub-network.
+        student (Student): its masked full model equals the sub-network.
         examples (list): all of a split.
         targets (DenseTargets): of the same examples.
         indices (list): which examples to run.
@@ -65,10 +65,11 @@ def score_answers(
             mask, selection.layers, selection.soft_values or (), strict=False
         ):
             row[channels] = soft
-    network = masked(student.llm, student.ffns, mx.array(masks))
+    trunk = student.trunk()
+    network = student.masked(trunk, mx.array(masks))
     hidden = hidden_states(network, batch.tokens[:, :-1])
     mx.eval(hidden)
-    parameters, logits = output_layer(student.llm)
+    parameters, logits = output_layer(trunk)
     ids, logprobs = targets.teacher(indices, batch.tokens.shape[1] - 1)
     results = []
     for row in range(len(indices)):
