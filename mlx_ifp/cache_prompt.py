@@ -18,7 +18,7 @@ from .cache import save_selection
 from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
-from .generate import read_prompt
+from .generate_options import read_prompt
 from .kv_size import Generation
 from .options import (
     add_kv_options,

@@ -15,7 +15,9 @@ class TrainingArgs:
     grad_accumulation_steps: int = field(
         default=1, metadata={"help": "Batches whose gradients make one update"}
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's, of the LLM"})
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "AdamW's (with bias correction), of the LLM"}
+    )
     predictor_learning_rate: float = field(
         default=1e-4, metadata={"help": "AdamW's, of the predictor"}
     )
