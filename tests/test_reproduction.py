@@ -3,9 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from mlx_ifp import load
+from mlx_ifp.checkpoint import open_checkpoint
+from mlx_ifp.overlap import overlap_summary
 
 from .conftest import run_command
 
@@ -65,6 +70,14 @@ def test_all_arms_are_trained_and_compared(dense_llama, data, tmp_path):
     assert results["static-64-0"]["overlap"]["between"] == 1
     assert results["task-64-0"]["overlap"]["within"] == 1
     assert results["prompt-64-0"]["overlap"]["between"] < 1
+    # The source formats what selects with the chat template, the trained model does not.
+    model, _ = load(runs / "prompt-64-0" / "ifp")
+    assert open_checkpoint(source).ifp.text.format != model.checkpoint.ifp.text.format
+    rows = [json.loads(line) for line in (data / "valid.jsonl").read_text().splitlines()[:4]]
+    selections = [model.select(row["messages"][0]["content"]) for row in rows]
+    expected = overlap_summary(selections, [row["task"] for row in rows])
+    for name, value in asdict(expected).items():
+        assert results["prompt-64-0"]["overlap"][name] == pytest.approx(value), name
     # With any overlap at all enough, the first prompt's sub-network serves the other three.
     _script("evaluate.py", *arguments, "--reuse-overlap", 0.01)
     reused = json.loads(output.read_text())["prompt-64-0, reuse 0.01"]

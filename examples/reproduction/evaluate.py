@@ -190,14 +190,14 @@ def main() -> None:
     source, tokenizer = load(args.model, cache=False, cache_bytes=CACHE_BYTES)
     texts = yaml.safe_load((HERE / "tasks.yaml").read_text())
 
-    def examples_of(task_texts: dict[str, str] | None = None) -> list[Example]:
-        text = source.checkpoint.ifp.text
-        data = load_examples(args.data, tokenizer, tokenizer, text, task_texts=task_texts)
+    def examples_of(model: IFPModel, task_texts: dict[str, str] | None = None) -> list[Example]:
+        # What selects is tokenized as each model's config says, and they differ in that.
+        text = model.checkpoint.ifp.text
+        own = model.selector_tokenizer()
+        data = load_examples(args.data, tokenizer, own, text, task_texts=task_texts)
         return first_of_each(data["valid"], args.per_task)
 
-    by_prompt, by_task = examples_of(), examples_of(texts)
-    scorer = Scorer(source.dense(), tokenizer, by_prompt)
-    selecting = {id(e): by_task[i].selecting for i, e in enumerate(by_prompt)}
+    scorer = Scorer(source.dense(), tokenizer, examples_of(source))
 
     def keep(arm: str, prepare: Prepare) -> None:
         if arm not in results:
@@ -219,10 +219,12 @@ def main() -> None:
             if arm in results or not (run / "ifp").exists():
                 continue
             model, _ = load(run / "ifp", cache=False, cache_bytes=CACHE_BYTES, reuse_overlap=reuse)
-            if run.name.startswith("task"):
-                keep(arm, lambda e, m=model: m.prepare(selecting[id(e)]))
-            else:
-                keep(arm, lambda e, m=model: m.prepare(e.selecting))
+            own = examples_of(model, texts if run.name.startswith("task") else None)
+            selecting = {
+                id(example): its.selecting
+                for example, its in zip(scorer.examples, own, strict=True)
+            }
+            keep(arm, lambda e, m=model, selecting=selecting: m.prepare(selecting[id(e)]))
     print(table(results))
 
 
