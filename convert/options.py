@@ -3,10 +3,11 @@
 import argparse
 
 from mlx_ifp.options import parse_keep
+from mlx_ifp.structure import QUANTIZATION_MODES
 
 from .layouts import LAYOUTS
 from .plan import DEFAULT_KEEP
-from .precision import DTYPES, MODES, RECIPES
+from .precision import DTYPES, RECIPES
 
 EXAMPLES = """examples:
   mlx_ifp.convert --model mlx-community/Llama-3.2-3B-Instruct-bf16 --mlx-path llama-ifp
@@ -101,7 +102,10 @@ def _add_precision_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--q-bits", type=int, help="Bits per weight")
     group.add_argument("--q-group-size", type=int, help="Group size")
     group.add_argument(
-        "--q-mode", default="affine", choices=MODES, help="Quantization mode (default: affine)"
+        "--q-mode",
+        default="affine",
+        choices=QUANTIZATION_MODES,
+        help="Quantization mode (default: affine)",
     )
     group.add_argument("--quant-predicate", choices=RECIPES, help="Mixed-bit recipe of mlx-lm")
     group.add_argument(

@@ -22,7 +22,6 @@ from .source_files import buffers
 
 DTYPES = tuple(MODEL_CONVERSION_DTYPES)
 RECIPES = tuple(QUANT_RECIPES)
-MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 # mlx-lm's, of the mode affine.
 DEFAULT_GROUP_SIZE = 64
 

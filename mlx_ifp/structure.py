@@ -19,6 +19,8 @@ from .errors import IFPError
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _SEPARATE = frozenset(PROJECTIONS)
 _FUSED = frozenset(("gate_up_proj", "down_proj"))
+# mlx-lm's.
+QUANTIZATION_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 _QUANTIZATION_DEFAULTS = ("group_size", "bits", "mode")
 
 

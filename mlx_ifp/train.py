@@ -14,7 +14,6 @@ from mlx_lm.utils import save_config
 
 from .cli import command
 from .config import IFPConfig, MaskConfig, TextConfig
-from .convert.precision import Precision, quantize_config
 from .errors import IFPError
 from .keep import resolve_one_keep
 from .structure import find_embedding, get_module
@@ -103,8 +102,8 @@ def run(args: types.SimpleNamespace) -> Path:
             raise IFPError(f"Name --{name}.")
     numbers = TrainingArgs(**{each.name: getattr(args, each.name) for each in fields(TrainingArgs)})
     numbers.check()
-    precision = Precision(None, args.quantize, args.q_bits, args.q_group_size, args.q_mode)
-    precision.check()
+    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
+        raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
     task_texts = _task_texts(args.tasks)
     if args.select_by == "task" and task_texts is None:
         raise IFPError("--select-by task needs --tasks, a YAML file of task descriptions.")
@@ -122,7 +121,7 @@ def run(args: types.SimpleNamespace) -> Path:
     dtype = getattr(mx, args.dtype) if args.dtype else None
     source = load_source(args.model, dtype, args.trust_remote_code)
     teacher = source if args.teacher is None else _teacher(args, source, dtype)
-    rounding = _rounding(precision, source)
+    rounding = _rounding(args, source)
     ifp = _ifp_config(args, source)
     start = None if args.select_by == "static" else _predictor(args, source, dtype)
     if start is not None:
@@ -199,10 +198,15 @@ def run(args: types.SimpleNamespace) -> Path:
     return result
 
 
-def _rounding(precision: Precision, source: Source) -> Rounding | None:
+def _rounding(args: types.SimpleNamespace, source: Source) -> Rounding | None:
     """What ``mlx_ifp.convert`` with the same options would quantize."""
-    if not precision.quantize:
+    if not args.quantize:
         return None
+    # In a clone it stands beside this package, and is a part of it only where that is installed.
+    from .convert.precision import Precision, quantize_config
+
+    precision = Precision(None, True, args.q_bits, args.q_group_size, args.q_mode)
+    precision.check()
     _, plan, notes = quantize_config(source.config, source.ffns, precision)
     for note in notes:
         print(note, file=sys.stderr)

@@ -10,9 +10,9 @@ import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, yaml_loader
 
 from .config import TEXT_FORMATS
-from .convert.precision import MODES
 from .errors import IFPError
 from .options import parse_keep
+from .structure import QUANTIZATION_MODES
 from .tuner.student import FINE_TUNE_TYPES
 from .tuner.training_args import TrainingArgs
 
@@ -24,7 +24,7 @@ CHOICES = {
     "mask_operator": ("sigmoid", "capped_exp"),
     "fine_tune_type": FINE_TUNE_TYPES,
     "distill_on": ("all", "answer"),
-    "q_mode": MODES,
+    "q_mode": QUANTIZATION_MODES,
 }
 
 EXAMPLES = """examples:
@@ -145,7 +145,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     rounded.add_argument("--q-bits", type=int, help="Bits per weight, as convert will have them")
     rounded.add_argument("--q-group-size", type=int, help="Group size, likewise")
-    rounded.add_argument("--q-mode", choices=MODES, help="Mode, likewise (default: affine)")
+    rounded.add_argument(
+        "--q-mode", choices=QUANTIZATION_MODES, help="Mode, likewise (default: affine)"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--run-path", help="Directory of the run: log, checkpoints (default: run)")
     run.add_argument("--mlx-path", help="Where the result goes (default: ifp in the run's path)")
