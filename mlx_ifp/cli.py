@@ -67,6 +67,13 @@ def main() -> None:
         print(version("mlx_ifp"))
     elif name in COMMANDS:
         sys.argv[:2] = [f"mlx_ifp.{name}"]
-        importlib.import_module(f"mlx_ifp.{name}").main()
+        try:
+            importlib.import_module(f"mlx_ifp.{name}").main()
+        except ModuleNotFoundError as error:
+            if error.name != "mlx_ifp.convert":
+                raise
+            # In a clone convert/ stands beside the package; the installed one has it inside.
+            _end(f"mlx_ifp.{name}: error: The converter is only in the installed package: use the "
+                 f"command mlx_ifp.{name}, or leave the clone's root.", 1)  # fmt: skip
     else:
         _end(f"{usage}\n\nmlx_ifp: error: {'no command' if name is None else f'no {name!r}'}", 2)

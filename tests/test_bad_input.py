@@ -11,6 +11,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_lm.utils import load_model
 
+from mlx_ifp import cli
+
 from .conftest import make_dense, run_command
 from .helpers import random_selection
 
@@ -156,6 +158,16 @@ def test_stats_that_cannot_be_written_keep_what_was_there(tiny_checkpoint, tmp_p
     assert done.stdout
     assert done.stderr.count("\n") == 1
     assert f"{tmp_path / 'no' / 's'}: No such file" in done.stderr
+
+
+def test_a_clone_without_the_converter_inside(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlx_ifp.convert", None)
+    monkeypatch.setattr(sys, "argv", ["mlx_ifp", "convert", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and len(error.splitlines()) == 1
+    assert "use the command mlx_ifp.convert" in error
 
 
 def test_no_command_and_an_unknown_one():

@@ -18,6 +18,7 @@ from mlx_ifp.convert import convert
 from mlx_ifp.train import run
 from mlx_ifp.train_options import DEFAULTS, options_of
 from mlx_ifp.tuner import training_state
+from mlx_ifp.tuner.save import save_student
 from mlx_ifp.tuner.student import load_source
 from mlx_ifp.tuner.trainer import Trainer
 
@@ -93,17 +94,21 @@ def test_from_a_dense_model_and_jsonl_to_an_answer(data, dense_llama, tmp_path):
     assert drawn.returncode == 0 and (tmp_path / "curves.png").exists(), drawn.stderr
 
 
-def test_the_checkpoint_is_the_student(options, monkeypatch):
+@pytest.fixture
+def kept(monkeypatch) -> dict:
+    """Holds the ``student`` of a run once it is saved."""
     kept = {}
     monkeypatch.setattr(
         "mlx_ifp.train.save_student",
         lambda student, *args, **kwargs: (
             kept.update(student=student),
-            save(student, *args, **kwargs),
+            save_student(student, *args, **kwargs),
         ),
     )
-    from mlx_ifp.tuner.save import save_student as save
+    return kept
 
+
+def test_the_checkpoint_is_the_student(options, kept):
     args = options(dtype="float32", warm_start_iters=2)
     model, tokenizer = load(run(args), dtype=mx.float32)
     prompt = "Write a poem about tree 3."
@@ -117,17 +122,7 @@ def test_the_checkpoint_is_the_student(options, monkeypatch):
     assert mx.abs(ours - theirs).max() < 1e-4 * mx.abs(theirs).max()
 
 
-def test_quantization_aware_training_trains_what_convert_makes(options, monkeypatch, tmp_path):
-    kept = {}
-    monkeypatch.setattr(
-        "mlx_ifp.train.save_student",
-        lambda student, *args, **kwargs: (
-            kept.update(student=student),
-            save(student, *args, **kwargs),
-        ),
-    )
-    from mlx_ifp.tuner.save import save_student as save
-
+def test_quantization_aware_training_trains_what_convert_makes(options, kept, tmp_path):
     args = options(quantize=True, q_bits=4, q_group_size=32, warm_start_iters=2)
     trained = run(args)
     quantized = convert(str(trained), tmp_path / "4bit", quantize_weights=True, q_bits=4,
