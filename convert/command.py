@@ -33,7 +33,7 @@ from mlx_ifp.hub import upload_checkpoint
 from mlx_ifp.keep import Keep
 from mlx_ifp.model import default_dtype
 from mlx_ifp.tensor_files import write_safetensors
-from mlx_ifp.text import selector_tokens
+from mlx_ifp.text import selecting_text, selector_tokens
 from mlx_ifp.tokenizers import load_tokenizer_of
 
 from .calibrate import calibrate as order_channels
@@ -285,21 +285,26 @@ def _check_space(path: Path, needed: int) -> None:
 
 def _read_prompts(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file the first user message, or ``prompt`` or ``text``."""
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise IFPError(f"{path} is not a text file.") from error
-    prompts = lines
-    if path.suffix == ".jsonl":
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                messages = record.get("messages", [])
-                users = [m["content"] for m in messages if m["role"] == "user"]
-                prompts.append((users or [record.get("prompt") or record["text"]])[0])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise IFPError(f"{path}, line {number}: no messages, prompt or text.") from error
+    prompts = []
+    # Of bytes, since str.splitlines knows ends of lines that JSON allows in a string.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode()
+            if path.suffix == ".jsonl":
+                record = json.loads(text)
+                if record.get("messages"):
+                    text = selecting_text(record["messages"])
+                else:
+                    text = record.get("prompt") or record["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+        except UnicodeDecodeError as error:
+            raise IFPError(f"{path} is not a text file.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IFPError(f"{path}, line {number}: no messages, prompt or text.") from error
+        prompts.append(text)
     if not prompts:
         raise IFPError(f"{path} has no prompts.")
     return prompts

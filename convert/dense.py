@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
 
 from mlx_ifp.config import CONFIG_FILE
-from mlx_ifp.errors import IFPError
+from mlx_ifp.errors import IFPError, reason_of
 from mlx_ifp.structure import FFN, build_model, find_ffns, get_module, linear
 from mlx_ifp.tensor_files import LazyTensor, read_any_header
 
@@ -184,8 +184,7 @@ def one_line(model: str) -> Iterator[None]:
         AttributeError,
         StrictDataclassError,
     ) as error:
-        text = str(error).strip() or repr(error)
-        raise IFPError(f"{model} cannot be loaded: {text.splitlines()[0]}") from error
+        raise IFPError(f"{model} cannot be loaded: {reason_of(error)}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ifp.checkpoint import HEAD_STEM, PREDICTOR_STEM
-from mlx_ifp.config import IFPConfig, TextConfig
+from mlx_ifp.config import IFPConfig, TextConfig, text_limit
 from mlx_ifp.errors import IFPError
 from mlx_ifp.keep import resolve_keep
 from mlx_ifp.structure import find_body, get_module
@@ -19,7 +19,6 @@ from .layouts.parts import TrainedModel
 from .naming import NamedModel, name_tensors
 from .precision import Precision, Tensors, quantize_config, quantize_head, split_model
 
-MAX_TEXT_TOKENS = 8192
 DEFAULT_KEEP = 0.5
 
 
@@ -213,11 +212,7 @@ def _store(
 
 
 def _text(config: dict[str, Any], text_format: str) -> TextConfig:
-    text_config = config.get("text_config") or {}
-    context = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
-    return TextConfig(
-        format=text_format, max_tokens=min(context or MAX_TEXT_TOKENS, MAX_TEXT_TOKENS)
-    )
+    return TextConfig(format=text_format, max_tokens=text_limit(config))
 
 
 def with_versions(source: dict[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,10 @@ def weight_files(directory: Path) -> list[Path]:
     if found:
         names = ", ".join(f.name for f in found[:4])
         raise IFPError(f"{directory} holds {names}; name the one to convert with --model.")
+    if found := sorted(directory.glob("*.gguf")):
+        raise IFPError(
+            f"{directory} holds {found[0].name}; name the GGUF file itself with --model."
+        )
     raise IFPError(f"{directory} holds no weights (.safetensors, .pt, .bin or .pth).")
 
 

@@ -40,7 +40,9 @@ def main() -> None:
         ("valid", args.valid_per_task, 0),
     )
     for split, per_task, skip in parts:
-        rows = balanced(getattr(args, split).read_text().splitlines(), per_task, skip)
+        # Of bytes, since str.splitlines knows ends of lines that JSON allows in a string.
+        lines = [line.decode() for line in getattr(args, split).read_bytes().splitlines()]
+        rows = balanced(lines, per_task, skip)
         (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
         print(f"{args.output / split}.jsonl: {len(rows)} examples")
 

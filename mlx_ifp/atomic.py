@@ -13,6 +13,15 @@ from pathlib import Path
 from .errors import IFPError
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises IFPError if no file can be made there: before the work for it, not after."""
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise IFPError(f"{path} cannot be written: there is no directory {parent}.")
+    if not os.access(parent, os.W_OK):
+        raise IFPError(f"{path} cannot be written: no files can be made in {parent}.")
+
+
 @contextlib.contextmanager
 def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces ``path`` if all goes well.
@@ -81,7 +90,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         try:
             temporary.chmod(0o755)
             yield temporary
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if path.exists():
+                    raise IFPError(f"{path} was made by another process meanwhile.") from error
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             if not path.exists():

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from .atomic import new_file
 from .errors import IFPError
@@ -224,7 +224,8 @@ def save_selection(
     }
     with new_file(path, overwrite=overwrite) as temporary:
         try:
-            save_file(tensors, temporary, metadata=metadata)
+            # Not save_file: it makes the file anew, for its owner's eyes only.
+            temporary.write_bytes(serialize(tensors, metadata=metadata))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
 
@@ -296,11 +297,11 @@ class SelectionCache:
     def load(self, checkpoint: str, key: str) -> Selection | None:
         """The selection of a key, or None."""
         path = self._folder(checkpoint) / f"{key}.safetensors"
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             selection = load_selection(path, checkpoint)
-        except IFPError as error:
+        except (IFPError, OSError) as error:
             warnings.warn(f"Ignoring a cached selection: {error}", stacklevel=2)
             return None
         with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from .atomic import new_file
+from .atomic import check_writable, new_file
 from .budget import Use
 from .cache import save_selection
 from .checkpoint import Checkpoint
@@ -86,6 +86,7 @@ def main() -> None:
     if path.suffix != ".safetensors":
         # mlx adds the suffix by itself, and the file would not be where the user looks.
         raise IFPError(f"--prompt-cache-file must end in .safetensors, {path} does not.")
+    check_writable(path)
     task = task_of(args)
     messages = [{"role": "user", "content": prompt}]
     model, tokenizer = load_model(args, partial(_plan, args, messages, task))

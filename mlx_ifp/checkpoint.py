@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm.utils import load_config, make_shards, save_config
 
 from .config import CONFIG_FILE, HeadConfig, IFPConfig
-from .errors import IFPError
+from .errors import IFPError, reason_of
 from .expected import (
     backbone_tensors,
     channel_tensors,
@@ -127,16 +127,18 @@ def resolve(path_or_hf_repo: str | Path | None, revision: str | None = None) -> 
     if path.is_dir():
         return path
     if path.exists():
-        raise IFPError(f"{path} is a file, not a checkpoint directory.")
+        raise IFPError(
+            f"{path} is a file, not a checkpoint directory. "
+            "Make one of it with: mlx_ifp.convert --model FILE --mlx-path OUT"
+        )
     try:
         return Path(
             snapshot_download(str(path_or_hf_repo), revision=revision, allow_patterns=HUB_PATTERNS)
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise IFPError(
             f"{path_or_hf_repo} is not a directory, and it could not be fetched from the "
-            f"Hugging Face hub ({reason})"
+            f"Hugging Face hub ({reason_of(error)})"
         ) from error
 
 

@@ -102,6 +102,13 @@ class TextConfig:
         _require(_is_count(self.max_tokens), "text.max_tokens must be a positive number")
 
 
+def text_limit(config: dict[str, Any]) -> int:
+    """The tokens a selector with this config can read, at most those of TextConfig."""
+    text_config = config.get("text_config") or {}
+    context = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
+    return min(context or TextConfig.max_tokens, TextConfig.max_tokens)
+
+
 @dataclass
 class IFPConfig:
     """The whole of ``ifp_config.json``; CHECKPOINT.md explains each field.

@@ -1,5 +1,21 @@
-"""The one exception users meet."""
+"""The one exception users meet, and what other libraries' exceptions say in its line."""
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 
 class IFPError(ValueError):
     """Something the user can mend; the message is one line that says how."""
+
+
+def reason_of(error: Exception) -> str:
+    """One line of another library's error.
+
+    The hub's errors say only in their last lines that a repository is gated, private or missing.
+    Other libraries' first line is the one that counts.
+    """
+    if isinstance(error, HFValidationError):
+        return "there is no such file or directory, and it is no name of a repository"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return repr(error)
+    return " ".join(lines) if isinstance(error, HfHubHTTPError) else lines[0]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import io
 import json
 import shutil
 import sys
@@ -317,8 +318,8 @@ def _write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= mx.load(str(file))
     try:
-        # mlx-lm prints; stdout is for results.
-        with contextlib.redirect_stdout(sys.stderr):
+        # mlx-lm prints the name of a temporary directory.
+        with contextlib.redirect_stdout(io.StringIO()):
             convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
     except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
         raise IFPError(f"mlx-lm's GGUF exporter cannot write this model: {error}") from error

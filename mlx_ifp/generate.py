@@ -209,7 +209,8 @@ def _tokens(
     """The prompt's tokens; with a prompt cache only those that follow what it holds."""
     user = next(message for message in messages if message["role"] == "user")
     if args.ignore_chat_template or not tokenizer.has_chat_template:
-        return tokenizer.encode(user["content"])
+        begins = args.prompt_cache_file is None
+        return tokenizer.encode(user["content"], add_special_tokens=begins)
     kwargs = template_kwargs(args)
     if args.prompt_cache_file is None:
         return encode_prompt(tokenizer, messages, **kwargs)
@@ -245,13 +246,19 @@ def _load_prompt_cache(args: argparse.Namespace, ready: Prepared) -> list[Any] |
     return prompt_cache
 
 
-def _load_draft_model(name: str | None) -> nn.Module | None:
+def _load_draft_model(name: str | None, tokenizer: TokenizerWrapper) -> nn.Module | None:
     if name is None:
         return None
     try:
-        return mlx_lm.load(name)[0]
+        draft_model, own = mlx_lm.load(name)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise IFPError(f"--draft-model {name} cannot be loaded: {error}") from error
+    if own.vocab_size != tokenizer.vocab_size:
+        raise IFPError(
+            f"--draft-model {name} has another tokenizer than the model: {own.vocab_size} tokens, "
+            f"not {tokenizer.vocab_size}."
+        )
+    return draft_model
 
 
 def _plan(
@@ -298,7 +305,7 @@ def main() -> None:
         save_selection(args.save_selection, ready.selection)
     if args.show_selection:
         _show_selection(model, ready.selection, text)
-    draft_model = _load_draft_model(args.draft_model)
+    draft_model = _load_draft_model(args.draft_model, tokenizer)
     prompt_cache = _load_prompt_cache(args, ready)
     # Only now: making the sub-network must not move the random state of the sampler.
     if args.seed is not None:
@@ -340,6 +347,10 @@ def main() -> None:
         ):
             first = first or time.perf_counter()
             print(response.text, end="", flush=True)
+    except KeyboardInterrupt:
+        # The message of it begins a line.
+        print(flush=True)
+        raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise IFPError(f"Generation stopped: {error}") from error
     print(flush=True)

@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+from .atomic import check_writable
 from .errors import IFPError
 from .options import (
     add_kv_options,
@@ -103,7 +104,8 @@ def read_prompt(prompt: str) -> str:
     """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
     prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
+        # Without a standard input Python has None there.
+        prompt = (sys.stdin.read() if sys.stdin else "") if prompt == "-" else prompt
         # In some locales Python lets undecodable bytes through as surrogates.
         prompt.encode()
     except UnicodeError as error:
@@ -136,13 +138,28 @@ def template_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises IFPError if flags contradict one another."""
-    if args.max_tokens == 0:
-        raise IFPError("--max-tokens must not be 0; -1 sets no limit.")
+    if args.max_tokens < -1 or args.max_tokens == 0:
+        raise IFPError("--max-tokens must be above 0, or -1 for no limit.")
     if args.dense and (args.selection or args.task_name):
         option = "--selection" if args.selection else "--task-name"
         raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and (args.save_selection or args.show_selection):
         raise IFPError("--dense selects nothing to show or save.")
+    for given in ("selection", "dense"):
+        for name in ("keep", "selector"):
+            if getattr(args, given) and getattr(args, name) is not None:
+                raise IFPError(f"--{given} and --{name} exclude each other.")
+    if args.prompt_cache_file is not None:
+        if args.draft_model is not None:
+            raise IFPError("--prompt-cache-file and --draft-model exclude each other.")
+        if args.system_prompt is not None:
+            raise IFPError(
+                "--system-prompt has no effect with --prompt-cache-file: the prompt begins with "
+                "what the file holds."
+            )
+    for name in ("stats", "save_selection"):
+        if (path := getattr(args, name)) is not None:
+            check_writable(path)
     if args.reuse_overlap is not None and args.no_cache:
         raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     if args.warm_system_prompt:

@@ -10,10 +10,12 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .checkpoint import open_checkpoint
-from .errors import IFPError
+from .errors import IFPError, reason_of
 
-# The hub's client is httpx, under the name that huggingface_hub gives it.
-_HTTPX = getattr(huggingface_hub.utils, "httpx", None)
+# The hub's client is httpx or a successor; which module has it under that name differs by version.
+_HTTPX = getattr(
+    huggingface_hub.utils, "httpx", getattr(huggingface_hub.utils._http, "httpx", None)
+)
 _NETWORK_ERRORS = (_HTTPX.TransportError,) if _HTTPX is not None else ()
 TAGS = ["mlx", "instruction-following-pruning"]
 
@@ -79,5 +81,6 @@ def uploading(directory: str | Path, repo: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, *_NETWORK_ERRORS) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise IFPError(f"{directory} is complete, but not uploaded to {repo}: {reason}") from error
+        raise IFPError(
+            f"{directory} is complete, but not uploaded to {repo}: {reason_of(error)}"
+        ) from error

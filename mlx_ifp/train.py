@@ -2,7 +2,7 @@
 
 import sys
 import types
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.utils import save_config
 
 from .cli import command
-from .config import IFPConfig, MaskConfig, TextConfig
+from .config import IFPConfig, MaskConfig, TextConfig, text_limit
 from .errors import IFPError
 from .keep import resolve_one_keep
 from .structure import find_embedding, get_module
@@ -72,7 +72,9 @@ def _predictor(args: types.SimpleNamespace, source: Source, dtype: Any) -> Predi
         )
     if _has_predictor(args, source):
         return from_checkpoint(source, dtype)
-    return from_layers(source, args.predictor_layers or min(4, len(source.ffns)), args.head_width)
+    layers = args.predictor_layers
+    layers = min(4, len(source.ffns)) if layers is None else layers
+    return from_layers(source, layers, args.head_width)
 
 
 def _ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
@@ -102,6 +104,7 @@ def run(args: types.SimpleNamespace) -> Path:
             raise IFPError(f"Name --{name}.")
     numbers = TrainingArgs(**{each.name: getattr(args, each.name) for each in fields(TrainingArgs)})
     numbers.check()
+    _check_numbers(args)
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
         raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
     task_texts = _task_texts(args.tasks)
@@ -116,7 +119,10 @@ def run(args: types.SimpleNamespace) -> Path:
     if not args.resume and checkpoint is not None:
         raise IFPError(f"{path} holds a run already: use --resume, or another --run-path.")
     if result.exists():
-        raise IFPError(f"{result} already exists. Delete it or name another --mlx-path.")
+        again = ", or name another --mlx-path for what comes now" if args.resume else ""
+        raise IFPError(
+            f"{result} already exists. Delete it{again or ' or name another --mlx-path'}."
+        )
     mx.random.seed(args.seed)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     source = load_source(args.model, dtype, args.trust_remote_code)
@@ -126,6 +132,7 @@ def run(args: types.SimpleNamespace) -> Path:
     start = None if args.select_by == "static" else _predictor(args, source, dtype)
     if start is not None:
         ifp.head, ifp.predictor_embedding = start.head.config, "llm" if start.embedding else "own"
+        ifp.text.max_tokens = min(ifp.text.max_tokens, text_limit(start.config))
     examples = load_examples(
         args.data,
         source.tokenizer,
@@ -170,7 +177,11 @@ def run(args: types.SimpleNamespace) -> Path:
         k=ifp.k,
         select_by=args.select_by,
         fine_tune_type=args.fine_tune_type,
-        mask=args.mask_operator,
+        mask=[ifp.mask.operator, ifp.mask.temperature, ifp.mask.keep_soft_values],
+        mask_temperature_start=args.mask_temperature_start,
+        text=asdict(ifp.text),
+        dtype=args.dtype,
+        quantize=[args.q_bits, args.q_group_size, args.q_mode] if args.quantize else None,
         **({"teacher": teacher.digest} if args.teacher else {}),
     )
     trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback)
@@ -198,6 +209,15 @@ def run(args: types.SimpleNamespace) -> Path:
     return result
 
 
+def _check_numbers(args: types.SimpleNamespace) -> None:
+    for name, least in (("warm_start_iters", 0), ("warm_start_examples", 1), ("head_width", 1),
+                        ("num_layers", -1)):  # fmt: skip
+        if getattr(args, name) < least:
+            raise IFPError(
+                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}."
+            )
+
+
 def _rounding(args: types.SimpleNamespace, source: Source) -> Rounding | None:
     """What ``mlx_ifp.convert`` with the same options would quantize."""
     if not args.quantize:
@@ -210,6 +230,9 @@ def _rounding(args: types.SimpleNamespace, source: Source) -> Rounding | None:
     _, plan, notes = quantize_config(source.config, source.ffns, precision)
     for note in notes:
         print(note, file=sys.stderr)
+    # The plan knows an output layer that mlx-lm drops when it loads a model with a tied embedding.
+    modules = dict(source.llm.named_modules())
+    plan = {module: how for module, how in plan.items() if module in modules}
     return Rounding(plan, source.ffns, source.dtype)
 
 

@@ -113,6 +113,14 @@ def test_flags_that_do_not_go_together(tiny_checkpoint, tmp_path):
     assert "no system message" in generate_fails(tiny_checkpoint, "--task-from", "system")
     assert "JSON" in generate_fails(tiny_checkpoint, "--chat-template-config", "{")
     assert "max-tokens" in generate_fails(tiny_checkpoint, "--max-tokens", 0)
+    assert "max-tokens" in generate_fails(tiny_checkpoint, "--max-tokens", -5)
+    for flags in (("--dense", "--keep", 8), ("--selection", "s", "--selector", "activations"),
+                  ("--prompt-cache-file", "c", "--draft-model", "d")):  # fmt: skip
+        assert "exclude each other" in generate_fails(tiny_checkpoint, *flags)
+    cached = ("--prompt-cache-file", "c", "--system-prompt", "Be kind.")
+    assert "has no effect" in generate_fails(tiny_checkpoint, *cached)
+    stats = ("--stats", tmp_path / "none" / "s.json")
+    assert "there is no directory" in generate_fails(tiny_checkpoint, *stats)
     assert "--extra-eos-token" in generate_fails(tiny_checkpoint, "--extra-eos-token", "<|no|>")
     assert "--draft-model" in generate_fails(tiny_checkpoint, "--draft-model", tmp_path / "none")
     assert "2**64" in generate_fails(tiny_checkpoint, "--seed", 1 << 64)
@@ -151,13 +159,13 @@ def test_a_chat_template_that_refuses_a_message(tiny_checkpoint, tmp_path):
 
 def test_stats_that_cannot_be_written_keep_what_was_there(tiny_checkpoint, tmp_path):
     done = run_command(
-        "generate", "--model", tiny_checkpoint, "-p", "Hello", "--stats", tmp_path / "no" / "s",
+        "generate", "--model", tiny_checkpoint, "-p", "Hello", "--stats", tmp_path,
         "--verbose", "F",
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stdout
     assert done.stderr.count("\n") == 1
-    assert f"{tmp_path / 'no' / 's'}: No such file" in done.stderr
+    assert f"{tmp_path} is a directory" in done.stderr
 
 
 def test_a_clone_without_the_converter_inside(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model, save_config, save_model
 from mlx_ifp import IFPError, load
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
+from mlx_ifp.convert.command import _read_prompts
 from mlx_ifp.structure import build_model
 
 from .conftest import ARCHITECTURES, make_dense, run_command, tiny_tokenizer
@@ -120,6 +121,19 @@ def test_hugging_face_files_convert_too(tmp_path, architecture):
     (dense / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(convert(str(dense), tmp_path / "ifp"))
     assert {tensor.dtype for tensor in checkpoint.channels.values()} == {"BF16"}
+
+
+def test_prompts_of_a_file_are_read_line_by_line(tmp_path):
+    file = tmp_path / "p.jsonl"
+    parts = [{"type": "text", "text": "three"}]
+    rows = [{"prompt": "one\u2028and one"}, {"messages": [{"role": "user", "content": parts}]}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\n\n".join(lines))
+    assert _read_prompts(file) == ["one\u2028and one", "three"]
+    for bad in ('{"prompt": 5}', '{"messages": [3]}', "[]", "{"):
+        file.write_text("\n\n".join([*lines, bad]))
+        with pytest.raises(IFPError, match="line 5: no messages, prompt or text"):
+            _read_prompts(file)
 
 
 def test_static_scores_come_from_prompts(dense_llama, tmp_path):

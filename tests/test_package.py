@@ -80,7 +80,7 @@ def test_requirements_are_the_platforms(built):
     with zipfile.ZipFile(built[1]) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
         text = wheel.read(name).decode()
-    assert 'Requires-Dist: mlx>=0.31; platform_system == "Darwin"' in text
-    assert 'Requires-Dist: mlx[cpu]>=0.31; platform_system == "Linux"' in text
+    assert 'Requires-Dist: mlx>=0.31.2; platform_system == "Darwin"' in text
+    assert 'Requires-Dist: mlx[cpu]>=0.31.2; platform_system == "Linux"' in text
     assert "License-Expression: Apache-2.0" in text
     assert "torch" not in text.split("Provides-Extra")[0]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from mlx_ifp.tuner.save import save_student
 from mlx_ifp.tuner.student import load_source
 from mlx_ifp.tuner.trainer import Trainer
 
-from .conftest import run_command
+from .conftest import make_dense, run_command
 
 K = 64
 
@@ -162,10 +163,13 @@ def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama,
                                 "mlx_path": str(tmp_path / "other")}))  # fmt: skip
 
 
-def test_what_is_stored_in_float16_is_trained_in_float32(options, dense_llama, tmp_path):
-    half = convert(str(dense_llama), tmp_path / "half", dtype="float16")
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", "F16"), ("bfloat16", "BF16")])
+def test_half_precision_is_trained_in_float32(dtype, stored, options, dense_llama, tmp_path):
+    half = convert(str(dense_llama), tmp_path / "half", dtype=dtype)
+    source = load_source(str(half))
+    assert {array.dtype for _, array in tree_flatten(source.llm.parameters())} == {mx.float32}
     first = run(options(model=str(half), iters=2))
-    assert {tensor.dtype for tensor in open_checkpoint(first).predictor.values()} == {"F16"}
+    assert {tensor.dtype for tensor in open_checkpoint(first).predictor.values()} == {stored}
     # In float16 the first update would end in NaN.
     args = options(model=str(first), predictor_layers=None, run_path=str(tmp_path / "on"))
     again = run(args)
@@ -302,8 +306,85 @@ def test_one_static_mask(options):
 def test_a_task_description_selects(options, tmp_path):
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text("math: You add numbers.\npoems: You write poems.\n")
-    path = run(options(select_by="task", tasks=str(tasks)))
+    args = options(select_by="task", tasks=str(tasks))
+    path = run(args)
     assert open_checkpoint(path).ifp.selector == "predictor"
+    # All prompts of a task have one mask.
+    assert _log(Path(args.run_path))[-1]["overlap_within"] == 1
+    tasks.write_text("math: You count.\npoems: You write poems.\n")
+    with pytest.raises(IFPError, match="another run: its data"):
+        run(options(select_by="task", tasks=str(tasks), resume=True,
+                    mlx_path=str(tmp_path / "out")))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"quantize": True, "q_bits": 4, "q_group_size": 32}, "quantize"),
+        ({"hard_mask": True}, "mask"),
+        ({"mask_temperature": 5.0}, "mask"),
+        ({"text_format": "chat_template"}, "data"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_options(changes, name, options, tmp_path):
+    common = {"iters": 1, "val_batches": 0, "warm_start_iters": 1}
+    run(options(**common))
+    with pytest.raises(IFPError, match=f"another run: its {name} is"):
+        run(options(**common | changes, resume=True, mlx_path=str(tmp_path / "out")))
+
+
+def test_damaged_targets_are_made_anew(options, tmp_path):
+    targets = tmp_path / "targets"
+    changes = {"distill_weight": 1.0, "warm_start_iters": 0, "targets_path": str(targets)}
+    args = options(run_path=str(tmp_path / "first"), **changes)
+    run(args)
+    for ids in targets.glob("*/ids.npy"):
+        ids.write_bytes(ids.read_bytes()[:200])
+    for logprobs in targets.glob("*/logprobs.npy"):
+        logprobs.unlink()
+    again = options(run_path=str(tmp_path / "again"), **changes)
+    run(again)
+    assert _losses(Path(again.run_path)) == pytest.approx(_losses(Path(args.run_path)), rel=1e-6)
+
+
+def test_a_disk_too_full_for_the_targets_is_one_line(options, tmp_path):
+    args = options(warm_start_iters=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores the signal of it, and a write fails as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(IFPError, match=r"npy could not be written .*--targets-path"):
+            run(args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_activations_are_kept_for_the_warm_start_only(options):
+    args = options(warm_start_examples=5, val_batches=0)
+    run(args)
+    assert len(list(Path(args.run_path).glob("targets/*/activations-*.npy"))) == 5
+
+
+def test_what_selects_is_no_longer_than_the_predictors_context(options, dense_llama, tmp_path):
+    short = make_dense(tmp_path / "short", max_position_embeddings=256)
+    path = run(options(model=str(short), iters=1, val_batches=0, warm_start_iters=1))
+    assert open_checkpoint(path).ifp.text.max_tokens == 256
+
+
+def test_a_tied_gemma_is_trained_in_4_bits(options, tmp_path):
+    gemma = make_dense(tmp_path / "gemma", "gemma3_text")
+    path = run(options(model=str(gemma), iters=1, val_batches=0, warm_start_iters=1,
+                       quantize=True, q_bits=4, q_group_size=32))  # fmt: skip
+    assert generate(*load(path), "hello", max_tokens=2) is not None
+
+
+def test_a_checkpoint_of_the_hub_is_trained_on(options, tmp_path, monkeypatch):
+    first = run(options(iters=1, val_batches=0, warm_start_iters=1))
+    monkeypatch.setattr("mlx_ifp.checkpoint.snapshot_download", lambda *_, **__: str(first))
+    on = run(options(model="someone/tiny-ifp", iters=1, val_batches=0, predictor_layers=None,
+                     run_path=str(tmp_path / "on")))  # fmt: skip
+    assert open_checkpoint(on).ifp.head == open_checkpoint(first).ifp.head
 
 
 def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
@@ -374,6 +455,11 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
         ({"resume": True}, "no checkpoint to resume"),
         ({"select_by": "task"}, "--tasks"),
         ({"predictor_layers": 9}, "--predictor-layers"),
+        ({"predictor_layers": 0}, "--predictor-layers"),
+        ({"seed": -1}, "--seed"),
+        ({"warm_start_examples": 0}, "--warm-start-examples"),
+        ({"head_width": 0}, "--head-width"),
+        ({"num_layers": -7}, "--num-layers"),
         ({"distill_weight": 2.0}, "--distill-weight"),
         ({"iters": -1}, "--iters"),
         ({"model": "no/such/model/here"}, "no/such/model/here"),
@@ -407,8 +493,6 @@ def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path)
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_llama, tmp_path):
-    from .conftest import make_dense
-
     run(options(iters=1, val_batches=0))
     with pytest.raises(IFPError, match="--resume"):
         run(options(iters=1))

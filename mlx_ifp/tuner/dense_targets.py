@@ -3,10 +3,11 @@
 For each example: the likeliest next tokens with their log-probabilities (for distillation), its
 cross-entropy, and what every FFN channel did on the prompt and on the answer (for the warm start).
 All come out of the same forward pass. Files are plain ``.npy`` arrays, written in place; a row
-counts once its mark is set, so a run that was killed goes on where it was. Several runs may share a
-directory.
+counts once its mark is set, so a run that was killed goes on where it was. Activations have a file
+for each example, as only some examples' are wanted. Several runs may share a directory.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -16,6 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..activations import ActivationRecorder
+from ..atomic import new_file
+from ..errors import IFPError
 from ..structure import FFN, get_module
 from ..subnetwork import share
 from .batches import Batch, make_batch
@@ -25,7 +28,7 @@ from .networks import hidden_states, output_layer
 TOP_K = 64
 _BLOCK = 512
 # Of what the arrays hold.
-_VERSION = 2
+_VERSION = 3
 
 
 class DenseTargets:
@@ -62,33 +65,58 @@ class DenseTargets:
         folder = Path(directory) / content.hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)
         positions, n = int(self._starts[-1]), len(examples)
-        self._ids = _array(folder / "ids.npy", np.uint32, (positions, top_k))
-        self._logprobs = _array(folder / "logprobs.npy", np.float16, (positions, top_k))
-        self._ce = _array(folder / "cross_entropy.npy", np.float32, (positions,))
-        self._right = _array(folder / "correct.npy", np.bool_, (positions,))
-        self._activations = _array(
-            folder / "activations.npy", np.float16, (n, len(ffns), ffns[0].d_ffn)
+        self._folder = folder
+        arrays = {
+            "ids": (np.uint32, (positions, top_k)),
+            "logprobs": (np.float16, (positions, top_k)),
+            "cross_entropy": (np.float32, (positions,)),
+            "correct": (np.bool_, (positions,)),
+        }
+        done = folder / "done.npy"
+        for name, (dtype, shape) in arrays.items():
+            if not _is_array(folder / f"{name}.npy", dtype, shape):
+                # Rows whose mark is set must be in all arrays.
+                done.unlink(missing_ok=True)
+                _write_zeros(folder / f"{name}.npy", dtype, shape)
+        if not _is_array(done, np.bool_, (n,)):
+            _write_zeros(done, np.bool_, (n,))
+        self._ids, self._logprobs, self._ce, self._right = (
+            np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in arrays
         )
-        self._done = _array(folder / "done.npy", np.bool_, (n,))
+        self._done = np.lib.format.open_memmap(done, mode="r+")
         self._top_k = top_k
 
-    def compute(self, indices: list[int]) -> None:
-        """Run the dense model over those examples that were not run before, as one batch."""
-        missing = sorted({i for i in indices if not self._done[i]})
+    def compute(self, indices: list[int], activations: bool = False) -> None:
+        """Run the dense model over those examples that were not run before, as one batch.
+
+        Args:
+            indices (list): of examples.
+            activations (bool): those are wanted, too.
+        """
+        missing = sorted({
+            i for i in indices
+            if not self._done[i] or (activations and not self._activations_file(i).exists())
+        })  # fmt: skip
         if not missing:
             return
         batch = make_batch(self.examples, missing)
         model = share(self.model)
-        weights = _halves(batch)
         recorders = []
-        for ffn in self.ffns:
-            module = get_module(model, ffn.path)
-            recorders.append(ActivationRecorder(module.down_proj, weights))
-            module.down_proj = recorders[-1]
+        if activations:
+            weights = _halves(batch)
+            for ffn in self.ffns:
+                module = get_module(model, ffn.path)
+                recorders.append(ActivationRecorder(module.down_proj, weights))
+                module.down_proj = recorders[-1]
         hidden = hidden_states(model, batch.tokens[:, :-1])
-        statistics = mx.sqrt(mx.stack([recorder.total for recorder in recorders], axis=1))
-        mx.eval(hidden, statistics)
+        totals = [recorder.total for recorder in recorders]
+        mx.eval(hidden, totals)
         self.forward_tokens += int(batch.token_mask.sum())
+        if activations:
+            statistics = np.array(mx.sqrt(mx.stack(totals, axis=1)).astype(mx.float16))
+            for row, i in enumerate(missing):
+                with new_file(self._activations_file(i)) as temporary:
+                    np.save(temporary, statistics[row])
         parameters, logits = output_layer(self.model)
         for row, i in enumerate(missing):
             start, stop = self._starts[i], self._starts[i + 1]
@@ -98,8 +126,10 @@ class DenseTargets:
                 values = logits(parameters, hidden[row, first:last]).astype(mx.float32)
                 values = values - mx.logsumexp(values, axis=-1, keepdims=True)
                 self._store(values, labels[first:last], start + first)
-            self._activations[i] = np.array(statistics[row])
             self._done[i] = True
+
+    def _activations_file(self, i: int) -> Path:
+        return self._folder / f"activations-{i}.npy"
 
     def _store(self, logprobs: mx.array, labels: np.ndarray, start: int) -> None:
         # numpy selects faster than MLX's CPU backend sorts; on Metal the memory is shared too.
@@ -133,8 +163,9 @@ class DenseTargets:
 
     def activations(self, indices: list[int]) -> np.ndarray:
         """GRIFFIN's statistic of each channel, prompt and answer alike: float32 [n, L, d_ffn]."""
-        self.compute(indices)
-        return self._activations[indices].astype(np.float32)
+        self.compute(indices, activations=True)
+        rows = [np.load(self._activations_file(i)) for i in indices]
+        return np.stack(rows).astype(np.float32)
 
 
 def _halves(batch: Batch) -> mx.array:
@@ -148,13 +179,35 @@ def _halves(batch: Batch) -> mx.array:
     return sum(part / mx.maximum(part.sum(axis=1, keepdims=True), 1) for part in (before, answer))
 
 
-def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """A zeroed array on disk, or what an earlier run left of it."""
-    if path.exists():
+def _is_array(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
+    """Whether an earlier run left a whole array there."""
+    if not path.exists():
+        return False
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except ValueError:
+        return False
+    return found.shape == shape and found.dtype == dtype
+
+
+def _write_zeros(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    """A zeroed array on disk, every byte written.
+
+    Without that a full disk would show later, when the mapped array is filled: as SIGBUS.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+              "shape": shape}  # fmt: skip
+    left = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    path.unlink(missing_ok=True)
+    # Of several runs that begin at once one makes it, and the others use that.
+    with contextlib.suppress(FileExistsError), new_file(path, overwrite=False) as temporary:
         try:
-            found = np.lib.format.open_memmap(path, mode="r+")
-            if found.shape == shape and found.dtype == dtype:
-                return found
-        except ValueError:
-            pass
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            with open(temporary, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                while left:
+                    left -= file.write(bytes(min(left, 1 << 24)))
+        except OSError as error:
+            raise IFPError(
+                f"{path} could not be written ({error.strerror}); make room, or name another "
+                "--targets-path."
+            ) from error

@@ -15,8 +15,7 @@ from ..config import HeadConfig
 from ..errors import IFPError
 from ..predictor import PredictorHead, load_predictor
 from ..structure import build_model, find_body, find_embedding, get_module, set_module
-from ..tensor_files import DTYPES
-from .student import Source, load_source, trained_in
+from .student import TRAINED_IN, Source, load_source
 
 HEAD_WIDTH = 128  # the paper's, section 3.1
 
@@ -141,8 +140,7 @@ def from_checkpoint(source: Source, dtype: mx.Dtype | None = None) -> PredictorS
     checkpoint = source.checkpoint
     if checkpoint is None or checkpoint.ifp.head is None:
         raise IFPError(f"{source.path} has no predictor; name --predictor-layers or another one.")
-    stored = DTYPES[next(iter(checkpoint.head.values())).dtype]
-    predictor = load_predictor(checkpoint, dtype or trained_in(stored), source.llm)
+    predictor = load_predictor(checkpoint, dtype or TRAINED_IN, source.llm)
     embedding = ""
     tokenizer = source.tokenizer
     if checkpoint.ifp.predictor_embedding == "llm":

@@ -1,5 +1,6 @@
 """The training loop: LLM and predictor together (paper, section 3.2)."""
 
+import hashlib
 import json
 import math
 import time
@@ -382,6 +383,9 @@ def identity_of(source: str, examples: list[Example], args: TrainingArgs, **more
     ours = ("batch_size", "grad_accumulation_steps", "seed", "distill_weight", "distill_on",
             "group_masks", "contrastive_weight", "blend_iters")  # fmt: skip
     values = asdict(args)
-    tokens = sum(len(example.tokens) for example in examples)
-    return {"model": source, "examples": len(examples), "tokens": tokens,
+    data = hashlib.sha256()
+    for example in examples:
+        parts = (example.offset, len(example.tokens), *example.tokens, *example.selecting)
+        data.update(np.asarray(parts, np.int32))
+    return {"model": source, "data": data.hexdigest(),
             **{name: values[name] for name in ours}, **more}  # fmt: skip

@@ -81,6 +81,8 @@ class TrainingArgs:
                     f"--{name.replace('_', '-')} must be at least {least}, not "
                     f"{getattr(self, name)}."
                 )
+        if not 0 <= self.seed < 1 << 64:
+            raise IFPError(f"--seed must be from 0 to 2**64 - 1, not {self.seed}.")
         if not 0 <= self.distill_weight <= 1:
             raise IFPError(f"--distill-weight must be between 0 and 1, not {self.distill_weight}.")
         for name in ("mask_temperature", "mask_temperature_start"):
