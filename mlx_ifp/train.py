@@ -189,6 +189,10 @@ def run(args: types.SimpleNamespace) -> Path:
         trainer.resume(checkpoint)
     elif start is not None and args.warm_start_iters and not _has_predictor(args, source):
         _warm_start(args, student, train, trainer.log)
+    # The arrays of the dense model go when nothing needs them any more.
+    del teacher
+    if not numbers.distill_weight:
+        train.targets.forget_model()
     trainer.train()
     if first:
         save_student(

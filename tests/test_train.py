@@ -366,6 +366,17 @@ def test_activations_are_kept_for_the_warm_start_only(options):
     assert len(list(Path(args.run_path).glob("targets/*/activations-*.npy"))) == 5
 
 
+@pytest.mark.parametrize(("weight", "iters"), [(0.0, 1), (1.0, 12)])
+def test_the_dense_model_leaves_when_it_has_run_over_everything(
+    weight, iters, options, monkeypatch
+):
+    trainers, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: trainers.append(self) or train(self))
+    run(options(distill_weight=weight, iters=iters, val_batches=-1))
+    (trainer,) = trainers
+    assert trainer.train_split.targets.model is trainer.valid_split.targets.model is None
+
+
 def test_what_selects_is_no_longer_than_the_predictors_context(options, dense_llama, tmp_path):
     short = make_dense(tmp_path / "short", max_position_embeddings=256)
     path = run(options(model=str(short), iters=1, val_batches=0, warm_start_iters=1))

@@ -36,7 +36,8 @@ class DenseTargets:
 
     Args:
         directory (Path): where the arrays are kept; a folder in it is named after the content.
-        model (nn.Module): the dense source model. It must not be trained afterwards.
+        model (nn.Module): the dense source model. It must not be trained afterwards. It is
+            forgotten when it has run over all examples.
         ffns (list): its FFNs.
         examples (list): of one split.
         source (str): digest of the source model's weights.
@@ -128,6 +129,18 @@ class DenseTargets:
                 self._store(values, labels[first:last], start + first)
             self._done[i] = True
 
+    def forget_model(self) -> None:
+        """Nothing is computed any more.
+
+        Training gives the student new arrays, and those of the dense model would stay beside them.
+        """
+        self.model = None
+
+    def _forget_if_done(self) -> None:
+        # What is asked for here is asked for after the activations.
+        if self._done.all():
+            self.forget_model()
+
     def _activations_file(self, i: int) -> Path:
         return self._folder / f"activations-{i}.npy"
 
@@ -144,6 +157,7 @@ class DenseTargets:
     def teacher(self, indices: list[int], length: int) -> tuple[mx.array, mx.array]:
         """Likeliest next tokens of a batch: uint32 and float32 [B, length, K], zero-padded."""
         self.compute(indices)
+        self._forget_if_done()
         ids = np.zeros((len(indices), length, self._top_k), np.uint32)
         logprobs = np.zeros((len(indices), length, self._top_k), np.float32)
         for row, i in enumerate(indices):
@@ -158,6 +172,7 @@ class DenseTargets:
         The latter is greedy decoding's exact match: every token of the answer is the likeliest.
         """
         self.compute([i])
+        self._forget_if_done()
         answer = slice(self._starts[i] + self.examples[i].offset - 1, self._starts[i + 1])
         return float(self._ce[answer].sum()), bool(self._right[answer].all())
 
