@@ -12,8 +12,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from mlx_lm.utils import load_config, make_shards, save_config
 
 from .config import CONFIG_FILE, HeadConfig, IFPConfig
@@ -106,12 +111,15 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def resolve(path_or_hf_repo: str | Path | None, revision: str | None = None) -> Path:
+def resolve(
+    path_or_hf_repo: str | Path | None, revision: str | None = None, *, converted: bool = True
+) -> Path:
     """The directory of a checkpoint: a local one, or a hub repository that is downloaded.
 
     Args:
         path_or_hf_repo: which; None for the package's own.
         revision (str): of a hub repository.
+        converted (bool): an ordinary model is refused before its weights are downloaded.
 
     Raises:
         IFPError: if there is neither.
@@ -132,6 +140,8 @@ def resolve(path_or_hf_repo: str | Path | None, revision: str | None = None) -> 
             "Make one of it with: mlx_ifp.convert --model FILE --mlx-path OUT"
         )
     try:
+        if converted:
+            _require_converted(str(path_or_hf_repo), revision)
         return Path(
             snapshot_download(str(path_or_hf_repo), revision=revision, allow_patterns=HUB_PATTERNS)
         )
@@ -139,6 +149,19 @@ def resolve(path_or_hf_repo: str | Path | None, revision: str | None = None) -> 
         raise IFPError(
             f"{path_or_hf_repo} is not a directory, and it could not be fetched from the "
             f"Hugging Face hub ({reason_of(error)})"
+        ) from error
+
+
+def _require_converted(repo: str, revision: str | None) -> None:
+    try:
+        hf_hub_download(repo, CONFIG_FILE, revision=revision)
+    except LocalEntryNotFoundError:
+        # Without a network nothing is known; the download will say so.
+        pass
+    except EntryNotFoundError as error:
+        raise IFPError(
+            f"{repo} has no {CONFIG_FILE}: it is a model that is not converted. "
+            f"Make a checkpoint with: mlx_ifp.convert --model {repo} --mlx-path OUT"
         ) from error
 
 
@@ -153,7 +176,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         what = "a model that is not converted" if (path / "config.json").is_file() else "no model"
         raise IFPError(
             f"{path} has no {CONFIG_FILE}: it is {what}. "
-            "Make a checkpoint with: mlx_ifp.convert --model MODEL --mlx-path OUT"
+            f"Make a checkpoint with: mlx_ifp.convert --model {path} --mlx-path OUT"
         )
     ifp = IFPConfig.load(path / CONFIG_FILE)
     config = _load_llm_config(path)

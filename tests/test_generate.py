@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -364,6 +365,16 @@ def test_a_checkpoint_of_the_hub(predictor_checkpoint, tmp_path):
     done = run("someone/tiny", "-p", "Hello", "-m", 4, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == run(predictor_checkpoint, "-p", "Hello", "-m", 4).stdout
+
+
+def test_an_ordinary_model_of_the_hub_is_refused_before_its_weights_come(monkeypatch):
+    def missing(*_, **__):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("mlx_ifp.checkpoint.hf_hub_download", missing)
+    monkeypatch.setattr("mlx_ifp.checkpoint.snapshot_download", None)
+    with pytest.raises(IFPError, match=r"convert --model someone/dense --mlx-path"):
+        load("someone/dense")
 
 
 def test_all_files_of_a_checkpoint_are_downloaded(predictor_checkpoint):

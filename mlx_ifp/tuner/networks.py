@@ -54,22 +54,20 @@ def gathered(
         soft = None if soft_values is None else soft_values[i]
         kept = _Kept(channels, ffn.d_ffn)
         if ffn.fused:
-            weight, bias = wide_weight(module.gate_up_proj)
             both = _Kept(mx.concatenate([channels, channels + ffn.d_ffn]), 2 * ffn.d_ffn)
-            weight = round_rows(ffn.module_path("gate_up_proj"), both.rows(weight))
-            bias = None if bias is None else both.rows(bias)
+            weight, bias = _kept_outputs(module.gate_up_proj, both)
+            weight = round_rows(ffn.module_path("gate_up_proj"), weight)
             if soft is not None:
                 soft = mx.concatenate([mx.ones_like(soft), soft])
             module.gate_up_proj = _scaled(weight, bias, soft)
         else:
             for name, factor in (("gate_proj", None), ("up_proj", soft)):
-                weight, bias = wide_weight(module[name])
-                weight = round_rows(ffn.module_path(name), kept.rows(weight))
-                bias = None if bias is None else kept.rows(bias)
+                weight, bias = _kept_outputs(module[name], kept)
+                weight = round_rows(ffn.module_path(name), weight)
                 module[name] = _scaled(weight, bias, factor)
-        weight, bias = wide_weight(module.down_proj)
+        weight, bias = _kept_inputs(module.down_proj, kept)
         # Its channels are columns here, and rows where they are stored.
-        rows = round_rows(ffn.module_path("down_proj"), kept.columns(weight).T)
+        rows = round_rows(ffn.module_path("down_proj"), weight.T)
         module.down_proj = linear(rows.T, bias)
     # Gradient checkpointing passes on only what may be trained, and all of this is.
     narrow.unfreeze()
@@ -126,6 +124,25 @@ class _Kept:
             return along(mx.concatenate([cotangent, zeros], axis=1), self._places)
 
         return take(wide)
+
+
+def _kept_outputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | None]:
+    """Some outputs of a Linear: weight [n, input] and bias [n]; LoRA's update is made of these."""
+    if isinstance(module, LoRALinear):
+        weight, bias = _kept_outputs(module.linear, kept)
+        update = (module.lora_a @ kept.columns(module.lora_b)).T * module.scale
+        return weight + update.astype(weight.dtype), bias
+    bias = module.get("bias")
+    return kept.rows(module.weight), None if bias is None else kept.rows(bias)
+
+
+def _kept_inputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | None]:
+    """Some inputs of a Linear: weight [output, n] and the whole bias; likewise."""
+    if isinstance(module, LoRALinear):
+        weight, bias = _kept_inputs(module.linear, kept)
+        update = (kept.rows(module.lora_a) @ module.lora_b).T * module.scale
+        return weight + update.astype(weight.dtype), bias
+    return kept.columns(module.weight), module.get("bias")
 
 
 def _scaled(weight: mx.array, bias: mx.array | None, soft: mx.array | None) -> nn.Linear:

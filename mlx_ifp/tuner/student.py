@@ -76,7 +76,7 @@ def load_source(
     """
     path, tokenizer_config = expanded(model), {"trust_remote_code": trust_remote_code}
     if not path.exists():
-        path = resolve(model)
+        path = resolve(model, converted=False)
     checkpoint = None
     if (path / CONFIG_FILE).is_file():
         checkpoint = open_checkpoint(path)
