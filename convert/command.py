@@ -24,6 +24,7 @@ from mlx_ifp.checkpoint import (
     expanded,
     load_trunk,
     open_checkpoint,
+    source_name,
     write_checkpoint,
 )
 from mlx_ifp.cli import command
@@ -143,7 +144,7 @@ def convert(
 
     def make_plan(scratch: Path | None) -> Plan:
         path = _find(model, revision)
-        source = {"model": str(model) if path.is_dir() else path.name}
+        source = {"model": source_name(model)}
         if revision is not None:
             source["revision"] = revision
         kind = layout or detect_layout(path)

@@ -14,6 +14,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
 
+from mlx_ifp.checkpoint import source_name
 from mlx_ifp.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError, reason_of
 from mlx_ifp.structure import FFN, build_model, find_ffns, get_module, linear
@@ -94,7 +95,7 @@ def load_dense(
     config = mlx_config(config)
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
-    source = {"model": str(model), "format": "safetensors"}
+    source = {"model": source_name(model), "format": "safetensors"}
     extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
     if not _is_quantized(path, config):
         named = name_tensors(config, open_tensors(path), str(model))

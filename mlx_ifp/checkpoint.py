@@ -103,6 +103,16 @@ class Checkpoint:
         return ["predictor"] * bool(self.head) + ["activations"] + ["static"] * bool(self.static)
 
 
+def source_name(model: str | Path) -> str:
+    """A source as a checkpoint names it: a hub id, or the last part of a path.
+
+    The rest of a path is nobody else's business, and would make two checkpoints of one model
+    differ.
+    """
+    path = expanded(model)
+    return path.resolve().name if path.exists() else str(model)
+
+
 def expanded(path: str | Path) -> Path:
     """A path with ``~`` resolved; of a user that does not exist it stays as it is."""
     try:

@@ -123,6 +123,13 @@ def test_hugging_face_files_convert_too(tmp_path, architecture):
     assert {tensor.dtype for tensor in checkpoint.channels.values()} == {"BF16"}
 
 
+def test_the_spelling_of_a_path_makes_no_other_checkpoint(dense_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(dense_llama.parent)
+    spelled = (str(dense_llama), dense_llama.name, f"./{dense_llama.name}/")
+    made = [convert(text, tmp_path / str(i), keep=64) for i, text in enumerate(spelled)]
+    assert len({open_checkpoint(path).digest for path in made}) == 1
+
+
 def test_prompts_of_a_file_are_read_line_by_line(tmp_path):
     file = tmp_path / "p.jsonl"
     parts = [{"type": "text", "text": "three"}]

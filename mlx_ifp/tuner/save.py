@@ -83,7 +83,7 @@ def save_student(
     llm = fused(student.llm)
     ifp = copy.deepcopy(student.ifp)
     ifp.source = {
-        "model": source.path.name,
+        "model": source.name,
         "format": "mlx_ifp.train",
         "mlx": mx.__version__,
         "mlx_lm": version("mlx_lm"),

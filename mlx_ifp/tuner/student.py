@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 
-from ..checkpoint import Checkpoint, expanded, load_tensors, open_checkpoint, resolve
+from ..checkpoint import Checkpoint, expanded, load_tensors, open_checkpoint, resolve, source_name
 from ..config import CONFIG_FILE, IFPConfig
 from ..errors import IFPError, reason_of
 from ..masks import soft_topk
@@ -32,6 +32,7 @@ class Source:
     """What training starts from.
 
     Attributes:
+        name: of the model, as the checkpoint will have it.
         path: the model's directory.
         config: the LLM's mlx-lm config, without a quantization.
         tokenizer: the LLM's.
@@ -42,6 +43,7 @@ class Source:
         dtype: what the weights are stored in.
     """
 
+    name: str
     path: Path
     config: dict[str, Any]
     tokenizer: TokenizerWrapper
@@ -98,7 +100,9 @@ def load_source(
     llm = _cast(llm, dtype or TRAINED_IN)
     mx.eval(llm.parameters())
     files = sorted(path.glob("*.safetensors"))
-    return Source(path, config, tokenizer, llm, ffns, checkpoint, _digest(files), stored)
+    return Source(
+        source_name(model), path, config, tokenizer, llm, ffns, checkpoint, _digest(files), stored
+    )
 
 
 def _is_float(array: mx.array) -> bool:
