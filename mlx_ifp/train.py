@@ -1,10 +1,13 @@
 """``mlx_ifp.train``: a dense model becomes a checkpoint whose prompts select well."""
 
+import contextlib
+import fcntl
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
@@ -145,6 +148,7 @@ def run(args: types.SimpleNamespace) -> Path:
     )
     path.mkdir(parents=True, exist_ok=True)
     if first:
+        lock = _lock(path)
         save_config(dict(vars(args)), path / CONFIG_NAME)
     try:
         # Only the first rank reports.
@@ -193,24 +197,55 @@ def run(args: types.SimpleNamespace) -> Path:
     del teacher
     if not numbers.distill_weight:
         train.targets.forget_model()
-    trainer.train()
-    if first:
-        save_student(
-            student,
-            source,
-            result,
-            dtype=source.dtype,
-            predictor_config=start.config if start else None,
-            predictor_tokenizer=start.tokenizer if start else None,
-            training={
-                "tokens": trainer.trained_tokens,
-                "iters": trainer.step,
-                "stage": args.stage,
-                "select_by": args.select_by,
-            },
-        )
-        print(f"Saved the checkpoint to {result}.")
+    if trainer.step >= numbers.iters:
+        print(f"Nothing is left to train: the run is at iteration {trainer.step}.")
+    with _told_how_to_go_on(path):
+        trainer.train()
+        if first:
+            save_student(
+                student,
+                source,
+                result,
+                dtype=source.dtype,
+                predictor_config=start.config if start else None,
+                predictor_tokenizer=start.tokenizer if start else None,
+                training={
+                    "tokens": trainer.trained_tokens,
+                    "iters": trainer.step,
+                    "stage": args.stage,
+                    "select_by": args.select_by,
+                },
+            )
+            print(f"Saved the checkpoint to {result}.")
+            lock.close()
     return result
+
+
+def _lock(path: Path) -> IO[str]:
+    """A run belongs to one process, until it ends or closes this file."""
+    file = open(path / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise IFPError(f"{path} is in use by another process; name another --run-path.") from error
+    return file
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(path: Path) -> Iterator[None]:
+    """Whoever stops a run, or has no room for its result, is told that it can go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        last = latest_checkpoint(path)
+        go_on = f"go on with --resume; the last complete checkpoint is {last}" if last else ""
+        if isinstance(error, OSError):
+            raise IFPError(
+                f"{path}: {error.strerror or error}; make room, then {go_on}."
+            ) from error
+        if last:
+            print(f"[INFO] {go_on}.", file=sys.stderr)
+        raise
 
 
 def _check_numbers(args: types.SimpleNamespace) -> None:

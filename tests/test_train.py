@@ -1,6 +1,7 @@
 """``mlx_ifp.train`` as users run it: tiny models, real files, real commands."""
 
 import errno
+import fcntl
 import json
 import resource
 import subprocess
@@ -501,6 +502,40 @@ def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path)
     )
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert words in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_share_a_run(options):
+    args = options(iters=1, val_batches=0, warm_start_iters=1)
+    Path(args.run_path).mkdir()
+    with open(Path(args.run_path) / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(IFPError, match="in use by another process"):
+            run(args)
+    run(args)
+
+
+def test_whoever_stops_a_run_is_told_how_to_go_on(options, monkeypatch, capsys):
+    args = options(iters=4, val_batches=0)
+    update = Trainer.update
+
+    def stops(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return update(self)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "update", stops)
+        run(args)
+    assert "go on with --resume; the last complete checkpoint is" in capsys.readouterr().err
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(IFPError, match=r"No space.*--resume"):
+        patched.setattr("mlx_ifp.train.save_student", full)
+        run(options(iters=4, val_batches=0, resume=True))
+    run(options(iters=4, val_batches=0, resume=True))
+    assert "Nothing is left to train" in capsys.readouterr().out
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_llama, tmp_path):
