@@ -50,7 +50,7 @@ def _task_texts(path: str | None) -> dict[str, str] | None:
 
 def _teacher(args: types.SimpleNamespace, source: Source, dtype: mx.Dtype | None) -> Source:
     """The model that ``--teacher`` names; it must be of the shape that is trained."""
-    teacher = load_source(args.teacher, dtype, args.trust_remote_code)
+    teacher = load_source(args.teacher, dtype, args.trust_remote_code, frozen=True)
     shapes = [
         (
             get_module(each.llm, find_embedding(each.llm)).weight.shape[0],
@@ -77,7 +77,7 @@ def _predictor(args: types.SimpleNamespace, source: Source, dtype: Any) -> Predi
         return from_checkpoint(source, dtype)
     layers = args.predictor_layers
     layers = min(4, len(source.ffns)) if layers is None else layers
-    return from_layers(source, layers, args.head_width)
+    return from_layers(source, layers, args.head_width, dtype)
 
 
 def _ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
@@ -128,7 +128,9 @@ def run(args: types.SimpleNamespace) -> Path:
         )
     mx.random.seed(args.seed)
     dtype = getattr(mx, args.dtype) if args.dtype else None
-    source = load_source(args.model, dtype, args.trust_remote_code)
+    # LoRA's own weights are float32 in any case.
+    frozen = args.fine_tune_type in ("lora", "predictor")
+    source = load_source(args.model, dtype, args.trust_remote_code, frozen=frozen)
     teacher = source if args.teacher is None else _teacher(args, source, dtype)
     rounding = _rounding(args, source)
     ifp = _ifp_config(args, source)
@@ -197,7 +199,7 @@ def run(args: types.SimpleNamespace) -> Path:
     del teacher
     if not numbers.distill_weight:
         train.targets.forget_model()
-    if trainer.step >= numbers.iters:
+    if args.resume and trainer.step >= numbers.iters:
         print(f"Nothing is left to train: the run is at iteration {trainer.step}.")
     with _told_how_to_go_on(path):
         trainer.train()
@@ -236,9 +238,13 @@ def _told_how_to_go_on(path: Path) -> Iterator[None]:
     """Whoever stops a run, or has no room for its result, is told that it can go on."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (KeyboardInterrupt, OSError) as error:
         last = latest_checkpoint(path)
-        go_on = f"go on with --resume; the last complete checkpoint is {last}" if last else ""
+        go_on = "begin again"
+        if last:
+            go_on = f"go on with --resume; the last complete checkpoint is {last}"
         if isinstance(error, OSError):
             raise IFPError(
                 f"{path}: {error.strerror or error}; make room, then {go_on}."

@@ -178,6 +178,23 @@ def test_half_precision_is_trained_in_float32(dtype, stored, options, dense_llam
     assert open_checkpoint(again).digest != open_checkpoint(first).digest
 
 
+@pytest.mark.parametrize("kind", ["lora", "predictor"])
+def test_a_frozen_model_stays_as_stored_and_what_is_trained_is_float32(
+    kind, options, dense_llama, tmp_path, monkeypatch
+):
+    # As on a GPU.
+    monkeypatch.setattr("mlx_ifp.tuner.student.default_dtype", lambda: None)
+    students, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: students.append(self.student) or train(self))
+    half = convert(str(dense_llama), tmp_path / "half", dtype="bfloat16")
+    run(options(model=str(half), fine_tune_type=kind, iters=2, val_batches=0, warm_start_iters=1))
+    (student,) = students
+    trained = dict(tree_flatten(student.trainable_parameters()))
+    assert {array.dtype for array in trained.values()} == {mx.float32}
+    kept = {a.dtype for name, a in tree_flatten(student.parameters()) if name not in trained}
+    assert kept == {mx.bfloat16}
+
+
 def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
     used = []
     for name in ("wide", "narrow"):

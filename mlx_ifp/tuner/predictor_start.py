@@ -39,8 +39,16 @@ class PredictorStart:
     tokenizer: TokenizerWrapper
 
 
-def from_layers(source: Source, layers: int, head_width: int = HEAD_WIDTH) -> PredictorStart:
+def from_layers(
+    source: Source, layers: int, head_width: int = HEAD_WIDTH, dtype: mx.Dtype | None = None
+) -> PredictorStart:
     """A predictor of the LLM's first layers, a copy, with the LLM's embedding, shared.
+
+    Args:
+        source (Source): of the LLM.
+        layers (int): how many.
+        head_width (int): P, width of the head's hidden layer.
+        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.student.TRAINED_IN`.
 
     Raises:
         IFPError: if the LLM has fewer layers.
@@ -58,8 +66,9 @@ def from_layers(source: Source, layers: int, head_width: int = HEAD_WIDTH) -> Pr
     own = {name for name, _ in tree_flatten(backbone.parameters()) if name.startswith(f"{body}.")}
     embedding = find_embedding(backbone)
     own = {name for name in own if not name.startswith(f"{embedding}.")}
-    # mx.array copies: the LLM's arrays are trained, and these are others.
-    backbone.load_weights([(name, mx.array(arrays[name])) for name in own], strict=False)
+    # Of a frozen LLM they may be in half precision; these are trained.
+    weights = [(name, arrays[name].astype(dtype or TRAINED_IN)) for name in own]
+    backbone.load_weights(weights, strict=False)
     width = _embedding_width(get_module(backbone, embedding))
     set_module(backbone, embedding, nn.Module())
     _keep_body(backbone)

@@ -17,6 +17,7 @@ from ..checkpoint import Checkpoint, expanded, load_tensors, open_checkpoint, re
 from ..config import CONFIG_FILE, IFPConfig
 from ..errors import IFPError, reason_of
 from ..masks import soft_topk
+from ..model import default_dtype
 from ..predictor import Predictor, PredictorHead
 from ..structure import FFN, build_model, find_embedding, find_ffns, get_module, set_module
 from ..subnetwork import share
@@ -62,7 +63,11 @@ TRAINED_IN = mx.float32
 
 
 def load_source(
-    model: str, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
+    model: str,
+    dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
+    *,
+    frozen: bool = False,
 ) -> Source:
     """A dense mlx-lm model, or the LLM of a checkpoint, as a model that can be trained.
 
@@ -72,6 +77,8 @@ def load_source(
         model (str): a directory or hub id.
         dtype (mx.Dtype): cast to this type; None for :data:`TRAINED_IN`.
         trust_remote_code (bool): let the tokenizer run code of its repository.
+        frozen (bool): its own weights are not trained; without a ``dtype`` they stay as stored, but
+            on a CPU.
 
     Raises:
         IFPError: if it cannot be loaded or pruned.
@@ -97,7 +104,7 @@ def load_source(
         config.pop(name, None)
     ffns = find_ffns(llm)
     stored = next(a.dtype for _, a in tree_flatten(llm.parameters()) if _is_float(a))
-    llm = _cast(llm, dtype or TRAINED_IN)
+    llm = _cast(llm, dtype or (default_dtype() if frozen else TRAINED_IN))
     mx.eval(llm.parameters())
     files = sorted(path.glob("*.safetensors"))
     return Source(
