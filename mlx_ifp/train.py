@@ -102,6 +102,11 @@ def run(args: types.SimpleNamespace) -> Path:
     Returns:
         Path: the checkpoint that was made.
     """
+    with contextlib.ExitStack() as held:
+        return _run(args, held)
+
+
+def _run(args: types.SimpleNamespace, held: contextlib.ExitStack) -> Path:
     for name in ("model", "data"):
         if getattr(args, name) is None:
             raise IFPError(f"Name --{name}.")
@@ -150,7 +155,7 @@ def run(args: types.SimpleNamespace) -> Path:
     )
     path.mkdir(parents=True, exist_ok=True)
     if first:
-        lock = _lock(path)
+        held.enter_context(_lock(path))
         save_config(dict(vars(args)), path / CONFIG_NAME)
     try:
         # Only the first rank reports.
@@ -219,16 +224,16 @@ def run(args: types.SimpleNamespace) -> Path:
                 },
             )
             print(f"Saved the checkpoint to {result}.")
-            lock.close()
     return result
 
 
 def _lock(path: Path) -> IO[str]:
-    """A run belongs to one process, until it ends or closes this file."""
+    """A run belongs to one process, until this file is closed."""
     file = open(path / ".lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         raise IFPError(f"{path} is in use by another process; name another --run-path.") from error
     return file
 
