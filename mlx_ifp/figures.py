@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import check_writable
 from .errors import IFPError
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise IFPError(f"{option} {path}: the name must end in .png.")
     if path.is_dir():
         raise IFPError(f"{option} {path} is a directory; name a file.")
-    if not path.parent.is_dir():
-        raise IFPError(f"{option} {path}: there is no directory {path.parent}.")
+    check_writable(path)
 
 
 def check_matplotlib() -> None:

@@ -354,11 +354,13 @@ def test_a_run_is_not_resumed_with_other_options(changes, name, options, tmp_pat
 
 def test_damaged_targets_are_made_anew(options, tmp_path):
     targets = tmp_path / "targets"
-    changes = {"distill_weight": 1.0, "warm_start_iters": 0, "targets_path": str(targets)}
+    changes = {"distill_weight": 1.0, "warm_start_iters": 2, "targets_path": str(targets)}
     args = options(run_path=str(tmp_path / "first"), **changes)
     run(args)
-    for ids in targets.glob("*/ids.npy"):
-        ids.write_bytes(ids.read_bytes()[:200])
+    damaged = [*targets.glob("*/ids.npy"), *targets.glob("*/activations-*.npy")]
+    assert len(damaged) > 2
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[:200])
     for logprobs in targets.glob("*/logprobs.npy"):
         logprobs.unlink()
     again = options(run_path=str(tmp_path / "again"), **changes)

@@ -96,7 +96,7 @@ class DenseTargets:
         """
         missing = sorted({
             i for i in indices
-            if not self._done[i] or (activations and not self._activations_file(i).exists())
+            if not self._done[i] or (activations and not self._has_activations(i))
         })  # fmt: skip
         if not missing:
             return
@@ -140,6 +140,10 @@ class DenseTargets:
         # What is asked for here is asked for after the activations.
         if self._done.all():
             self.forget_model()
+
+    def _has_activations(self, i: int) -> bool:
+        shape = (len(self.ffns), self.ffns[0].d_ffn)
+        return _is_array(self._activations_file(i), np.float16, shape)
 
     def _activations_file(self, i: int) -> Path:
         return self._folder / f"activations-{i}.npy"
