@@ -15,6 +15,8 @@ from .errors import IFPError
 
 def check_writable(path: str | Path) -> None:
     """Raises IFPError if no file can be made there: before the work for it, not after."""
+    if Path(path).is_dir():
+        raise IFPError(f"{path} is a directory; name a file.")
     parent = Path(path).parent
     if not parent.is_dir():
         raise IFPError(f"{path} cannot be written: there is no directory {parent}.")

@@ -32,7 +32,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .atomic import new_file
+from .atomic import check_writable, new_file
 from .benchmark_chart import chart
 from .benchmark_loading import ColdFiles, check_cold
 from .benchmark_runs import Bench, Settings, measure
@@ -218,9 +218,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings.check()
     _check_tasks(args.task, args.other_task)
     if args.json is not None:
-        path = Path(args.json)
-        if path.is_dir() or not path.parent.is_dir():
-            raise IFPError(f"--json {path}: there is no directory to write such a file in.")
+        check_writable(args.json)
     if args.chart is not None:
         check_output(Path(args.chart), "--chart")
         check_matplotlib()

@@ -44,8 +44,6 @@ def check_output(path: Path, option: str = "--output") -> None:
     """Raises IFPError before hours of work, not after them."""
     if path.suffix.lower() != ".png":
         raise IFPError(f"{option} {path}: the name must end in .png.")
-    if path.is_dir():
-        raise IFPError(f"{option} {path} is a directory; name a file.")
     check_writable(path)
 
 

@@ -157,13 +157,10 @@ def test_a_chat_template_that_refuses_a_message(tiny_checkpoint, tmp_path):
     assert "No system!" in generate_fails(strict, "--system-prompt", "You are a poet.")
 
 
-def test_stats_that_cannot_be_written_keep_what_was_there(tiny_checkpoint, tmp_path):
-    done = run_command(
-        "generate", "--model", tiny_checkpoint, "-p", "Hello", "--stats", tmp_path,
-        "--verbose", "F",
-    )  # fmt: skip
+def test_stats_that_cannot_be_written_are_refused_before_the_answer(tiny_checkpoint, tmp_path):
+    done = run_command("generate", "--model", tiny_checkpoint, "-p", "Hello", "--stats", tmp_path)
     assert done.returncode == 1
-    assert done.stdout
+    assert not done.stdout
     assert done.stderr.count("\n") == 1
     assert f"{tmp_path} is a directory" in done.stderr
 
