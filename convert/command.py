@@ -31,6 +31,7 @@ from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.errors import IFPError
 from mlx_ifp.hub import upload_checkpoint
+from mlx_ifp.jsonl import messages_of, read_jsonl
 from mlx_ifp.keep import Keep
 from mlx_ifp.model import default_dtype
 from mlx_ifp.tensor_files import write_safetensors
@@ -285,27 +286,15 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """One prompt a line; in a .jsonl file the first user message, or ``prompt`` or ``text``."""
-    prompts = []
-    # Of bytes, since str.splitlines knows ends of lines that JSON allows in a string.
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    """One prompt a line; in a .jsonl file what selects in ``messages``, ``prompt`` or ``text``."""
+    if path.suffix == ".jsonl":
+        prompts = read_jsonl(path, lambda row, _: selecting_text(messages_of(row)))
+    else:
         try:
-            text = line.decode()
-            if path.suffix == ".jsonl":
-                record = json.loads(text)
-                if record.get("messages"):
-                    text = selecting_text(record["messages"])
-                else:
-                    text = record.get("prompt") or record["text"]
-                if not isinstance(text, str):
-                    raise TypeError
+            lines = [line.decode() for line in path.read_bytes().splitlines()]
         except UnicodeDecodeError as error:
             raise IFPError(f"{path} is not a text file.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IFPError(f"{path}, line {number}: no messages, prompt or text.") from error
-        prompts.append(text)
+        prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise IFPError(f"{path} has no prompts.")
     return prompts

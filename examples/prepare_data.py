@@ -11,22 +11,30 @@ import argparse
 import itertools
 import json
 from pathlib import Path
+from typing import Any
+
+from mlx_ifp.cli import command
+from mlx_ifp.errors import IFPError
+from mlx_ifp.jsonl import read_jsonl
 
 
-def balanced(lines: list[str], per_task: int, skip: int = 0) -> list[str]:
-    """The first ``per_task`` lines of each task after ``skip``, one task after another."""
+def balanced(path: Path, per_task: int, skip: int = 0) -> list[str]:
+    """The first ``per_task`` rows of each task after ``skip``, in turns, as lines of JSON."""
     by_task: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            by_task.setdefault(json.loads(line)["task"], []).append(line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"prepare_data.py: line {number} is no JSON with a task.") from error
+
+    def keep(row: dict[str, Any], _: int) -> None:
+        if not isinstance(row.get("task"), str):
+            raise IFPError("there is no task, a string.")
+        by_task.setdefault(row["task"], []).append(json.dumps(row, ensure_ascii=False))
+
+    read_jsonl(path, keep)
     turns = itertools.zip_longest(
         *(rows[skip : skip + per_task] for _, rows in sorted(by_task.items()))
     )
     return [line for turn in turns for line in turn if line is not None]
 
 
+@command
 def main() -> None:
     """Write the two files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -43,12 +51,7 @@ def main() -> None:
         ("valid", args.valid_per_task, 0),
     )
     for split, per_task, skip in parts:
-        # Of bytes, since str.splitlines knows ends of lines that JSON allows in a string.
-        try:
-            lines = [line.decode() for line in getattr(args, split).read_bytes().splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"prepare_data.py: {error}") from error
-        rows = balanced(lines, per_task, skip)
+        rows = balanced(getattr(args, split), per_task, skip)
         (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
         print(f"{args.output / split}.jsonl: {len(rows)} examples")
 

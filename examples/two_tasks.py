@@ -14,6 +14,8 @@ from pathlib import Path
 
 from fetch_smollm2 import FOLDER, fetch
 
+from mlx_ifp.cli import command
+
 CHECKPOINT = FOLDER / "ifp"
 PROGRAMMER = "You are an expert Python programmer. Write the function, with a short explanation."
 GEOGRAPHER = "You are an expert in geography. Answer questions about cities, rivers and countries."
@@ -26,9 +28,12 @@ def run(command: str, *args: str) -> None:
     """Show a command and run it as a user would."""
     print(f"\n$ mlx_ifp.{command} {shlex.join(args)}", flush=True)
     script = Path(sys.executable).with_name(f"mlx_ifp.{command}")
-    subprocess.run([script, *args], check=True)
+    done = subprocess.run([script, *args])
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
+@command
 def main() -> None:
     """Fetch, convert, and generate under two tasks; the second task twice."""
     gguf = os.path.relpath(fetch())

@@ -1,8 +1,7 @@
-"""What all plots share: lines of JSON, figures without a screen, and checks before the work."""
+"""What all plots share: figures without a screen, and checks before the work."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .atomic import check_writable
 from .errors import IFPError
@@ -11,17 +10,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-
-
-def json_object(line: bytes) -> dict[str, Any]:
-    """A line of JSON as a dict; raises IFPError if it is none, without where."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise IFPError("not JSON that can be read.") from error
-    if not isinstance(value, dict):
-        raise IFPError(f"must be a JSON object, not {type(value).__name__}.")
-    return value
 
 
 def new_figure(width: float, height: float) -> "Figure":

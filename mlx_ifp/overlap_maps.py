@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .errors import IFPError
-from .figures import json_object, new_figure, plain
+from .figures import new_figure, plain
+from .jsonl import messages_of, read_jsonl
 from .masks import Selection
 from .model import IFPModel
 from .text import selecting_text
@@ -37,22 +38,19 @@ def read_prompts(path: str | Path, limit: int) -> list[PromptRow]:
     If there are more than ``limit``, every task keeps its first ones, as many as the others have.
 
     Args:
-        path: JSON lines in mlx-lm's formats: ``messages`` or ``prompt``, and maybe ``task``.
+        path: JSON lines with ``messages``, ``prompt`` or ``text``, and maybe ``task``.
         limit (int): prompts to keep.
 
     Raises:
         IFPError: naming the file and the first line that is not usable.
     """
-    rows: list[PromptRow] = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            row = json_object(line)
-            task = row.get("task")
-            if not isinstance(task, str | None):
-                raise IFPError("task must be a string.")
-            rows.append(PromptRow(number, _messages(row), task))
-        except IFPError as error:
-            raise IFPError(f"{path}: line {number}: {error}") from error
+
+    def prompt_row(row: dict[str, Any], line: int) -> PromptRow:
+        if not isinstance(task := row.get("task"), str | None):
+            raise IFPError("task must be a string.")
+        return PromptRow(line, messages_of(row), task)
+
+    rows = read_jsonl(path, prompt_row)
     if len(rows) < 2:
         raise IFPError(f"{path}: an overlap needs two prompts, here are {len(rows)}.")
     if limit < 2:
@@ -66,23 +64,6 @@ def read_prompts(path: str | Path, limit: int) -> list[PromptRow]:
     )
     kept = [row for _, _, row in rounds[:limit]]
     return sorted(kept, key=lambda row: (row.task is None, row.task or "", row.line))
-
-
-def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row; a prompt is one of the user, as in training."""
-    if "messages" not in row and isinstance(row.get("prompt"), str):
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise IFPError("a row has messages, a list that is not empty, or prompt, a string.")
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else 0
-        parts = content if isinstance(content, list) else []
-        if not isinstance(content, str | list | None) or not all(
-            isinstance(part, dict) and isinstance(part.get("text", ""), str) for part in parts
-        ):
-            raise IFPError("a message must be an object with role and content.")
-    return messages
 
 
 def default_layers(layers: int) -> list[int]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import IFPError
-from .figures import json_object, new_figure, plain
+from .figures import new_figure, plain
+from .jsonl import read_jsonl
 from .tuner.trainer import LOG_FILE
 
 if TYPE_CHECKING:
@@ -98,21 +99,14 @@ def read_log(run: str | Path) -> Log:
         path /= LOG_FILE
     if not path.is_file():
         raise IFPError(f"{path} does not exist; name the directory of a training run.")
-    lines = path.read_bytes().splitlines()
     rows: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in _KINDS}
-    for number, line in enumerate(lines, 1):
-        try:
-            report = json_object(line)
-        except IFPError as error:
-            if number == len(lines) and isinstance(error.__cause__, ValueError):
-                break  # the run was killed while it wrote this
-            raise IFPError(f"{path}: line {number}: {error}") from error
-        try:
-            for kind in _KINDS:
-                if f"{kind}_loss" in report:
-                    rows[kind][_iteration(report)] = _numbers(report, kind)
-        except IFPError as error:
-            raise IFPError(f"{path}: line {number}: {error}") from error
+
+    def keep(report: dict[str, Any], _: int) -> None:
+        for kind in _KINDS:
+            if f"{kind}_loss" in report:
+                rows[kind][_iteration(report)] = _numbers(report, kind)
+
+    read_jsonl(path, keep, last_may_be_cut=True)
     if not any(rows.values()):
         raise IFPError(f"{path}: there is no line yet with train_loss or val_loss.")
     return Log(path.resolve().parent.name, rows)

@@ -137,9 +137,14 @@ def test_prompts_of_a_file_are_read_line_by_line(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     file.write_text("\n\n".join(lines))
     assert _read_prompts(file) == ["one\u2028and one", "three"]
-    for bad in ('{"prompt": 5}', '{"messages": [3]}', "[]", "{"):
+    for bad, words in (
+        ('{"prompt": 5}', "a row has messages"),
+        ('{"messages": [3]}', "a message must be an object"),
+        ("[]", "must be a JSON object"),
+        ("{", "not JSON"),
+    ):
         file.write_text("\n\n".join([*lines, bad]))
-        with pytest.raises(IFPError, match="line 5: no messages, prompt or text"):
+        with pytest.raises(IFPError, match=f"p.jsonl: line 5: {words}"):
             _read_prompts(file)
 
 

@@ -273,7 +273,6 @@ def messages(*roles: str, content: object = "x") -> dict:
         ("{'prompt': 1}", "not JSON that can be read (Expecting property name"),
         pytest.param("[" * 100_000, "not JSON", id="deep"),
         (r'{"prompt": "x", "completion": "\ud800"}', "does not take this row"),
-        ("", "blank"),
         ('["prompt"]', "must be a JSON object, not list"),
         ("{}", "unknown format, with the fields none"),
         ('{"question": "x", "answer": "y"}', "unknown format, with the fields answer, question"),
@@ -328,9 +327,10 @@ def test_an_empty_file(refused):
     assert refused("").startswith("train.jsonl: the file is empty")
 
 
-def test_a_file_that_is_not_utf8(refused, tmp_path):
-    (tmp_path / "valid.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    assert "not UTF-8" in refused([COMPLETION])
+def test_blank_lines_are_no_rows(load, refused):
+    good = json.dumps(COMPLETION)
+    assert load(f"{good}\n\n{good}\n\n") == load([COMPLETION, COMPLETION])
+    assert refused(f"{good}\n\n{{}}\n").startswith("train.jsonl: line 3: unknown format")
 
 
 def test_no_train_file(refused):

@@ -1,7 +1,8 @@
 """Training data: rows in mlx-lm's formats -> examples."""
 
-import json
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.datasets import load_dataset
+from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..config import TextConfig
 from ..errors import IFPError
+from ..jsonl import read_jsonl
 from ..text import selecting_text, selector_tokens
 
 SPLITS = ("train", "valid", "test")
@@ -85,19 +87,14 @@ def load_examples(
         make = partial(
             _chunks, tokenizers=tokenizers, how=text, size=chunk_size, limit=max_seq_length
         )
-    examples: dict[str, list[Example]] = {}
-    for split, dataset in _load_datasets(data, tokenizer, stage).items():
-        examples[split], first = [], None
-        for i in range(len(dataset)):
-            row = dataset[i]
-            try:
-                first = _check_row(row, first, stage)
-                examples[split] += make(row, *_process(dataset, row, first))
-            except IFPError as error:
-                # Blank lines are refused, so row i of a file is line i + 1.
-                file = f"{Path(data) / split}.jsonl: line {i + 1}"
-                where = file if Path(data).is_dir() else f"{data}: {split} row {i}"
-                raise IFPError(f"{where}: {error}") from error
+    splits = _load_datasets(data, tokenizer, stage)
+    # All rows are checked before the first is tokenized, which takes far longer.
+    formats = {split: _format_of(rows, stage) for split, rows in splits.items()}
+    examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for split, rows in splits.items():
+        for row, where in rows:
+            with _located(where):
+                examples[split] += make(row, *_process(rows.dataset, row, formats[split]))
     # Only chunks give nothing: a row of sft is an example or an error.
     _require(
         bool(examples["train"]),
@@ -124,23 +121,60 @@ def _check_chunks(size: int, limit: int, task_texts: dict[str, str] | None) -> N
     )
 
 
-def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, Any]:
-    """mlx-lm's dataset of each split, after a check of the files it would read."""
+@dataclass(frozen=True)
+class _Rows:
+    """mlx-lm's dataset of a split, and where each of its rows comes from."""
+
+    dataset: Any
+    places: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
+        return ((self.dataset[i], place) for i, place in enumerate(self.places))
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    try:
+        yield
+    except IFPError as error:
+        raise IFPError(f"{where}: {error}") from error
+
+
+def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _Rows]:
+    """The splits that there are."""
     path = Path(data)
     _require(
         not path.is_file() and (path.suffix != ".jsonl" or path.exists()),
         f"{data}: give the directory that holds train.jsonl (and valid.jsonl, test.jsonl), "
         "not a file.",
     )
-    if path.is_dir():
-        files = {split: path / f"{split}.jsonl" for split in SPLITS}
-        _require(files["train"].exists(), f"{files['train']} is missing; put the rows there.")
-        for file in files.values():
-            if file.exists():
-                _check_file(file, stage)
-    # mlx-lm refuses to mask the prompts of text rows in words of its own, so masks are switched
-    # on below.
-    args = SimpleNamespace(data=data, train=False, test=False, mask_prompt=False)
+    splits = _local(path, tokenizer) if path.is_dir() else _from_hub(data, tokenizer)
+    for rows in splits.values():
+        # mlx-lm refuses this for texts, in words of its own; here it is an error of the row.
+        if stage == "sft" and hasattr(rows.dataset, "mask_prompt"):
+            rows.dataset.mask_prompt = True
+    return splits
+
+
+def _local(path: Path, tokenizer: TokenizerWrapper) -> dict[str, _Rows]:
+    files = {split: path / f"{split}.jsonl" for split in SPLITS}
+    _require(files["train"].exists(), f"{files['train']} is missing; put the rows there.")
+    splits = {}
+    for split, file in files.items():
+        if not file.exists():
+            continue
+        rows = read_jsonl(file, lambda row, number: (row, number))
+        _require(bool(rows), f"{file}: the file is empty; give one JSON object a line.")
+        with _located(f"{file}: line {rows[0][1]}"):
+            _row_format(rows[0][0])
+        places = [f"{file}: line {number}" for _, number in rows]
+        dataset = create_dataset([row for row, _ in rows], tokenizer, SimpleNamespace())
+        splits[split] = _Rows(dataset, places)
+    return splits
+
+
+def _from_hub(data: str, tokenizer: TokenizerWrapper) -> dict[str, _Rows]:
+    args = SimpleNamespace(data=data, train=False, test=False)
     try:
         datasets = dict(zip(SPLITS, load_dataset(args, tokenizer), strict=True))
     except ImportError as error:
@@ -155,36 +189,37 @@ def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[s
             f"{data}: neither a directory nor a dataset that can be loaded from the hub ({reason})."
         ) from error
     _require(len(datasets["train"]) > 0, f"{data}: there is no split named train.")
-    for dataset in datasets.values():
-        if stage == "sft" and hasattr(dataset, "mask_prompt"):
-            dataset.mask_prompt = True
-    return datasets
+    return {
+        split: _Rows(dataset, [f"{data}: {split} row {i}" for i in range(len(dataset))])
+        for split, dataset in datasets.items()
+        if len(dataset)
+    }
 
 
-def _check_file(path: Path, stage: str) -> None:
-    """Raises IFPError for the first line that is not a row of the format of line 1."""
-    number, first = 0, None
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                _require(bool(line.strip()), "the line is blank; remove it.")
-                first = _check_row(json.loads(line), first, stage)
-    except UnicodeDecodeError as error:
-        # Text is decoded in blocks, so the line is not known.
-        raise IFPError(f"{path}: not UTF-8 text, in line {number + 1} or after.") from error
-    except OSError as error:
-        raise IFPError(f"{path}: cannot be read ({error.strerror}).") from error
-    except IFPError as error:
-        raise IFPError(f"{path}: line {number}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        # A JSONDecodeError counts lines of its own; its msg leaves them out.
-        reason = getattr(error, "msg", error)
-        raise IFPError(f"{path}: line {number}: not JSON that can be read ({reason}).") from error
-    _require(number > 0, f"{path}: the file is empty; give one JSON object a line.")
+def _format_of(rows: _Rows, stage: str) -> str:
+    """The format of all rows; raises IFPError for the first that is not usable."""
+    first = None
+    for row, where in rows:
+        with _located(where):
+            first = _check_row(row, first, stage)
+    return first
 
 
-def _check_row(row: Any, first: str | None, stage: str) -> str:
+_FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
+
+
+def _row_format(row: dict[str, Any]) -> str:
+    """``completions``, ``chat`` or ``text``, in the order in which mlx-lm looks for them."""
+    for kind, names in _FORMATS.items():
+        if all(name in row for name in names):
+            return kind
+    raise IFPError(
+        f"unknown format, with the fields {', '.join(sorted(row)) or 'none'}; a row has text, or "
+        "prompt and completion, or messages."
+    )
+
+
+def _check_row(row: dict[str, Any], first: str | None, stage: str) -> str:
     """Check a row's fields.
 
     Args:
@@ -193,26 +228,18 @@ def _check_row(row: Any, first: str | None, stage: str) -> str:
         stage (str): ``sft`` or ``pretrain``.
 
     Returns:
-        str: the row's format: ``completions``, ``chat`` or ``text``.
+        str: the row's format.
 
     Raises:
         IFPError: what is wrong, without where.
     """
-    _require(isinstance(row, dict), f"a row must be a JSON object, not {type(row).__name__}.")
-    # The order is mlx-lm's.
-    formats = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
-    kind = next((kind for kind, names in formats.items() if all(n in row for n in names)), None)
-    _require(
-        kind is not None,
-        f"unknown format, with the fields {', '.join(sorted(row)) or 'none'}; a row has text, or "
-        "prompt and completion, or messages.",
-    )
+    kind = _row_format(row)
     _require(first in (None, kind), f"the format is {kind}, but {first} in the first row.")
     _require(isinstance(row.get("task"), str | None), "task must be a string.")
     if kind == "chat":
         _check_messages(row["messages"], stage)
     else:
-        for name in formats[kind]:
+        for name in _FORMATS[kind]:
             _require(isinstance(row[name], str), f"{name} must be a string.")
     if stage == "sft":
         _require(kind != "text", "a text has no prompt that selects; use --stage pretrain.")
