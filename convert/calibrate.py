@@ -15,7 +15,8 @@ from tqdm import tqdm
 from mlx_ifp.channels import ChannelReader
 from mlx_ifp.checkpoint import CHANNELS, ORDER_FILE, ORDER_TENSOR, open_checkpoint
 from mlx_ifp.config import CONFIG_FILE
-from mlx_ifp.model import IFPModel, default_dtype
+from mlx_ifp.device import default_dtype
+from mlx_ifp.model import IFPModel
 from mlx_ifp.tensor_files import DTYPES, LazyTensor, TensorInfo, write_safetensors
 
 CLUSTERS = 16

@@ -9,34 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _download, save_config
+from mlx_lm.utils import save_config
 from tqdm import tqdm
 
 from mlx_ifp.activations import activation_scores
 from mlx_ifp.atomic import new_directory
 from mlx_ifp.channels import ChannelReader
-from mlx_ifp.checkpoint import (
-    ORDER_FILE,
-    PREDICTOR,
-    STATIC_FILE,
-    TOKENIZER_PATTERNS,
-    expanded,
-    load_trunk,
-    open_checkpoint,
-    source_name,
-    write_checkpoint,
-)
+from mlx_ifp.checkpoint import ORDER_FILE, PREDICTOR, STATIC_FILE, open_checkpoint, write_checkpoint
 from mlx_ifp.cli import command
 from mlx_ifp.config import CONFIG_FILE, IFPConfig
+from mlx_ifp.device import default_dtype
 from mlx_ifp.errors import IFPError
 from mlx_ifp.hub import upload_checkpoint
 from mlx_ifp.jsonl import messages_of, read_jsonl
 from mlx_ifp.keep import Keep
-from mlx_ifp.model import default_dtype
+from mlx_ifp.locate import TOKENIZER_PATTERNS, expanded, source_name
 from mlx_ifp.tensor_files import write_safetensors
 from mlx_ifp.text import selecting_text, selector_tokens
 from mlx_ifp.tokenizers import load_tokenizer_of
+from mlx_ifp.weights import load_trunk
 
 from .calibrate import calibrate as order_channels
 from .dense import load_dense, one_line
@@ -251,10 +244,10 @@ def _find(model: str, revision: str | None) -> Path:
     if path.exists():
         return path
     with one_line(model):
-        path = _download(model, revision=revision, allow_patterns=HUB_PATTERNS)
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
         if not any(file.suffix in WEIGHTS for file in path.rglob("*")):
             patterns = [*HUB_PATTERNS, *(f"*{suffix}" for suffix in WEIGHTS)]
-            path = _download(model, revision=revision, allow_patterns=patterns)
+            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     return path
 
 

@@ -14,9 +14,9 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
 
-from mlx_ifp.checkpoint import source_name
 from mlx_ifp.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError, reason_of
+from mlx_ifp.locate import source_name
 from mlx_ifp.structure import FFN, build_model, find_ffns, get_module, linear
 from mlx_ifp.tensor_files import LazyTensor, read_any_header
 

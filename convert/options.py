@@ -2,6 +2,7 @@
 
 import argparse
 
+from mlx_ifp.config import TEXT_FORMATS
 from mlx_ifp.options import parse_keep
 from mlx_ifp.structure import QUANTIZATION_MODES
 
@@ -52,7 +53,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--upload-repo", help="Upload the checkpoint to this hub repository")
     parser.add_argument(
         "--text-format",
-        choices=["raw", "chat_template"],
+        choices=TEXT_FORMATS,
         help="How the text that selects is tokenized (default: raw with a predictor, otherwise "
         "chat_template if there is one)",
     )

@@ -11,7 +11,6 @@ from mlx_ifp.checkpoint import (
     PREDICTOR,
     PREDICTOR_STEM,
     STATIC_FILE,
-    TOKENIZER_PATTERNS,
     Checkpoint,
     open_checkpoint,
 )
@@ -19,6 +18,7 @@ from mlx_ifp.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError
 from mlx_ifp.expected import head_quantization, quantized_modules
 from mlx_ifp.keep import resolve_keep
+from mlx_ifp.locate import TOKENIZER_PATTERNS
 from mlx_ifp.structure import PROJECTIONS, build_model, quantization_of
 from mlx_ifp.tensor_files import DTYPES, TensorInfo
 

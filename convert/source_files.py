@@ -233,7 +233,7 @@ def read_json(path: Path) -> dict[str, Any]:
         IFPError: naming the file.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise IFPError(f"{path}: the file is missing.") from error
     except (ValueError, RecursionError) as error:

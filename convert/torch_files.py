@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_ifp.errors import IFPError
+from mlx_ifp.errors import IFPError, reason_of
 
 from .source_files import SourceTensor, file_rows
 
@@ -129,8 +129,7 @@ def _one_line(path: Path) -> Iterator[None]:
         OverflowError,
         zipfile.BadZipFile,
     ) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise IFPError(f"{path}: PyTorch cannot read it ({text}).") from error
+        raise IFPError(f"{path}: PyTorch cannot read it ({reason_of(error)}).") from error
 
 
 def _flatten(value: Any, name: str, found: dict[str, Any], torch: Any) -> None:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from .channels import ChannelReader
-from .structure import FFN, find_body, get_module, set_module
+from .structure import FFN, PREFILL_STEP_SIZE, final_hidden, find_body, get_module, set_module
 from .subnetwork import read_ffn, set_ffn, share
 
 
@@ -73,14 +73,14 @@ def activation_scores(
     tokens: list[int] | mx.array,
     *,
     dtype: mx.Dtype | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
 ) -> mx.array:
     """GRIFFIN's statistic of every channel: ``s = || Z / ||Z||_token ||`` over the tokens.
 
     The dense LLM runs over the tokens with one layer's FFN in memory at a time.
 
     Args:
-        trunk (nn.Module): from :func:`~mlx_ifp.checkpoint.load_trunk`.
+        trunk (nn.Module): from :func:`~mlx_ifp.weights.load_trunk`.
         reader (ChannelReader): of the same checkpoint.
         ffns (list): its FFNs.
         config (dict): the LLM's config.
@@ -106,9 +106,7 @@ def activation_scores(
     body = get_module(model, find_body(model))
     tokens = mx.array(tokens)
     cache = make_prompt_cache(model)
-    for start in range(0, tokens.size, prefill_step_size):
-        hidden = body(tokens[None, start : start + prefill_step_size], cache=cache)
-        mx.eval([c.state for c in cache], hidden)
+    final_hidden(body, tokens, cache, prefill_step_size)
     scores = mx.sqrt(mx.stack([module.total for module in streamed]))
     mx.eval(scores)
     return scores

@@ -6,8 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import IFPError
@@ -22,6 +21,16 @@ def check_writable(path: str | Path) -> None:
         raise IFPError(f"{path} cannot be written: there is no directory {parent}.")
     if not os.access(parent, os.W_OK):
         raise IFPError(f"{path} cannot be written: no files can be made in {parent}.")
+
+
+def by_last_use(files: Iterable[Path]) -> list[Path]:
+    """Most recently used first, without those that another process deletes meanwhile."""
+    used = []
+    with contextlib.suppress(OSError):
+        for file in files:
+            with contextlib.suppress(OSError):
+                used.append((file.stat().st_mtime, file))
+    return [file for _, file in sorted(used, reverse=True)]
 
 
 @contextlib.contextmanager
@@ -85,12 +94,13 @@ def new_directory(path: Path) -> Iterator[Path]:
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)).absolute()
+        # Not mkdtemp, for the reason that new_file has.
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}").absolute()
+        temporary.mkdir()
     except OSError as error:
         raise IFPError(f"{path} cannot be written: {error.strerror}.") from error
     with _removed_at_death(temporary):
         try:
-            temporary.chmod(0o755)
             yield temporary
             try:
                 os.rename(temporary, path)

@@ -45,10 +45,18 @@ from .benchmark_shapes import (
 )
 from .benchmark_table import heading, summary, table
 from .cli import command
+from .device import default_dtype
 from .errors import IFPError
 from .figures import DPI, check_matplotlib, check_output
-from .model import IFPModel, default_dtype
-from .options import add_model_options, add_task_name_option, load_model, named_task, parse_seed
+from .model import IFPModel
+from .options import (
+    add_model_options,
+    add_task_name_option,
+    check_given,
+    load_model,
+    named_task,
+    parse_seed,
+)
 from .task_library import Task
 
 TASK = "You are an expert Python programmer. Answer with working code and a short explanation."
@@ -216,6 +224,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     values = {each.name: getattr(args, each.name) for each in fields(Settings)}
     settings = Settings(**values | {"prompt_tokens": tuple(args.prompt_tokens)})
     settings.check()
+    check_given(args)
+    check_given(args)
     _check_tasks(args.task, args.other_task)
     if args.json is not None:
         check_writable(args.json)

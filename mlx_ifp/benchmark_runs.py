@@ -19,7 +19,8 @@ from .errors import IFPError
 from .experts import experts_model
 from .kv_size import Generation, kv_bytes
 from .masks import Selection
-from .model import IFPModel, Prepared
+from .model import IFPModel
+from .prepared import Prepared
 from .same_size import float_dtype, memory_of, same_size_model
 from .samples import sampled_steps
 from .task_library import Task

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .checkpoint import Checkpoint, build_backbone, build_trunk
+from .checkpoint import Checkpoint
 from .kv_size import Generation, kv_bytes
-from .predictor import PREFILL_STEP_SIZE
-from .structure import FFN, PROJECTIONS, find_body, get_module, set_module
+from .structure import FFN, PARTS, PREFILL_STEP_SIZE, PROJECTIONS, find_body, get_module, set_module
 from .tensor_files import DTYPES, TensorInfo
+from .weights import build_backbone, build_trunk
 
 
 def size_text(nbytes: int) -> str:
@@ -145,7 +145,7 @@ class Estimator:
 
     def _channels(self, ffn: FFN) -> Iterator[tuple[str, TensorInfo]]:
         for projection in PROJECTIONS:
-            for part in ("weight", "scales", "biases", "bias"):
+            for part in PARTS:
                 tensor = self.checkpoint.channels.get(f"{ffn.path}.{projection}.{part}")
                 if tensor is not None:
                     yield f"{projection}.{part}", tensor

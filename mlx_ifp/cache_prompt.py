@@ -1,6 +1,7 @@
 """``mlx_ifp.cache_prompt``: run a prompt once and keep its keys and values in a file."""
 
 import argparse
+import collections
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from tqdm import tqdm
 
 from .atomic import check_writable, new_file
 from .budget import Use
-from .cache import save_selection
 from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
@@ -25,11 +25,13 @@ from .options import (
     add_memory_options,
     add_model_options,
     add_task_options,
+    check_given,
     given_selection,
     load_model,
     task_of,
     use_of,
 )
+from .selections import save_selection
 from .text import selecting_text
 
 EXAMPLES = """examples:
@@ -81,6 +83,7 @@ def _plan(
 def main() -> None:
     """Run ``mlx_ifp.cache_prompt``."""
     args = setup_arg_parser().parse_args()
+    check_given(args)
     prompt = read_prompt(args.prompt)
     path = Path(args.prompt_cache_file)
     if path.suffix != ".safetensors":
@@ -100,7 +103,7 @@ def main() -> None:
     tokens = _tokens(tokenizer, messages)
     prompt_cache = make_prompt_cache(ready.network, args.max_kv_size)
     with tqdm(total=len(tokens), unit="tokens", desc="Processing") as bar:
-        for _ in generate_step(
+        steps = generate_step(
             mx.array(tokens),
             ready.network,
             max_tokens=0,
@@ -110,8 +113,11 @@ def main() -> None:
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
             prompt_progress_callback=lambda done, _: bar.update(done - bar.n),
-        ):
-            pass
+        )
+        try:
+            collections.deque(steps, maxlen=0)
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            raise IFPError(f"The prompt could not be processed: {error}") from error
     metadata = {
         "model": str(args.model or model.checkpoint.path),
         "tokenizer_config": "{}",

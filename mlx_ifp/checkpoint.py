@@ -12,17 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
 from mlx_lm.utils import load_config, make_shards, save_config
 
 from .config import CONFIG_FILE, HeadConfig, IFPConfig
-from .errors import IFPError, reason_of
+from .errors import IFPError
 from .expected import (
     backbone_tensors,
     channel_tensors,
@@ -34,14 +27,10 @@ from .structure import (
     FFN,
     build_model,
     embedding_shape,
-    evaluate,
-    find_body,
     find_embedding,
     find_ffns,
     get_module,
-    set_module,
     settle,
-    with_width,
 )
 from .tensor_files import LazyTensor, TensorInfo, check_tensors, read_header, write_safetensors
 
@@ -54,10 +43,6 @@ HEAD_FILE = f"{HEAD_STEM}.safetensors"
 STATIC_FILE = "static.safetensors"
 ORDER_FILE = "order.safetensors"
 ORDER_TENSOR = "order"
-TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors"]
-# The package's own checkpoint, for those who name none.
-DEFAULT_MODEL = Path(__file__).with_name("default_model")
 
 
 @dataclass
@@ -102,77 +87,17 @@ class Checkpoint:
         """The selectors this checkpoint can be used with."""
         return ["predictor"] * bool(self.head) + ["activations"] + ["static"] * bool(self.static)
 
+    def checked_selector(self, selector: str) -> str:
+        """The selector, if the checkpoint has it.
 
-def source_name(model: str | Path) -> str:
-    """A source as a checkpoint names it: a hub id, or the last part of a path.
-
-    The rest of a path is nobody else's business, and would make two checkpoints of one model
-    differ.
-    """
-    path = expanded(model)
-    return path.resolve().name if path.exists() else str(model)
-
-
-def expanded(path: str | Path) -> Path:
-    """A path with ``~`` resolved; of a user that does not exist it stays as it is."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
-
-
-def resolve(
-    path_or_hf_repo: str | Path | None, revision: str | None = None, *, converted: bool = True
-) -> Path:
-    """The directory of a checkpoint: a local one, or a hub repository that is downloaded.
-
-    Args:
-        path_or_hf_repo: which; None for the package's own.
-        revision (str): of a hub repository.
-        converted (bool): an ordinary model is refused before its weights are downloaded.
-
-    Raises:
-        IFPError: if there is neither.
-    """
-    if path_or_hf_repo is None:
-        if not DEFAULT_MODEL.is_dir():
+        Raises:
+            IFPError: if it does not.
+        """
+        if selector not in self.selectors:
             raise IFPError(
-                f"No model was named, and {DEFAULT_MODEL}, the default, is missing. "
-                "Name one with --model, or make one: mlx_ifp.convert --model MODEL --mlx-path OUT"
+                f"{self.path} has no selector {selector!r}; it has: {', '.join(self.selectors)}."
             )
-        return DEFAULT_MODEL
-    path = expanded(path_or_hf_repo)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise IFPError(
-            f"{path} is a file, not a checkpoint directory. "
-            "Make one of it with: mlx_ifp.convert --model FILE --mlx-path OUT"
-        )
-    try:
-        if converted:
-            _require_converted(str(path_or_hf_repo), revision)
-        return Path(
-            snapshot_download(str(path_or_hf_repo), revision=revision, allow_patterns=HUB_PATTERNS)
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise IFPError(
-            f"{path_or_hf_repo} is not a directory, and it could not be fetched from the "
-            f"Hugging Face hub ({reason_of(error)})"
-        ) from error
-
-
-def _require_converted(repo: str, revision: str | None) -> None:
-    try:
-        hf_hub_download(repo, CONFIG_FILE, revision=revision)
-    except LocalEntryNotFoundError:
-        # Without a network nothing is known; the download will say so.
-        pass
-    except EntryNotFoundError as error:
-        raise IFPError(
-            f"{repo} has no {CONFIG_FILE}: it is a model that is not converted. "
-            f"Make a checkpoint with: mlx_ifp.convert --model {repo} --mlx-path OUT"
-        ) from error
+        return selector
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -200,7 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return chosen
 
     trunk, channels = tensors(TRUNK), tensors(CHANNELS)
-    model = _build_llm(config, trunk)
+    model = build_llm(config, trunk)
     ffns = find_ffns(model)
     check_tensors(path, trunk, trunk_tensors(model, ffns))
     check_tensors(path, channels, channel_tensors(config, ffns, channels))
@@ -267,7 +192,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build_llm(config: dict[str, Any], trunk: dict[str, TensorInfo]) -> nn.Module:
+def build_llm(config: dict[str, Any], trunk: dict[str, TensorInfo]) -> nn.Module:
+    """The LLM's modules; those whose tensors are quantized are quantized ones."""
     model = build_model(config, quantized_modules(trunk))
     settle(model, {name: tensor.shape for name, tensor in trunk.items()})
     return model
@@ -343,83 +269,6 @@ def _with_places(
         name: replace(info, places=places[name.rsplit(".", 2)[0]])
         for name, info in channels.items()
     }
-
-
-def load_tensors(tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    """Lazy arrays of all the tensors, floats cast to ``dtype`` if one is given.
-
-    Channels come in their own order, however they are stored.
-    """
-    arrays: dict[str, mx.array] = {}
-    for path in sorted({tensor.path for tensor in tensors.values()}):
-        arrays |= {k: v for k, v in mx.load(str(path)).items() if k in tensors}
-    for name, array in arrays.items():
-        if (places := tensors[name].places) is not None:
-            arrays[name] = mx.take(array, mx.array(places), axis=0)
-    return {name: cast(array, dtype) for name, array in arrays.items()}
-
-
-def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """Cast a float array; packed weights and 8-bit scales stay what they are."""
-    if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
-        return array
-    return array.astype(dtype)
-
-
-def build_backbone(checkpoint: Checkpoint, trunk: nn.Module | None = None) -> nn.Module:
-    """The modules of the predictor's backbone, of which no tensor is read.
-
-    Raises:
-        ValueError: if it shares the trunk's embedding and there is no trunk.
-    """
-    model = build_model(checkpoint.predictor_config, quantized_modules(checkpoint.predictor))
-    if checkpoint.ifp.predictor_embedding == "llm":
-        if trunk is None:
-            raise ValueError("The predictor shares the LLM's embedding: the trunk is needed.")
-        set_module(model, find_embedding(model), get_module(trunk, find_embedding(trunk)))
-    return model
-
-
-def load_backbone(
-    checkpoint: Checkpoint, dtype: mx.Dtype | None, trunk: nn.Module | None = None
-) -> nn.Module:
-    """The predictor's backbone, a stock mlx-lm model; its output layer, if any, stays unset.
-
-    Args:
-        checkpoint (Checkpoint): one that has a predictor.
-        dtype (mx.Dtype): cast floats to this type; None keeps them.
-        trunk (nn.Module): from :func:`load_trunk`; needed if ``predictor_embedding`` is ``llm``.
-            Its embedding module becomes the backbone's.
-
-    Raises:
-        ValueError: if it is needed and missing.
-    """
-    model = build_backbone(checkpoint, trunk)
-    arrays = load_tensors(checkpoint.predictor, dtype)
-    model.load_weights(list(arrays.items()), strict=False)
-    evaluate(model, prefix=f"{find_body(model)}.")
-    return model
-
-
-def build_trunk(checkpoint: Checkpoint, width: int) -> nn.Module:
-    """The modules of the LLM, of which no tensor is read; their ``intermediate_size`` is width."""
-    return _build_llm(with_width(checkpoint.config, width), checkpoint.trunk)
-
-
-def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn.Module:
-    """A stock mlx-lm model with the trunk's arrays in memory and FFNs that are still to be set.
-
-    Args:
-        checkpoint (Checkpoint): an opened checkpoint.
-        width (int): the ``intermediate_size`` that the model reports.
-        dtype (mx.Dtype): cast floats to this type; None keeps them.
-    """
-    model = build_trunk(checkpoint, width)
-    arrays = load_tensors(checkpoint.trunk, dtype)
-    model.load_weights(list(arrays.items()), strict=False)
-    mx.eval(list(arrays.values()))
-    evaluate(model, leave_out=tuple(ffn.path for ffn in checkpoint.ffns))
-    return model
 
 
 def write_checkpoint(

@@ -14,6 +14,7 @@ SELECTORS = ("predictor", "activations", "static")
 ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
+TEXT_SOURCES = ("user", "system")
 EMBEDDINGS = ("own", "llm")
 ORDERS = ("original", "stored")
 
@@ -97,7 +98,7 @@ class TextConfig:
 
     def check(self) -> None:
         """Raises ValueError if a field is out of range."""
-        _one_of("text.source", self.source, ("user", "system"))
+        _one_of("text.source", self.source, TEXT_SOURCES)
         _one_of("text.format", self.format, TEXT_FORMATS)
         _require(_is_count(self.max_tokens), "text.max_tokens must be a positive number")
 
@@ -139,7 +140,7 @@ class IFPConfig:
             IFPError: naming the file and the field.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
             raise IFPError(f"{path}: {error}.") from error
 

@@ -13,13 +13,18 @@ import mlx.nn as nn
 import numpy as np
 
 from .channels import ChannelReader, Part, row_bytes
-from .checkpoint import cast
-from .masks import Selection
+from .masks import Selection, digest_of
 from .structure import FFN
-from .subnetwork import FFNRows, apply_soft_values, folded_parts, parts_on_disk, read_ffn
+from .subnetwork import (
+    FFNRows,
+    apply_soft_values,
+    folded_parts,
+    parts_on_disk,
+    read_ffn,
+    read_layer,
+)
+from .tensor_files import cast
 
-# A sub-network's name among those in memory, if it is the dense model.
-_DENSE = "dense"
 # Comparing takes 1.5 ms a sub-network of 30 layers, and old tasks are seldom the nearest.
 _COMPARED = 8
 
@@ -184,7 +189,7 @@ class Residents:
             selection (Selection): its channels; None for the dense model.
             rows (list): L of them, from :meth:`read`.
         """
-        name = _DENSE if selection is None else selection.digest
+        name = digest_of(selection)
 
         def forget(reference: weakref.ref) -> None:
             # A newer network of the same selection may have taken the place.
@@ -244,9 +249,12 @@ class Residents:
         Returns:
             FFNRows: as :func:`~mlx_ifp.subnetwork.read_ffn` gives them.
         """
-        ffn = self._ffns[layer]
-        channels, soft_values = self._wanted(selection, layer)
         if source is None:
-            whole = None if selection is None else channels
-            return read_ffn(self._reader, ffn, whole, soft_values, self._dtype)
-        return read_ffn_again(self._reader, ffn, channels, soft_values, self._dtype, source[layer])
+            return read_layer(self._reader, self._ffns, selection, layer, self._dtype)
+        return read_ffn_again(
+            self._reader,
+            self._ffns[layer],
+            *self._wanted(selection, layer),
+            self._dtype,
+            source[layer],
+        )

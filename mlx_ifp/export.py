@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,27 @@ from mlx_lm.utils import create_model_card, make_shards, save_config, upload_to_
 from tqdm import tqdm
 
 from .atomic import new_directory
-from .cache import save_selection
 from .channels import ChannelReader
-from .checkpoint import Checkpoint, load_tensors, open_checkpoint, resolve
+from .checkpoint import Checkpoint, open_checkpoint
 from .cli import command
 from .errors import IFPError
 from .hub import uploading
+from .locate import resolve
 from .masks import Selection
 from .options import (
     add_model_options,
     add_task_options,
+    check_given,
     given_selection,
     load_model,
     task_of,
 )
-from .structure import FFN, quantization_of, with_width
-from .subnetwork import FFNRows, check_selection, read_ffn
+from .selections import save_selection
+from .structure import FFN, PARTS, PROJECTIONS, quantization_of, with_width
+from .subnetwork import FFNRows, check_selection, read_layer
 from .tensor_files import DTYPES, LazyTensor, write_safetensors
 from .tokenizers import load_tokenizer_of
+from .weights import load_tensors
 
 GGUF_FILE = "ggml-model-f16.gguf"  # mlx-lm's default name
 GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx_lm.fuse --export-gguf
@@ -58,8 +62,10 @@ class _Layer:
         width: rows of all layers; a layer that keeps fewer gets channels of zeros.
         read: gives its rows.
         shapes: names -> (shape, type) of its tensors.
+        config: the checkpoint's, which says how its weights are quantized.
         down: how its down projection is quantized; None if not.
         dequantize: whether to undo the quantization of the others.
+        made: tensors that are made and not yet written.
     """
 
     ffn: FFN
@@ -163,7 +169,7 @@ def export(
         check_selection(selection, checkpoint.ffns)
         if selection.checkpoint not in ("", checkpoint.digest):
             raise IFPError("The selection was made with another checkpoint.")
-    ks = [checkpoint.d_ffn] if selection is None else [len(row) for row in selection.layers]
+    ks = [checkpoint.d_ffn] if selection is None else selection.ks
     width = max(ks)
     config = with_width(copy.deepcopy(checkpoint.config), width)
     if dequantize:
@@ -192,7 +198,7 @@ def export(
         layer = _Layer(
             ffn,
             width,
-            _row_reader(reader, ffn, selection, i),
+            partial(read_layer, reader, checkpoint.ffns, selection, i),
             _shapes(checkpoint, ffn, width, down, dequantize),
             checkpoint.config,
             down,
@@ -222,15 +228,6 @@ def export(
     return notes
 
 
-def _row_reader(
-    reader: ChannelReader, ffn: FFN, selection: Selection | None, layer: int
-) -> Callable[[], FFNRows]:
-    if selection is None:
-        return lambda: read_ffn(reader, ffn, None)
-    soft = selection.soft_values[layer] if selection.soft_values is not None else None
-    return lambda: read_ffn(reader, ffn, selection.layers[layer], soft)
-
-
 def _down_quantization(checkpoint: Checkpoint, ffn: FFN) -> dict[str, Any] | None:
     if f"{ffn.path}.down_proj.scales" not in checkpoint.channels:
         return None
@@ -246,9 +243,9 @@ def _shapes(
 ) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
     """Shapes and types of a layer's tensors, from those of one channel."""
     found = {}
-    for projection in ("gate_proj", "up_proj", "down_proj"):
+    for projection in PROJECTIONS:
         parts = {}
-        for part in ("weight", "scales", "biases", "bias"):
+        for part in PARTS:
             info = checkpoint.channels.get(f"{ffn.path}.{projection}.{part}")
             if info is not None:
                 parts[f"x.{part}"] = mx.zeros((1, *info.shape[1:]), DTYPES[info.dtype])
@@ -323,7 +320,7 @@ def _write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
             convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
     except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
         raise IFPError(f"mlx-lm's GGUF exporter cannot write this model: {error}") from error
-    kind = json.loads((directory / "tokenizer.json").read_text()).get("model", {})
+    kind = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
     if kind.get("byte_fallback"):
         return []
     return [
@@ -373,10 +370,9 @@ def _selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | 
 def main() -> None:
     """Run ``mlx_ifp.export``."""
     args = setup_arg_parser().parse_args()
+    check_given(args)
     checkpoint = open_checkpoint(resolve(args.model, args.revision))
     selection = _selection(args, checkpoint)
-    if args.save_selection is not None and selection is None:
-        raise IFPError("--dense selects nothing to save.")
     tokenizer = load_tokenizer_of(checkpoint, {"trust_remote_code": args.trust_remote_code})
     notes = export(
         checkpoint,

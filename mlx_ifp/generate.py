@@ -18,7 +18,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .atomic import new_file
 from .budget import Use
-from .cache import save_selection
 from .checkpoint import Checkpoint
 from .cli import command
 from .errors import IFPError
@@ -31,16 +30,19 @@ from .generate_options import (
 )
 from .keep import Keep
 from .kv_size import Generation, stored_positions
-from .masks import Selection
-from .model import IFPModel, Prepared
+from .masks import Selection, digest_of
+from .model import IFPModel
 from .options import (
     given_selection,
     load_model,
     task_of,
     use_of,
 )
-from .prompt_cache import KVSettings
+from .prepared import Prepared
+from .prompt_cache import KVSettings, claim
+from .selections import save_selection
 from .stats import Stats, WarmStart, parameter_counts
+from .structure import PREFILL_STEP_SIZE
 from .text import Prompt, Text, encode_prompt, is_messages, selecting_text, shared_prefix, token_ids
 
 
@@ -59,18 +61,6 @@ def _selecting_text(
     if model.selector_tokenizer(selector) is not tokenizer:
         decode = partial(tokenizer.decode, skip_special_tokens=True)
     return selecting_text(prompt, task_from or model.checkpoint.ifp.text.source, decode)
-
-
-def _claim_prompt_cache(prompt_cache: list[Any], selection: Selection | None) -> None:
-    """Keys and values made under one mask are wrong under another: mark them, and check."""
-    digest = "dense" if selection is None else selection.digest
-    for layer in prompt_cache:
-        if getattr(layer, "ifp_selection", digest) != digest:
-            raise IFPError(
-                "The prompt cache was filled under another selection; "
-                "use the same task, or start with an empty prompt cache."
-            )
-        layer.ifp_selection = digest
 
 
 def _check_warm(prompt: Prompt, kwargs: dict[str, Any]) -> None:
@@ -96,7 +86,7 @@ def _start_warm(
         prefix,
         KVSettings.of(kwargs),
         disk=disk,
-        prefill_step_size=kwargs.get("prefill_step_size", 2048),
+        prefill_step_size=kwargs.get("prefill_step_size", PREFILL_STEP_SIZE),
     )
 
 
@@ -156,19 +146,19 @@ def stream_generate(
             k = model.k if keep is None else model.resolve_keep(keep)
             model.memory.expect(generation, k)
         else:
-            model.memory.expect(generation, [len(channels) for channels in selection.layers])
+            model.memory.expect(generation, selection.ks)
     ready = model.prepare(text, selection=selection, dense=dense, selector=selector, keep=keep)
     with model.using(ready) as network:
         if warm:
             prefix = shared_prefix(tokenizer, prompt, tokens)
             kwargs["prompt_cache"], tokens = _start_warm(model, ready, tokens, prefix, kwargs)
         prompt_cache = kwargs.get("prompt_cache") or []
-        _claim_prompt_cache(prompt_cache, ready.selection)
+        claim(prompt_cache, ready.selection)
         try:
             yield from mlx_lm.stream_generate(network, tokenizer, tokens, **kwargs)
         finally:
             # With kv_bits mlx-lm puts new, quantized layers into the list.
-            _claim_prompt_cache(prompt_cache, ready.selection)
+            claim(prompt_cache, ready.selection)
 
 
 def generate(
@@ -235,7 +225,7 @@ def _load_prompt_cache(args: argparse.Namespace, ready: Prepared) -> list[Any] |
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
         raise IFPError(f"{path} is not a prompt cache: {error}") from error
     owner = metadata.get("ifp_selection")
-    mine = "dense" if ready.selection is None else ready.selection.digest
+    mine = digest_of(ready.selection)
     if owner is None:
         raise IFPError(f"{path} was not made by mlx_ifp.cache_prompt, so its selection is unknown.")
     if owner != mine:
@@ -350,6 +340,8 @@ def main() -> None:
     except KeyboardInterrupt:
         # The message of it begins a line.
         print(flush=True)
+        raise
+    except IFPError:
         raise
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise IFPError(f"Generation stopped: {error}") from error

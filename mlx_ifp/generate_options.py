@@ -5,6 +5,8 @@ import json
 import sys
 from typing import Any
 
+from mlx_lm.generate import str2bool
+
 from .atomic import check_writable
 from .errors import IFPError
 from .options import (
@@ -13,6 +15,7 @@ from .options import (
     add_model_options,
     add_reuse_option,
     add_task_options,
+    check_given,
     parse_seed,
 )
 
@@ -21,11 +24,6 @@ EXAMPLES = """examples:
   mlx_ifp.generate --model smollm2-ifp --task "You are an expert Python programmer." -p "Sort a list."
   cat question.txt | mlx_ifp.generate --model smollm2-ifp -p - --keep 0.25 --stats stats.json
 """  # noqa: E501
-
-
-def str2bool(string: str) -> bool:
-    """As mlx-lm reads ``--verbose``."""
-    return string.lower() not in ["false", "f"]
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -143,12 +141,9 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.dense and (args.selection or args.task_name):
         option = "--selection" if args.selection else "--task-name"
         raise IFPError(f"--dense and {option} exclude each other.")
-    if args.dense and (args.save_selection or args.show_selection):
-        raise IFPError("--dense selects nothing to show or save.")
-    for given in ("selection", "dense"):
-        for name in ("keep", "selector"):
-            if getattr(args, given) and getattr(args, name) is not None:
-                raise IFPError(f"--{given} and --{name} exclude each other.")
+    if args.dense and args.show_selection:
+        raise IFPError("--dense selects nothing to show.")
+    check_given(args)
     if args.prompt_cache_file is not None:
         if args.draft_model is not None:
             raise IFPError("--prompt-cache-file and --draft-model exclude each other.")
@@ -157,9 +152,8 @@ def check_flags(args: argparse.Namespace) -> None:
                 "--system-prompt has no effect with --prompt-cache-file: the prompt begins with "
                 "what the file holds."
             )
-    for name in ("stats", "save_selection"):
-        if (path := getattr(args, name)) is not None:
-            check_writable(path)
+    if args.stats is not None:
+        check_writable(args.stats)
     if args.reuse_overlap is not None and args.no_cache:
         raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     if args.warm_system_prompt:

@@ -20,8 +20,8 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from .errors import IFPError
-from .structure import find_body, get_module
+from .errors import IFPError, reason_of
+from .structure import PREFILL_STEP_SIZE, find_body, get_module
 from .tensor_files import read_any_header
 
 # Tokens to add at a time to a cache of a kind that is not known here.
@@ -48,7 +48,7 @@ class Generation:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
+    prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
     def of(cls, prompt_tokens: int, max_tokens: int = 256, **arguments: Any) -> "Generation":
@@ -102,7 +102,7 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
                 generation.kv_bits,
             )
         except (ValueError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
+            reason = reason_of(error)
             raise IFPError(
                 f"mlx-lm cannot keep this model's keys and values in {generation.kv_bits} bits, "
                 f"in groups of {generation.kv_group_size}: {reason}"

@@ -7,10 +7,10 @@ from pathlib import Path
 from mlx_lm.manage import tabulate
 from safetensors import SafetensorError, safe_open
 
-from .cache import SelectionCache, load_selection
 from .cli import command
 from .errors import IFPError
 from .prompt_cache_files import WarmPromptFiles
+from .selections import SelectionCache, load_selection
 
 EXAMPLES = """examples:
   mlx_ifp.manage --scan

@@ -171,10 +171,14 @@ class Selection:
         return np.stack([self._bits(channels) for channels in self.layers])
 
     @property
+    def ks(self) -> list[int]:
+        """Channels kept in each layer: L numbers."""
+        return [len(channels) for channels in self.layers]
+
+    @property
     def k(self) -> int | list[int]:
         """Channels kept: one number if every layer keeps as many, else one for each layer."""
-        ks = [len(channels) for channels in self.layers]
-        return ks[0] if len(set(ks)) == 1 else ks
+        return self.ks[0] if len(set(self.ks)) == 1 else self.ks
 
     @property
     def share(self) -> float:
@@ -211,6 +215,11 @@ class Selection:
             ]
         )
         return float(per_layer.mean()), per_layer
+
+
+def digest_of(selection: Selection | None) -> str:
+    """What a sub-network is known by in all caches; None is the dense model."""
+    return "dense" if selection is None else selection.digest
 
 
 def _stacked(layers: tuple[np.ndarray, ...]) -> mx.array | list[mx.array]:

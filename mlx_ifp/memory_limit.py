@@ -207,6 +207,6 @@ class MemoryLimit:
             IFPError: if it has none even then.
         """
         dense = selection is None
-        k = [len(channels) for channels in selection.layers] if selection is not None else None
+        k = selection.ks if selection is not None else None
         self.expect(self._generation, k or self.estimator.checkpoint.d_ffn, dense=dense)
         self._networks.shrink(max(0, self._left() - self._network))

@@ -1,13 +1,7 @@
 """text -> selection -> sub-network: what ties the layers below together."""
 
-import hashlib
-import json
-import os
-import threading
 import time
-from collections import OrderedDict
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,103 +11,41 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .activations import activation_scores
 from .budget import Estimator, Use
-from .cache import SelectionCache, SubnetworkCache
-from .channels import ChannelReader
-from .checkpoint import Checkpoint, load_tensors, load_trunk, open_checkpoint, resolve
+from .cache import SubnetworkCache
+from .checkpoint import Checkpoint, open_checkpoint
 from .delta import Residents
+from .device import default_cache_bytes, default_dtype
 from .errors import IFPError
-from .keep import Keep, resolve_keep
+from .keep import Keep
 from .kv_size import Generation
-from .masks import Selection, select_channels
+from .locate import resolve
+from .masks import Selection, digest_of
 from .memory_limit import MemoryLimit
-from .once import Once
-from .predictor import Predictor, load_predictor
+from .prepared import Prepared
 from .prompt_cache import KVSettings, WarmPrompts
 from .prompt_cache_files import WarmPromptFiles
 from .reuse import Reuse, check_overlap
+from .selecting import Selecting
+from .selections import SelectionCache
 from .structure import get_module
 from .subnetwork import FFNRows, build_subnetwork
 from .task_library import TaskLibrary
-from .text import Text, selector_tokens, token_ids
-from .tokenizers import load_predictor_tokenizer, load_tokenizer_of
-
-_REMEMBERED_SELECTIONS = 256
-
-
-def default_dtype() -> mx.Dtype | None:
-    """float32 on a CPU device, where half precision is slow and, quantized, wrong; else as is."""
-    return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
+from .text import Text
+from .tokenizers import load_tokenizer_of
+from .weights import load_trunk
 
 
-def default_cache_bytes() -> int:
-    """Half of the memory MLX may use."""
-    info = mx.device_info()
-    limit = info.get("max_recommended_working_set_size") or (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    return int(limit) // 2
-
-
-def checked_selector(checkpoint: Checkpoint, selector: str) -> str:
-    """The selector, if the checkpoint has it.
-
-    Raises:
-        IFPError: if it does not.
-    """
-    if selector not in checkpoint.selectors:
-        raise IFPError(
-            f"{checkpoint.path} has no selector {selector!r}; "
-            f"it has: {', '.join(checkpoint.selectors)}."
-        )
-    return selector
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A sub-network that is ready, and what getting it cost.
-
-    Attributes:
-        network: an mlx-lm model.
-        selection: its channels, or None for the dense model.
-        source: where the selection came from: ``predictor``, ``activations``, ``static``,
-            ``memory``, ``disk``, ``given`` or ``dense``.
-        select_seconds: time to get the selection.
-        load_seconds: time to get the sub-network.
-        bytes_read: bytes of channels read for it; 0 if it was in memory.
-        channels_reused: channels, over all layers, whose rows came from another sub-network in
-            memory; the others were read.
-        reuse_overlap: if another selection stands in for the text's own (``reuse_overlap`` of
-            :func:`load`), their overlap; ``selection`` is the one in use. Else None.
-    """
-
-    network: nn.Module
-    selection: Selection | None
-    source: str
-    select_seconds: float
-    load_seconds: float
-    bytes_read: int
-    channels_reused: int = 0
-    reuse_overlap: float | None = None
-
-
-class IFPModel:
+class IFPModel(Selecting):
     """A checkpoint in use: trunk in memory, sub-networks made and cached as texts ask for them.
 
-    Made by :func:`load`. Thread-safe.
+    Made by :func:`load`. Thread-safe. What it knows of texts is in :class:`Selecting`.
 
     Attributes:
-        checkpoint: what was opened.
-        k: channels kept in each layer, unless a call says otherwise.
-        selector: the default selector.
         networks: the sub-networks in memory.
+        reuse: what stands in for a new selection that is nearly the same, or None.
         tasks: the named tasks of this checkpoint: ``model.tasks.load("python").selection``.
         warm: the prompts whose keys and values are kept.
-        reader: counts the bytes of channels read.
-        predictor_loads: how often the predictor was loaded.
-        selector_runs: how often a selector computed scores.
-        memory: what keeps it within its memory limit, or None.
     """
 
     def __init__(
@@ -132,17 +64,19 @@ class IFPModel:
         memory_limit: int | None = None,
         use: Use | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-        self.k = self.resolve_keep(keep)
-        self.selector = checkpoint.ifp.selector
-        self.selector = self._checked_selector(selector)
+        super().__init__(
+            checkpoint,
+            tokenizer,
+            dtype=dtype,
+            keep=keep,
+            selector=selector,
+            selections=selection_cache,
+            tokenizer_config=tokenizer_config,
+        )
         self.networks = SubnetworkCache(
             default_cache_bytes() if cache_bytes is None else cache_bytes
         )
         self.reuse = None if reuse_overlap is None else Reuse(reuse_overlap, self.networks)
-        self.selections = selection_cache
         self.tasks = task_library or TaskLibrary(checkpoint)
         files = None
         if selection_cache is not None:
@@ -151,11 +85,7 @@ class IFPModel:
         if memory_limit is not None:
             # They are not part of the estimate; on disk they may be kept.
             self.warm.max_bytes = 0
-        self.reader = ChannelReader(checkpoint.channels)
         self._residents = Residents(self.reader, checkpoint.ffns, dtype)
-        self.predictor_loads = self.selector_runs = 0
-        self._tokenizer_config = tokenizer_config
-        self.memory: MemoryLimit | None = None
         if memory_limit is not None:
             # Before the first weight is read.
             use = use or Use(self.k, Generation(1), self.selector)
@@ -164,167 +94,6 @@ class IFPModel:
             )
         width = self.k if isinstance(self.k, int) else max(self.k)
         self.trunk = load_trunk(checkpoint, width, dtype)
-        # The first guards dictionaries, and is never held for long. The second lets one selector
-        # run at a time: two would need the memory of two, and be no faster.
-        self._lock = threading.Lock()
-        self._selector_lock = threading.RLock()
-        self._tokenizer_lock = threading.Lock()
-        self._selecting = Once(self._lock)
-        self._remembered: OrderedDict[str, Selection] = OrderedDict()
-        self._predictor: Predictor | None = None
-        self._predictor_tokenizer: TokenizerWrapper | None = None
-
-    def resolve_keep(self, keep: Keep | None) -> int | list[int]:
-        """Channels to keep in each layer; None for what the checkpoint says."""
-        checkpoint = self.checkpoint
-        if keep is None:
-            return checkpoint.ifp.k
-        return resolve_keep(keep, checkpoint.d_ffn, len(checkpoint.ffns))
-
-    def _checked_selector(self, selector: str | None) -> str:
-        return checked_selector(self.checkpoint, selector or self.selector)
-
-    # -- text -> scores -> selection
-
-    def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
-        """Channel scores of a text, before the mask.
-
-        Args:
-            text: a prompt or a task, or token ids of the selector's own tokenizer.
-            selector (str): ``predictor``, ``activations`` or ``static``; None for the default.
-
-        Returns:
-            mx.array: float32 [L, d_ffn].
-
-        Raises:
-            IFPError: if the text is empty or longer than the checkpoint's selectors take.
-        """
-        selector = self._checked_selector(selector)
-        checkpoint = self.checkpoint
-        with self._selector_lock:
-            tokens = selector_tokens(self.selector_tokenizer(selector), text, checkpoint.ifp.text)
-            self.selector_runs += 1
-            if self.memory is not None:
-                self.memory.before_selecting(selector, len(tokens))
-            if selector == "static":
-                scores = load_tensors(checkpoint.static, None)["scores"]
-                mx.eval(scores)
-                return scores
-            if selector == "predictor":
-                scores = self.predictor.scores(tokens)
-                self._release_if_tight()
-                return scores
-            return activation_scores(
-                self.trunk,
-                self.reader,
-                checkpoint.ffns,
-                checkpoint.config,
-                tokens,
-                dtype=self.dtype,
-            )
-
-    @property
-    def predictor(self) -> Predictor:
-        """The sparsity predictor, loaded at the first use."""
-        with self._selector_lock:
-            if self._predictor is None:
-                self._predictor = load_predictor(self.checkpoint, self.dtype, self.trunk)
-                self.predictor_loads += 1
-            return self._predictor
-
-    def release_predictor(self) -> None:
-        """Free the predictor's memory; it is loaded again when it is needed."""
-        with self._selector_lock:
-            self._predictor = None
-
-    def _release_if_tight(self) -> None:
-        if self.memory is not None and not self.memory.keeps_predictor:
-            self.release_predictor()
-            mx.clear_cache()
-
-    def selector_tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
-        """The tokenizer that a selector reads with."""
-        shared = self.checkpoint.ifp.predictor_embedding == "llm"
-        if self._checked_selector(selector) != "predictor" or shared:
-            return self.tokenizer
-        with self._tokenizer_lock:
-            if self._predictor_tokenizer is None:
-                self._predictor_tokenizer = load_predictor_tokenizer(
-                    self.checkpoint, self._tokenizer_config
-                )
-            return self._predictor_tokenizer
-
-    def select(
-        self, text: Text, *, selector: str | None = None, keep: Keep | None = None
-    ) -> Selection:
-        """The selection of a text, from the caches if it was made before.
-
-        Args:
-            text: a prompt or a task, or token ids of the selector's own tokenizer.
-            selector (str): None for the default.
-            keep: channels to keep; None for the checkpoint's k.
-        """
-        return self._select(text, selector, keep)[0]
-
-    def _select(
-        self, text: Text, selector: str | None = None, keep: Keep | None = None
-    ) -> tuple[Selection, str]:
-        selector = self._checked_selector(selector)
-        k = self.k if keep is None else self.resolve_keep(keep)
-        key = self.selection_key(text, selector, k)
-
-        def remembered() -> tuple[Selection, str] | None:
-            selection = self._remembered.get(key)
-            if selection is None:
-                return None
-            self._remembered.move_to_end(key)
-            return selection, "memory"
-
-        def make() -> tuple[Selection, str]:
-            selection, source = None, "disk"
-            if self.selections is not None:
-                selection = self.selections.load(self.checkpoint.digest, key)
-            if selection is None:
-                source = selector
-                mask = asdict(self.checkpoint.ifp.mask)
-                scores = self.scores(text, selector=selector)
-                selection = select_channels(scores, k, checkpoint=self.checkpoint.digest, **mask)
-                if self.selections is not None:
-                    self.selections.store(
-                        key,
-                        selection,
-                        {"selector": selector, "model": str(self.checkpoint.path), "k": k},
-                    )
-            with self._lock:
-                self._remembered[key] = selection
-                if len(self._remembered) > _REMEMBERED_SELECTIONS:
-                    self._remembered.popitem(last=False)
-            return selection, source
-
-        (selection, source), made = self._selecting.get(key, remembered, make)
-        return selection, source if made else "memory"
-
-    def selection_key(
-        self, text: Text, selector: str | None = None, k: int | list[int] | None = None
-    ) -> str:
-        """What names a selection on disk: the hash of all that determines it.
-
-        The mask, the text's format and the weights are part of the checkpoint's digest.
-        """
-        if not isinstance(text, str):
-            text = token_ids(text)
-        selector = self._checked_selector(selector)
-        settings = {
-            "checkpoint": self.checkpoint.digest,
-            "selector": selector,
-            "k": self.k if k is None else k,
-            "dtype": str(self.dtype),
-            # A static selection is the same for every text.
-            "text": text if selector != "static" else "",
-        }
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-
-    # -- selection -> sub-network
 
     def subnetwork(self, selection: Selection) -> nn.Module:
         """The sub-network of a selection: a stock mlx-lm model that shares the trunk.
@@ -355,19 +124,13 @@ class IFPModel:
                 return rows[-1]
 
             network, nbytes, bytes_read = build_subnetwork(
-                self.trunk,
-                self.reader,
-                checkpoint.ffns,
-                checkpoint.config,
-                selection,
-                self.dtype,
-                read,
+                self.trunk, checkpoint.ffns, checkpoint.config, selection, read
             )
             self._residents.add(network, selection, rows)
             _set_width(network, checkpoint.d_ffn if selection is None else selection.k)
             return network, nbytes
 
-        network, _ = self.networks.get(_digest(selection), load)
+        network, _ = self.networks.get(digest_of(selection), load)
         if self.reuse is not None and selection is not None:
             self.reuse.add(selection)
         return network, bytes_read, sum(layer.channels_reused for layer in rows)
@@ -435,7 +198,7 @@ class IFPModel:
         """
         network = prepared.network
         return self.networks.using(
-            _digest(prepared.selection), network, partial(_ffn_bytes, network, self.checkpoint)
+            digest_of(prepared.selection), network, partial(_ffn_bytes, network, self.checkpoint)
         )
 
     def warm_prompt(
@@ -455,10 +218,6 @@ class IFPModel:
         """
         with self.using(prepared):
             return self.warm.warm(prepared, tokens, settings, **kwargs)
-
-
-def _digest(selection: Selection | None) -> str:
-    return "dense" if selection is None else selection.digest
 
 
 def _ffn_bytes(network: nn.Module, checkpoint: Checkpoint) -> int:

@@ -12,19 +12,25 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 # A private name, but what mlx-lm's own options of this kind are read with.
 from mlx_lm.utils import _parse_size
 
+from .atomic import check_writable
 from .budget import Estimator, Use, table
-from .cache import SelectionCache, load_selection
 from .checkpoint import Checkpoint
-from .config import SELECTORS
+from .config import SELECTORS, TEXT_SOURCES
+from .device import default_dtype
 from .errors import IFPError
 from .keep import Keep, resolve_keep
 from .kv_size import Generation
 from .masks import Selection
 from .memory_limit import check
-from .model import IFPModel, checked_selector, default_dtype, open_model
+from .model import IFPModel, open_model
+from .selections import SelectionCache, load_selection
 from .task_library import Task, TaskLibrary
 from .text import selecting_text, selector_tokens
 from .tokenizers import load_predictor_tokenizer
+
+# What mx.quantize takes.
+KV_BITS = (2, 3, 4, 5, 6, 8)
+KV_GROUP_SIZES = (32, 64, 128)
 
 
 def parse_keep(text: str) -> Keep:
@@ -45,6 +51,13 @@ def parse_seed(text: str) -> int:
     """A seed that MLX takes: 64 bits, no sign."""
     if not text.isdecimal() or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 2**64 - 1")
+    return int(text)
+
+
+def parse_number(text: str) -> int:
+    """A number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
     return int(text)
 
 
@@ -111,7 +124,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task-file", metavar="FILE", help="A file with such a description")
     group.add_argument(
         "--task-from",
-        choices=["user", "system"],
+        choices=TEXT_SOURCES,
         help="Which message selects if no task is given (default: what the checkpoint says, "
         "usually the user's)",
     )
@@ -136,10 +149,17 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-kv-size", type=parse_count, help="Maximum size of the key-value cache"
     )
-    group.add_argument("--kv-bits", type=int, help="Bits for the quantized key-value cache")
-    group.add_argument("--kv-group-size", type=int, default=64, help="Its group size")
     group.add_argument(
-        "--quantized-kv-start", type=int, default=5000, help="Tokens before it is quantized"
+        "--kv-bits", type=int, choices=KV_BITS, help="Bits for the quantized key-value cache"
+    )
+    group.add_argument(
+        "--kv-group-size", type=int, choices=KV_GROUP_SIZES, default=64, help="Its group size"
+    )
+    group.add_argument(
+        "--quantized-kv-start",
+        type=parse_number,
+        default=5000,
+        help="Tokens before it is quantized",
     )
     group.add_argument(
         "--prefill-step-size",
@@ -194,12 +214,11 @@ def use_of(
     if getattr(args, "dense", False):
         return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
     if (selection := given_selection(args, checkpoint)) is not None:
-        k = [len(channels) for channels in selection.layers]
-        return Use(k, generation, networks=args.cached_tasks)
+        return Use(selection.ks, generation, networks=args.cached_tasks)
     k = checkpoint.ifp.k
     if args.keep is not None:
         k = resolve_keep(args.keep, checkpoint.d_ffn, len(checkpoint.ffns))
-    selector = checked_selector(checkpoint, args.selector or checkpoint.ifp.selector)
+    selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
     text = task
@@ -219,15 +238,29 @@ def task_of(args: argparse.Namespace) -> str | None:
             raise IFPError("The task is not UTF-8 text.") from error
         return args.task
     try:
-        return Path(args.task_file).read_text()
+        return Path(args.task_file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise IFPError(f"{args.task_file} is not a text file.") from error
 
 
+def check_given(args: argparse.Namespace) -> None:
+    """Raises IFPError if options contradict a selection that is given, or none can be saved.
+
+    To be called before anything is loaded; a command need not have all of these options.
+    """
+    for given in ("selection", "task_name", "dense"):
+        for name in ("keep", "selector"):
+            # A selection has its channels; nothing scores or counts them anew.
+            if getattr(args, given, None) and getattr(args, name) is not None:
+                raise IFPError(f"--{given.replace('_', '-')} and --{name} exclude each other.")
+    if getattr(args, "save_selection", None) is not None:
+        if getattr(args, "dense", False):
+            raise IFPError("--dense selects nothing to save.")
+        check_writable(args.save_selection)
+
+
 def named_task(args: argparse.Namespace, checkpoint: Checkpoint) -> Task:
     """The task that ``--task-name`` names."""
-    if args.keep is not None or args.selector is not None:
-        raise IFPError("--task-name has its channels; --keep and --selector cannot change them.")
     return TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
 
 

@@ -12,7 +12,7 @@ from .options import add_model_options, load_model, parse_count
 from .overlap import overlap_matrix, overlap_summary
 from .overlap_maps import default_layers, overlap_figure, read_prompts, select_all
 from .training_curves import curves_figure, read_logs
-from .tuner.trainer import LOG_FILE
+from .tuner.run_log import LOG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,12 +6,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from .checkpoint import Checkpoint, load_backbone, load_tensors
+from .checkpoint import Checkpoint
 from .config import HeadConfig
 from .expected import head_quantization
-from .structure import find_body, get_module, linear, quantized_linear
-
-PREFILL_STEP_SIZE = 2048
+from .structure import (
+    PARTS,
+    PREFILL_STEP_SIZE,
+    final_hidden,
+    find_body,
+    get_module,
+    linear,
+    quantized_linear,
+)
+from .weights import load_backbone, load_tensors
 
 _ACTIVATIONS = {
     "none": lambda x: x,
@@ -48,9 +55,7 @@ class PredictorHead(nn.Module):
         self.config = config
         self.linears = []
         for name in (f"linear{i + 1}" for i in range(len(config.biases))):
-            weight, scales, biases, bias = (
-                arrays.get(f"{name}.{part}") for part in ("weight", "scales", "biases", "bias")
-            )
+            weight, scales, biases, bias = (arrays.get(f"{name}.{part}") for part in PARTS)
             if scales is None:
                 layer = linear(weight, bias)
             else:
@@ -89,8 +94,6 @@ class Predictor:
     ) -> mx.array:
         """Channel scores from the last token's final hidden state (paper, section 3.1).
 
-        A long text runs in steps with a KV cache, which bounds the memory of attention.
-
         Args:
             tokens (list or mx.array): [n] ids of the predictor's tokenizer, n >= 1.
             prefill_step_size (int): tokens to process at a time.
@@ -100,9 +103,7 @@ class Predictor:
         """
         tokens = mx.array(tokens)
         cache = make_prompt_cache(self.backbone)
-        for start in range(0, tokens.size, prefill_step_size):
-            hidden = self.body(tokens[None, start : start + prefill_step_size], cache=cache)
-            mx.eval([c.state for c in cache], hidden)
+        hidden = final_hidden(self.body, tokens, cache, prefill_step_size)
         scores = self.head(hidden[0, -1]).reshape(self.layers, -1)
         mx.eval(scores)
         return scores

@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,21 +25,17 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from .masks import Selection
+from .errors import IFPError
+from .masks import Selection, digest_of
 from .once import Once
+from .prepared import Prepared
 from .prompt_cache_files import PromptCache, WarmPromptFiles
+from .structure import PREFILL_STEP_SIZE
 from .text import common_prefix, token_ids
 
 _Entry = tuple[str, tuple[int, ...]]
 
 MAX_BYTES = 1 << 30
-
-
-class Ready(Protocol):
-    """What is needed of a :class:`~mlx_ifp.model.Prepared`."""
-
-    network: nn.Module
-    selection: Selection | None
 
 
 @dataclass(frozen=True)
@@ -111,16 +107,15 @@ class WarmPrompts:
         self._entries: OrderedDict[_Entry, tuple[PromptCache, int]] = OrderedDict()
         self._nbytes = self._hits = self._misses = self._prefilled = self._loads = 0
 
-    def key(self, prepared: Ready, settings: KVSettings | None = None) -> str:
+    def key(self, prepared: Prepared, settings: KVSettings | None = None) -> str:
         """The hash of all, beside the tokens, that determines keys and values."""
-        selection = prepared.selection
-        digest = "dense" if selection is None else selection.digest
+        digest = digest_of(prepared.selection)
         parts = [*self._owner, digest, (settings or KVSettings()).identity]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def fetch(
         self,
-        prepared: Ready,
+        prepared: Prepared,
         tokens: list[int] | mx.array,
         settings: KVSettings | None = None,
     ) -> tuple[PromptCache | None, list[int]]:
@@ -143,16 +138,16 @@ class WarmPrompts:
         if found is None:
             return None, tokens
         prompt_cache, n = found
-        return _claim(prompt_cache, prepared.selection), tokens[n:]
+        return claim(prompt_cache, prepared.selection), tokens[n:]
 
     def warm(
         self,
-        prepared: Ready,
+        prepared: Prepared,
         tokens: list[int] | mx.array,
         settings: KVSettings | None = None,
         *,
         disk: bool = False,
-        prefill_step_size: int = 2048,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> int:
         """Prefill a prefix and keep it, if it is not kept already.
 
@@ -176,13 +171,13 @@ class WarmPrompts:
 
     def start(
         self,
-        prepared: Ready,
+        prepared: Prepared,
         tokens: list[int] | mx.array,
         prefix: int,
         settings: KVSettings | None = None,
         *,
         disk: bool = False,
-        prefill_step_size: int = 2048,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> tuple[PromptCache | None, list[int]]:
         """:meth:`warm` a prompt's first tokens and :meth:`fetch`, whatever fits into memory.
 
@@ -200,12 +195,12 @@ class WarmPrompts:
             kept, _ = self._warm(prepared, tokens[:prefix], settings, disk, prefill_step_size)
         prompt_cache, rest = self.fetch(prepared, tokens, settings)
         if prefix > 0 and len(tokens) - len(rest) < prefix:
-            return _claim(copy.deepcopy(kept), prepared.selection), tokens[prefix:]
+            return claim(copy.deepcopy(kept), prepared.selection), tokens[prefix:]
         return prompt_cache, rest
 
     def _warm(
         self,
-        prepared: Ready,
+        prepared: Prepared,
         tokens: list[int],
         settings: KVSettings,
         disk: bool,
@@ -345,8 +340,18 @@ def _compact(prompt_cache: PromptCache) -> PromptCache:
     return prompt_cache
 
 
-def _claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCache:
-    """So that ``stream_generate`` refuses it under another selection."""
+def claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCache:
+    """Mark a prompt cache as a selection's: under another one its keys and values are wrong.
+
+    Raises:
+        IFPError: if it is marked as another one's.
+    """
+    digest = digest_of(selection)
     for layer in prompt_cache:
-        layer.ifp_selection = "dense" if selection is None else selection.digest
+        if getattr(layer, "ifp_selection", digest) != digest:
+            raise IFPError(
+                "The prompt cache was filled under another selection; "
+                "use the same task, or start with an empty prompt cache."
+            )
+        layer.ifp_selection = digest
     return prompt_cache

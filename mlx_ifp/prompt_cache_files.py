@@ -16,7 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from .atomic import new_file
+from .atomic import by_last_use, new_file
+from .errors import reason_of
 
 PromptCache = list[Any]
 
@@ -106,7 +107,7 @@ class WarmPromptFiles:
         ) as error:
             if not path.exists():
                 return None  # another process has deleted it
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = reason_of(error)
             warnings.warn(f"Ignoring a damaged warm prompt: {path} ({reason})", stacklevel=2)
             # Nobody can use it, and whoever prefills it again writes it again.
             with contextlib.suppress(OSError):
@@ -154,11 +155,6 @@ class WarmPromptFiles:
 
     def entries(self, prefix: str = "") -> list[Path]:
         """The files whose names begin with ``prefix``, most recently used first."""
-        used = []
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self.directory):
-                # Those that are being written have other names.
-                if entry.name.startswith(prefix) and _NAME.fullmatch(entry.name):
-                    with contextlib.suppress(OSError):
-                        used.append((entry.stat().st_mtime, entry.path))
-        return [Path(path) for _, path in sorted(used, reverse=True)]
+        # Those that are being written have other names.
+        files = (p for p in self.directory.glob(f"{prefix}*") if _NAME.fullmatch(p.name))
+        return by_last_use(files)

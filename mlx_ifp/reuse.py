@@ -9,14 +9,14 @@ from collections import OrderedDict
 
 import numpy as np
 
-from .cache import SelectionCache, SubnetworkCache
+from .cache import SubnetworkCache
 from .errors import IFPError
 from .masks import Selection
+from .selections import SelectionCache
 
 # The system's file cache holds the rows of the last few tasks at best.
 _RECENT_ON_DISK = 8
 _REMEMBERED = 256
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
 def check_overlap(value: float) -> float:
@@ -28,14 +28,6 @@ def check_overlap(value: float) -> float:
     if not 0 < value <= 1:
         raise IFPError(f"reuse_overlap must be above 0 and at most 1, not {value}.")
     return float(value)
-
-
-def _count_ones(bits: np.ndarray) -> np.ndarray:
-    """Bits that are set, by row: uint64 [L, n] -> int [L]."""
-    if hasattr(np, "bitwise_count"):
-        return np.bitwise_count(bits).sum(axis=-1, dtype=np.int64)
-    # numpy before 2
-    return _ONES[bits.view(np.uint8)].sum(axis=-1, dtype=np.int64)
 
 
 class PackedSelection:
@@ -52,11 +44,12 @@ class PackedSelection:
         padded = np.zeros((len(packed), words * 8), dtype=np.uint8)
         padded[:, : packed.shape[1]] = packed
         self._bits = padded.view(np.uint64)
-        self._k = np.array([len(channels) for channels in selection.layers])
+        self._k = np.array(selection.ks)
 
     def overlap(self, other: "PackedSelection") -> float:
         """The mean overlap with a selection of the same model: that of Selection.overlap."""
-        return float((_count_ones(self._bits & other._bits) / np.maximum(self._k, other._k)).mean())
+        shared = np.bitwise_count(self._bits & other._bits).sum(axis=-1, dtype=np.int64)
+        return float((shared / np.maximum(self._k, other._k)).mean())
 
 
 class Reuse:

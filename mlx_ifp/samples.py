@@ -9,6 +9,8 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from .structure import PREFILL_STEP_SIZE
+
 # As in mlx-lm's generate_step: how often it gives freed memory back.
 _CLEAR_EVERY = 256
 
@@ -18,7 +20,7 @@ def sampled_steps(
     model: nn.Module,
     samples: int,
     *,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
     sampler: Callable[[mx.array], mx.array] | None = None,
 ) -> Iterator[list[int]]:
     """mlx-lm's ``generate_step`` for N samples of one prompt, without an end.

@@ -7,7 +7,8 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.utils import get_total_parameters
 
-from .model import IFPModel, Prepared
+from .model import IFPModel
+from .prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def parameter_counts(model: IFPModel, ready: Prepared) -> tuple[int, int]:
         return active, active
     ffn = model.checkpoint.ffns[0]
     channel = 3 * ffn.hidden_size + len(ffn.biases - {"down_proj"})
-    left_out = sum(ffn.d_ffn - len(channels) for channels in ready.selection.layers)
+    left_out = sum(ffn.d_ffn - k for k in ready.selection.ks)
     return active, active + left_out * channel
 
 

@@ -11,12 +11,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-# The one private name we use: mlx-lm offers it as load_model's default `get_model_classes`.
+# A private name, but mlx-lm offers it as load_model's default `get_model_classes`.
 from mlx_lm.utils import _get_classes
 
 from .errors import IFPError
 
+PREFILL_STEP_SIZE = 2048  # mlx-lm's
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Of a linear layer, quantized or not.
+PARTS = ("weight", "scales", "biases", "bias")
 _SEPARATE = frozenset(PROJECTIONS)
 _FUSED = frozenset(("gate_up_proj", "down_proj"))
 # mlx-lm's.
@@ -291,6 +294,28 @@ def find_body(model: nn.Module) -> str:
         if isinstance(own, list) and layers and own[0] is layers[0]:
             return path
     raise IFPError(f"{_name(model)} has no module that holds its layers.")
+
+
+def final_hidden(
+    body: nn.Module, tokens: mx.array, cache: list[Any], step: int = PREFILL_STEP_SIZE
+) -> mx.array:
+    """The final hidden states of a text's last tokens.
+
+    A long text runs in steps with a KV cache, which bounds the memory of attention.
+
+    Args:
+        body (nn.Module): at :func:`find_body`.
+        tokens (mx.array): int32 [n], n >= 1.
+        cache (list): mlx-lm's, of the model, and empty.
+        step (int): tokens to process at a time.
+
+    Returns:
+        mx.array: [1, m, hidden size] of the last step.
+    """
+    for start in range(0, tokens.size, step):
+        hidden = body(tokens[None, start : start + step], cache=cache)
+        mx.eval([layer.state for layer in cache], hidden)
+    return hidden
 
 
 def find_embedding(model: nn.Module) -> str:

@@ -10,12 +10,19 @@ import mlx.nn as nn
 import numpy as np
 
 from .channels import ChannelReader, Part
-from .checkpoint import cast
 from .errors import IFPError
 from .masks import Selection
-from .structure import FFN, PROJECTIONS, evaluate, get_module, linear, quantization_of
-
-_PARTS = ("weight", "scales", "biases", "bias")
+from .structure import (
+    FFN,
+    PARTS,
+    PROJECTIONS,
+    evaluate,
+    get_module,
+    linear,
+    quantization_of,
+    quantized_linear,
+)
+from .tensor_files import cast
 
 
 class ChannelMajorLinear(nn.Module):
@@ -132,7 +139,7 @@ def read_ffn(
 def parts_on_disk(reader: ChannelReader, ffn: FFN) -> dict[tuple[str, str], list[str]]:
     """(projection, part) of an FFN in memory -> the tensors that it is made of, top to bottom."""
     found: dict[tuple[str, str], list[str]] = {}
-    for part in _PARTS:
+    for part in PARTS:
         for projection in PROJECTIONS:
             name = f"{ffn.path}.{projection}.{part}"
             if name in reader:
@@ -190,7 +197,7 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
     """
     ffn = rows.ffn
     for projection in sorted({projection for projection, _ in rows.arrays}):
-        weight, scales, biases, bias = (rows.arrays.get((projection, p)) for p in _PARTS)
+        weight, scales, biases, bias = (rows.arrays.get((projection, p)) for p in PARTS)
         how = quantization_of(config, ffn.module_path(projection)) if scales is not None else None
         if projection == "down_proj":
             bias = module.down_proj.get("bias")
@@ -203,25 +210,7 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
                 weight, scales, biases, how, bias, rows.soft_values
             )
         else:
-            module[projection] = _quantized_linear(weight, scales, biases, how, bias)
-
-
-def _quantized_linear(
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    how: dict[str, Any],
-    bias: mx.array | None,
-) -> nn.QuantizedLinear:
-    """mlx's QuantizedLinear around arrays, without the random ones it would be born with."""
-    module = nn.QuantizedLinear.__new__(nn.QuantizedLinear)
-    nn.Module.__init__(module)
-    module.group_size, module.bits, module.mode = how["group_size"], how["bits"], how["mode"]
-    module.weight, module.scales, module.biases = weight, scales, biases
-    if bias is not None:
-        module.bias = bias
-    module.freeze()
-    return module
+            module[projection] = quantized_linear(weight, scales, biases, how, bias)
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -272,25 +261,35 @@ def check_selection(selection: Selection, ffns: list[FFN]) -> None:
         )
 
 
+def read_layer(
+    reader: ChannelReader,
+    ffns: list[FFN],
+    selection: Selection | None,
+    layer: int,
+    dtype: mx.Dtype | None = None,
+) -> FFNRows:
+    """The rows of one layer that a selection keeps; None takes all. See :func:`read_ffn`."""
+    if selection is None:
+        return read_ffn(reader, ffns[layer], None, dtype=dtype)
+    soft_values = None if selection.soft_values is None else selection.soft_values[layer]
+    return read_ffn(reader, ffns[layer], selection.layers[layer], soft_values, dtype)
+
+
 def build_subnetwork(
     trunk: nn.Module,
-    reader: ChannelReader,
     ffns: list[FFN],
     config: dict[str, Any],
     selection: Selection | None,
-    dtype: mx.Dtype | None = None,
-    read: Callable[[int], FFNRows] | None = None,
+    read: Callable[[int], FFNRows],
 ) -> tuple[nn.Module, int, int]:
     """The sub-network of a selection: a stock mlx-lm model, trunk shared.
 
     Args:
-        trunk (nn.Module): from :func:`~mlx_ifp.checkpoint.load_trunk`.
-        reader (ChannelReader): of the same checkpoint.
-        ffns (list): its FFNs.
+        trunk (nn.Module): from :func:`~mlx_ifp.weights.load_trunk`.
+        ffns (list): the checkpoint's FFNs.
         config (dict): the LLM's config.
         selection (Selection): which channels; None takes all of them, the dense model.
-        dtype (mx.Dtype): cast floats to this type; None keeps them.
-        read (Callable): gives the rows of a layer, if not :func:`read_ffn` is to.
+        read (Callable): gives the rows of a layer, as :func:`read_layer` does.
 
     Returns:
         tuple: the model, the bytes its own FFN takes in memory, and the bytes read for it.
@@ -300,12 +299,7 @@ def build_subnetwork(
     model = share(trunk)
     nbytes = bytes_read = 0
     for i, ffn in enumerate(ffns):
-        if read is not None:
-            rows = read(i)
-        else:
-            soft_values = selection.soft_values[i] if selection and selection.soft_values else None
-            channels = selection.layers[i] if selection else None
-            rows = read_ffn(reader, ffn, channels, soft_values, dtype)
+        rows = read(i)
         module = get_module(model, ffn.path)
         set_ffn(module, rows, config)
         # The trunk is evaluated already.

@@ -1,6 +1,6 @@
 """The task library: selections that have a name, kept on disk for each checkpoint.
 
-A task is one safetensors file, that of :func:`~mlx_ifp.cache.save_selection`, with four more
+A task is one safetensors file, that of :func:`~mlx_ifp.selections.save_selection`, with four more
 entries of metadata: the task's name, the text that selected, the selector, and a digest of all of
 the file's content. It is no cache: only ``rm`` deletes it.
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .cache import default_cache_dir, load_selection, save_selection
 from .checkpoint import Checkpoint
 from .errors import IFPError
 from .masks import Selection
+from .selections import default_cache_dir, load_selection, save_selection
 from .subnetwork import check_selection
 
 _SUFFIX = ".safetensors"
@@ -127,7 +127,7 @@ class TaskLibrary:
     Args:
         checkpoint (Checkpoint): whose tasks.
         directory (Path): the parent of the folder ``tasks``; None for
-            :func:`~mlx_ifp.cache.default_cache_dir`.
+            :func:`~mlx_ifp.selections.default_cache_dir`.
     """
 
     def __init__(self, checkpoint: Checkpoint, directory: str | Path | None = None) -> None:

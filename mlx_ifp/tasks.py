@@ -4,9 +4,10 @@ import argparse
 
 from mlx_lm.manage import tabulate
 
-from .checkpoint import open_checkpoint, resolve
+from .checkpoint import open_checkpoint
 from .cli import command
 from .errors import IFPError
+from .locate import resolve
 from .options import add_checkpoint_options, add_model_options, load_model, task_of
 from .overlap import overlap_matrix
 from .task_library import Task, TaskLibrary, check_name

@@ -275,3 +275,10 @@ def _bytes_of(block: mx.array | np.ndarray) -> memoryview:
     else:
         block = np.ascontiguousarray(block)
     return memoryview(block).cast("B") if block.size else memoryview(b"")
+
+
+def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """Cast a float array; packed weights and 8-bit scales stay what they are."""
+    if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array.astype(dtype)

@@ -7,7 +7,7 @@ import mlx.core as mx
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .config import TextConfig
+from .config import TEXT_SOURCES, TextConfig
 from .errors import IFPError
 
 Text = str | list[int] | mx.array
@@ -40,7 +40,7 @@ def selecting_text(
     Raises:
         IFPError: if there is no message of that role.
     """
-    if role not in ("user", "system"):
+    if role not in TEXT_SOURCES:
         raise IFPError(f"task_from must be 'user' or 'system', not {role!r}.")
     if is_messages(prompt):
         for message in prompt:

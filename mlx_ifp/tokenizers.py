@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from .checkpoint import PREDICTOR, Checkpoint
-from .errors import IFPError
+from .errors import IFPError, reason_of
 
 
 def _load_tokenizer(
@@ -24,7 +24,7 @@ def _load_tokenizer(
         AttributeError,
         StrictDataclassError,
     ) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = reason_of(error)
         raise IFPError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
 
 

@@ -1,18 +1,18 @@
 """``mlx_ifp.train``: a dense model becomes a checkpoint whose prompts select well."""
 
 import contextlib
+import errno
 import fcntl
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import yaml
-from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.utils import save_config
 
 from .cli import command
@@ -22,13 +22,21 @@ from .keep import resolve_one_keep
 from .structure import find_embedding, get_module
 from .subnetwork import share
 from .train_options import options_of, setup_arg_parser
+from .tuner.batches import spread
 from .tuner.data import load_examples
 from .tuner.dense_targets import DenseTargets
-from .tuner.predictor_start import PredictorStart, from_checkpoint, from_layers, from_model
+from .tuner.predictor_start import (
+    HEAD_WIDTH,
+    PredictorStart,
+    from_checkpoint,
+    from_layers,
+    from_model,
+)
 from .tuner.quantization_aware import Rounding
+from .tuner.run_log import RunLog
 from .tuner.save import save_student
 from .tuner.student import Source, Student, choose_trainable, load_source
-from .tuner.trainer import RunLog, Split, Trainer, identity_of
+from .tuner.trainer import Split, Trainer, identity_of
 from .tuner.training_args import TrainingArgs
 from .tuner.training_state import latest_checkpoint
 from .tuner.warm_start import fit_predictor, mean_importance
@@ -40,7 +48,7 @@ def _task_texts(path: str | None) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        texts = yaml.safe_load(Path(path).read_text())
+        texts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise IFPError(f"--tasks {path} is not valid YAML: {error}.") from error
     if not isinstance(texts, dict) or not all(isinstance(t, str) for t in texts.values()):
@@ -67,26 +75,30 @@ def _teacher(args: types.SimpleNamespace, source: Source, dtype: mx.Dtype | None
 
 
 def _predictor(args: types.SimpleNamespace, source: Source, dtype: Any) -> PredictorStart:
+    width = HEAD_WIDTH if args.head_width is None else args.head_width
     if args.predictor_model is not None:
         if args.predictor_layers is not None:
             raise IFPError("--predictor-model and --predictor-layers exclude each other.")
-        return from_model(
-            args.predictor_model, source, dtype, args.head_width, args.trust_remote_code
-        )
+        return from_model(args.predictor_model, source, dtype, width, args.trust_remote_code)
     if _has_predictor(args, source):
-        return from_checkpoint(source, dtype)
+        if args.head_width is not None:
+            raise IFPError(
+                f"{args.model} has a predictor; --head-width is for a new one: name "
+                "--predictor-layers or --predictor-model, too."
+            )
+        return from_checkpoint(source, dtype, args.trust_remote_code)
     layers = args.predictor_layers
     layers = min(4, len(source.ffns)) if layers is None else layers
-    return from_layers(source, layers, args.head_width, dtype)
+    return from_layers(source, layers, width, dtype)
 
 
 def _ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
     trained = source.checkpoint.ifp if source.checkpoint is not None else None
     keep = args.keep if args.keep is not None else (trained.k if trained else 0.5)
     k = resolve_one_keep(keep, source.ffns[0].d_ffn, len(source.ffns))
-    text = trained.text if trained else TextConfig()
+    text = replace(trained.text if trained else TextConfig())
     if args.text_format is not None:
-        text = TextConfig(text.source, args.text_format, text.max_tokens)
+        text.format = args.text_format
     soft = args.select_by != "static"
     mask = MaskConfig(
         args.mask_operator if soft else "topk",
@@ -102,35 +114,8 @@ def run(args: types.SimpleNamespace) -> Path:
     Returns:
         Path: the checkpoint that was made.
     """
-    with contextlib.ExitStack() as held:
-        return _run(args, held)
-
-
-def _run(args: types.SimpleNamespace, held: contextlib.ExitStack) -> Path:
-    for name in ("model", "data"):
-        if getattr(args, name) is None:
-            raise IFPError(f"Name --{name}.")
-    numbers = TrainingArgs(**{each.name: getattr(args, each.name) for each in fields(TrainingArgs)})
-    numbers.check()
-    _check_numbers(args)
-    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
-        raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
-    task_texts = _task_texts(args.tasks)
-    if args.select_by == "task" and task_texts is None:
-        raise IFPError("--select-by task needs --tasks, a YAML file of task descriptions.")
-    first = mx.distributed.init().rank() == 0
-    path = Path(args.run_path)
-    result = Path(args.mlx_path) if args.mlx_path else path / "ifp"
-    checkpoint = latest_checkpoint(path)
-    if args.resume and checkpoint is None:
-        raise IFPError(f"{path} has no checkpoint to resume from.")
-    if not args.resume and checkpoint is not None:
-        raise IFPError(f"{path} holds a run already: use --resume, or another --run-path.")
-    if result.exists():
-        again = ", or name another --mlx-path for what comes now" if args.resume else ""
-        raise IFPError(
-            f"{result} already exists. Delete it{again or ' or name another --mlx-path'}."
-        )
+    numbers, task_texts = _check(args)
+    path, result, checkpoint = _places(args)
     mx.random.seed(args.seed)
     dtype = getattr(mx, args.dtype) if args.dtype else None
     # LoRA's own weights are float32 in any case.
@@ -151,64 +136,27 @@ def _run(args: types.SimpleNamespace, held: contextlib.ExitStack) -> Path:
         stage=args.stage,
         max_seq_length=args.max_seq_length,
         chunk_size=args.chunk_size,
-        task_texts=task_texts if args.select_by == "task" else None,
+        task_texts=task_texts,
     )
     path.mkdir(parents=True, exist_ok=True)
-    if first:
-        held.enter_context(_lock(path))
-        save_config(dict(vars(args)), path / CONFIG_NAME)
-    try:
-        # Only the first rank reports.
-        services = args.report_to if first else None
-        callback = get_reporting_callbacks(services, args.project_name, str(path), vars(args))
-    except (ImportError, ValueError) as error:
-        raise IFPError(f"--report-to {args.report_to}: {' '.join(str(error).split())}") from error
-    train, valid = _splits(args, teacher, examples, path, first)
-
-    static = None
-    if start is None:
-        used = _spread(len(train.examples), args.warm_start_examples)
-        static = mx.array(mean_importance(train.targets, used, args.batch_size))
-    student = Student(
-        source.llm,
-        source.ffns,
-        start.backbone if start else None,
-        start.head if start else None,
-        ifp,
-        static,
-        start.embedding if start else "",
-        rounding,
-    )
-    choose_trainable(student, args.fine_tune_type, args.lora_parameters, args.num_layers)
-    identity = identity_of(
-        source.digest,
-        train.examples,
-        numbers,
-        stage=args.stage,
-        k=ifp.k,
-        select_by=args.select_by,
-        fine_tune_type=args.fine_tune_type,
-        mask=[ifp.mask.operator, ifp.mask.temperature, ifp.mask.keep_soft_values],
-        mask_temperature_start=args.mask_temperature_start,
-        text=asdict(ifp.text),
-        dtype=args.dtype,
-        quantize=[args.q_bits, args.q_group_size, args.q_mode] if args.quantize else None,
-        **({"teacher": teacher.digest} if args.teacher else {}),
-    )
-    trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback)
-    if args.resume:
-        trainer.resume(checkpoint)
-    elif start is not None and args.warm_start_iters and not _has_predictor(args, source):
-        _warm_start(args, student, train, trainer.log)
-    # The arrays of the dense model go when nothing needs them any more.
-    del teacher
-    if not numbers.distill_weight:
-        train.targets.forget_model()
-    if args.resume and trainer.step >= numbers.iters:
-        print(f"Nothing is left to train: the run is at iteration {trainer.step}.")
-    with _told_how_to_go_on(path):
+    with _locked(path), _told_how_to_go_on(path):
+        callback = _callback(args, path)
+        train, valid = _splits(args, teacher, examples, path)
+        student = _student(args, source, start, ifp, train, rounding)
+        identity = _identity(args, numbers, ifp, source, teacher, train)
+        trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback)
+        if args.resume:
+            trainer.resume(checkpoint)
+        elif start is not None and args.warm_start_iters and not _has_predictor(args, source):
+            _warm_start(args, student, train, trainer.log)
+        # The arrays of the dense model go when nothing needs them any more.
+        del teacher
+        if not numbers.distill_weight:
+            train.targets.forget_model()
+        if args.resume and trainer.step >= numbers.iters:
+            print(f"Nothing is left to train: the run is at iteration {trainer.step}.")
         trainer.train()
-        if first:
+        if _is_first():
             save_student(
                 student,
                 source,
@@ -227,15 +175,120 @@ def _run(args: types.SimpleNamespace, held: contextlib.ExitStack) -> Path:
     return result
 
 
-def _lock(path: Path) -> IO[str]:
-    """A run belongs to one process, until this file is closed."""
-    file = open(path / ".lock", "w")  # noqa: SIM115
+def _check(args: types.SimpleNamespace) -> tuple[TrainingArgs, dict[str, str] | None]:
+    """What can be found wrong before anything is loaded; the numbers, and tasks' descriptions."""
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            raise IFPError(f"Name --{name}.")
+    numbers = TrainingArgs(**{each.name: getattr(args, each.name) for each in fields(TrainingArgs)})
+    numbers.check()
+    _check_numbers(args)
+    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
+        raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
+    if (args.select_by == "task") != (args.tasks is not None):
+        raise IFPError("--select-by task and --tasks, a YAML file of descriptions, go together.")
+    return numbers, _task_texts(args.tasks)
+
+
+def _places(args: types.SimpleNamespace) -> tuple[Path, Path, Path | None]:
+    """The run's directory, the checkpoint to be made, and that of the run to go on from."""
+    path = Path(args.run_path)
+    result = Path(args.mlx_path) if args.mlx_path else path / "ifp"
+    checkpoint = latest_checkpoint(path)
+    if args.resume and checkpoint is None:
+        raise IFPError(f"{path} has no checkpoint to resume from.")
+    if not args.resume and checkpoint is not None:
+        raise IFPError(f"{path} holds a run already: use --resume, or another --run-path.")
+    if result.exists():
+        what = "what comes now" if args.resume else "the new one"
+        raise IFPError(
+            f"{result} already exists. Delete it, or name another --mlx-path for {what}."
+        )
+    return path, result, checkpoint
+
+
+def _is_first() -> bool:
+    """Whether this is the one of several processes that reports and writes."""
+    return mx.distributed.init().rank() == 0
+
+
+def _callback(args: types.SimpleNamespace, path: Path) -> TrainingCallback | None:
+    """mlx-lm's reports, and the run's options in its directory."""
+    if not _is_first():
+        return None
+    save_config(dict(vars(args)), path / CONFIG_NAME)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise IFPError(f"{path} is in use by another process; name another --run-path.") from error
-    return file
+        return get_reporting_callbacks(args.report_to, args.project_name, str(path), vars(args))
+    except (ImportError, ValueError) as error:
+        raise IFPError(f"--report-to {args.report_to}: {' '.join(str(error).split())}") from error
+
+
+def _student(
+    args: types.SimpleNamespace,
+    source: Source,
+    start: PredictorStart | None,
+    ifp: IFPConfig,
+    train: Split,
+    rounding: Rounding | None,
+) -> Student:
+    static = None
+    if start is None:
+        used = spread(len(train.examples), args.warm_start_examples)
+        static = mx.array(mean_importance(train.targets, used, args.batch_size))
+    student = Student(
+        source.llm,
+        source.ffns,
+        start.backbone if start else None,
+        start.head if start else None,
+        ifp,
+        static,
+        start.embedding if start else "",
+        rounding,
+    )
+    choose_trainable(student, args.fine_tune_type, args.lora_parameters, args.num_layers)
+    return student
+
+
+def _identity(
+    args: types.SimpleNamespace,
+    numbers: TrainingArgs,
+    ifp: IFPConfig,
+    source: Source,
+    teacher: Source,
+    train: Split,
+) -> dict[str, Any]:
+    """What a run that is resumed must have in common with what began it."""
+    return identity_of(
+        source.digest,
+        train.examples,
+        numbers,
+        stage=args.stage,
+        k=ifp.k,
+        select_by=args.select_by,
+        fine_tune_type=args.fine_tune_type,
+        mask=[ifp.mask.operator, ifp.mask.temperature, ifp.mask.keep_soft_values],
+        mask_temperature_start=args.mask_temperature_start,
+        text=asdict(ifp.text),
+        dtype=args.dtype,
+        quantize=[args.q_bits, args.q_group_size, args.q_mode] if args.quantize else None,
+        **({"teacher": teacher.digest} if args.teacher else {}),
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A run belongs to one process, and those that it was launched with."""
+    if not _is_first():
+        yield
+        return
+    with open(path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise IFPError(
+                f"{path} is in use by another process; name another --run-path."
+            ) from error
+        yield
 
 
 @contextlib.contextmanager
@@ -251,9 +304,9 @@ def _told_how_to_go_on(path: Path) -> Iterator[None]:
         if last:
             go_on = f"go on with --resume; the last complete checkpoint is {last}"
         if isinstance(error, OSError):
-            raise IFPError(
-                f"{path}: {error.strerror or error}; make room, then {go_on}."
-            ) from error
+            first = "make room, then " if error.errno == errno.ENOSPC else ""
+            reason = error.strerror or error
+            raise IFPError(f"{error.filename or path}: {reason}; {first}{go_on}.") from error
         if last:
             print(f"[INFO] {go_on}.", file=sys.stderr)
         raise
@@ -262,10 +315,9 @@ def _told_how_to_go_on(path: Path) -> Iterator[None]:
 def _check_numbers(args: types.SimpleNamespace) -> None:
     for name, least in (("warm_start_iters", 0), ("warm_start_examples", 1), ("head_width", 1),
                         ("num_layers", -1)):  # fmt: skip
-        if getattr(args, name) < least:
-            raise IFPError(
-                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}."
-            )
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise IFPError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
 
 
 def _rounding(args: types.SimpleNamespace, source: Source) -> Rounding | None:
@@ -292,16 +344,11 @@ def _has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
     return trained and args.predictor_model is None and args.predictor_layers is None
 
 
-def _spread(n: int, wanted: int) -> list[int]:
-    return np.unique(np.linspace(0, n - 1, wanted).astype(int)).tolist()
-
-
 def _splits(
     args: types.SimpleNamespace,
     teacher: Source,
     examples: dict[str, list],
     path: Path,
-    first: bool,
 ) -> tuple[Split, Split | None]:
     """Training and validation data with the dense model's targets; the first rank makes files."""
     targets = Path(args.targets_path) if args.targets_path else path / "targets"
@@ -310,7 +357,7 @@ def _splits(
     valid = examples["valid"]
     if args.val_batches >= 0:
         valid = (
-            [valid[i] for i in _spread(len(valid), args.val_batches * args.batch_size)]
+            [valid[i] for i in spread(len(valid), args.val_batches * args.batch_size)]
             if valid and args.val_batches
             else []
         )
@@ -318,10 +365,10 @@ def _splits(
     def split(part: list) -> Split:
         return Split(part, DenseTargets(targets, dense, teacher.ffns, part, teacher.digest))
 
-    if first:
+    if _is_first():
         made = [split(part) for part in (examples["train"], valid) if part]
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
-    if not first:
+    if not _is_first():
         made = [split(part) for part in (examples["train"], valid) if part]
     return made[0], made[1] if len(made) > 1 else None
 

@@ -13,12 +13,13 @@ from .config import TEXT_FORMATS
 from .errors import IFPError
 from .options import parse_keep
 from .structure import QUANTIZATION_MODES
+from .tuner.data import STAGES
 from .tuner.student import FINE_TUNE_TYPES
 from .tuner.training_args import TrainingArgs
 
 CHOICES = {
     "dtype": ("bfloat16", "float32"),
-    "stage": ("pretrain", "sft"),
+    "stage": STAGES,
     "text_format": TEXT_FORMATS,
     "select_by": ("prompt", "task", "static"),
     "mask_operator": ("sigmoid", "capped_exp"),
@@ -59,7 +60,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--dtype",
         choices=CHOICES["dtype"],
-        help="Train in this type (default: as stored; float32 on a CPU and for float16)",
+        help="Train in this type (default: float32, and as stored what is not trained)",
     )
     start.add_argument("--predictor-model", help="A pretrained mlx-lm model as the predictor")
     start.add_argument(
@@ -169,7 +170,7 @@ DEFAULTS = {
     "dtype": None,
     "predictor_model": None,
     "predictor_layers": None,
-    "head_width": 128,
+    "head_width": None,
     "data": None,
     "stage": "sft",
     "chunk_size": 256,
@@ -211,7 +212,7 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
     if given.get("config"):
         path = given["config"]
         try:
-            values = yaml.load(Path(path).read_text(), yaml_loader)
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml_loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise IFPError(f"{path} is not valid YAML: {error}.") from error
         if not isinstance(values, dict):
@@ -220,7 +221,9 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
             name = str(name).replace("-", "_")
             if name not in DEFAULTS:
                 raise IFPError(f"{path}: there is no option {name!r}.")
-            options[name] = _checked(path, name, value)
+            # As in mlx-lm, an option without a value has its default.
+            if value is not None:
+                options[name] = _checked(path, name, value)
     options |= given
     if isinstance(options["keep"], str):
         try:
@@ -232,6 +235,7 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
 
 _TYPICAL = {
     "predictor_layers": 1,
+    "head_width": 1,
     "q_bits": 1,
     "q_group_size": 1,
     "mask_temperature_start": 1.0,
@@ -242,7 +246,7 @@ _TYPICAL = {
 
 def _checked(path: str, name: str, value: Any) -> Any:
     default = DEFAULTS[name]
-    if value is None or name == "keep":
+    if name == "keep":
         return value
     if name in CHOICES and value not in CHOICES[name]:
         raise IFPError(f"{path}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import IFPError
 from .figures import new_figure, plain
 from .jsonl import read_jsonl
-from .tuner.trainer import LOG_FILE
+from .tuner.run_log import LOG_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -98,7 +98,7 @@ def test_a_prompt_cache_of_mlx_lm_is_refused(tiny_checkpoint, dense_llama, tmp_p
 
 
 def test_a_selection_of_another_checkpoint(tiny_checkpoint, tmp_path):
-    from mlx_ifp.cache import save_selection
+    from mlx_ifp.selections import save_selection
 
     save_selection(tmp_path / "s", random_selection(3, 160, 64, checkpoint="other"))
     assert "another checkpoint" in generate_fails(tiny_checkpoint, "--selection", tmp_path / "s")
@@ -125,6 +125,35 @@ def test_flags_that_do_not_go_together(tiny_checkpoint, tmp_path):
     assert "--draft-model" in generate_fails(tiny_checkpoint, "--draft-model", tmp_path / "none")
     assert "2**64" in generate_fails(tiny_checkpoint, "--seed", 1 << 64)
     assert "no selector" in generate_fails(tiny_checkpoint, "--selector", "predictor")
+
+
+@pytest.mark.parametrize("command", ["export", "cache_prompt"])
+def test_what_contradicts_a_given_selection_is_refused_first(tiny_checkpoint, tmp_path, command):
+    out = tmp_path / "out.safetensors"
+    options = {
+        "export": ("--save-path", out),
+        "cache_prompt": ("-p", "x", "--prompt-cache-file", out),
+    }
+    nowhere = tmp_path / "none" / "s"
+    for flags, words in (
+        (("--selection", "s", "--keep", 8), "--selection and --keep exclude each other"),
+        (("--task-name", "s", "--selector", "activations"), "--task-name and --selector exclude"),
+        (("--task", "x", "--save-selection", nowhere), f"there is no directory {nowhere.parent}"),
+    ):
+        done = run_command(command, "--model", tiny_checkpoint, *options[command], *flags)
+        assert done.returncode == 1 and words in done.stderr
+        assert done.stderr.count("\n") == 1 and not out.exists()
+
+
+def test_keys_and_values_that_cannot_be_quantized(tiny_checkpoint, tmp_path):
+    quantized = ("--kv-bits", 4, "--quantized-kv-start", 0)
+    flags = ("-p", "x", "--prompt-cache-file", tmp_path / "x.safetensors", *quantized)
+    done = run_command("cache_prompt", "--model", tiny_checkpoint, *flags, "--kv-group-size", 128)
+    assert done.returncode == 1
+    assert "could not be processed" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    for flag in (("--kv-bits", 7), ("--kv-group-size", 7), ("--quantized-kv-start", -1)):
+        assert flag[0] in generate_fails(tiny_checkpoint, *flag)
 
 
 def test_a_prompt_that_is_no_text(tiny_checkpoint):

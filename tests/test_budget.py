@@ -9,12 +9,13 @@ from mlx_lm.utils import load_model
 
 from mlx_ifp import IFPError, load
 from mlx_ifp.budget import Estimator, Use, table
-from mlx_ifp.checkpoint import load_trunk, open_checkpoint
+from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.config import MaskConfig
 from mlx_ifp.convert import convert
 from mlx_ifp.kv_size import Generation, kv_bytes
 from mlx_ifp.predictor import load_predictor
 from mlx_ifp.structure import build_model, find_body, get_module
+from mlx_ifp.weights import load_trunk
 
 from .conftest import ARCHITECTURES, make_dense, make_predictor_checkpoint
 from .helpers import random_selection

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mlx_ifp import IFPError, load
-from mlx_ifp.cache import (
+from mlx_ifp.cache import SubnetworkCache
+from mlx_ifp.selections import (
     MAX_SELECTIONS,
     SelectionCache,
-    SubnetworkCache,
     default_cache_dir,
     load_selection,
     save_selection,
@@ -35,18 +35,6 @@ def test_least_recently_used_goes_first():
     info = cache.info
     assert (info.hits, info.misses, info.evictions) == (2, 5, 2)
     assert (info.entries, info.nbytes) == (3, 30)
-
-
-def test_pinned_ones_stay():
-    cache = SubnetworkCache(max_bytes=20)
-    cache.get("a", entry(10))
-    cache.pin("a")
-    for name in "bcd":
-        cache.get(name, entry(10))
-    assert cache.get("a", entry(10))[1]
-    cache.unpin("a")
-    cache.get("e", entry(20))
-    assert not cache.get("a", entry(10))[1]
 
 
 def test_one_larger_than_the_bound_is_handed_out_but_evicts_nothing():
@@ -211,6 +199,16 @@ def test_the_disk_cache_is_bounded(tmp_path):
     for i in range(MAX_SELECTIONS + 5):
         cache.store(str(i), random_selection(1, 16, 4, checkpoint="c"), {})
     assert len(cache.entries()) == MAX_SELECTIONS
+
+
+def test_a_file_that_goes_meanwhile_is_left_out(tmp_path):
+    cache = SelectionCache(tmp_path)
+    cache.store("ab", random_selection(1, 16, 4, checkpoint="c"), {})
+    (folder,) = (tmp_path / "selections").iterdir()
+    # As a file that is listed and then deleted.
+    (folder / "cd.safetensors").symlink_to(folder / "gone")
+    assert [path.stem for path in cache.entries()] == ["ab"]
+    assert cache.previous("c", "") is not None
 
 
 @pytest.mark.parametrize(

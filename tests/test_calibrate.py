@@ -9,10 +9,11 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from mlx_ifp import IFPError, generate, load
-from mlx_ifp.checkpoint import load_tensors, open_checkpoint
+from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
 from mlx_ifp.convert.calibrate import channel_order
 from mlx_ifp.export import export
+from mlx_ifp.weights import load_tensors
 
 from .conftest import make_dense, make_predictor_checkpoint
 from .helpers import random_selection
@@ -208,6 +209,6 @@ def test_a_missing_order_is_refused(tiny_checkpoint, prompts, tmp_path):
 
 def test_bad_prompts_leave_nothing(dense_llama, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"nothing": 1}\n')
-    with pytest.raises(IFPError, match="line 1: no messages, prompt or text"):
+    with pytest.raises(IFPError, match="line 1: a row has messages"):
         convert(str(dense_llama), tmp_path / "out", calibrate=tmp_path / "p.jsonl")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_ifp import IFPError, load
-from mlx_ifp.atomic import new_directory
+from mlx_ifp.atomic import new_directory, new_file
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
 from mlx_ifp.tensor_files import LazyTensor, read_header, write_safetensors
@@ -274,3 +275,16 @@ def test_a_directory_is_made_whole_or_not_at_all(tmp_path):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "part"]
     assert (tmp_path / "out" / "part").read_text() == "whole"
+
+
+def test_what_is_made_has_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with new_directory(tmp_path / "out") as directory:
+            (directory / "file").touch()
+        with new_file(tmp_path / "file") as file:
+            file.touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import mlx_ifp.checkpoint
+import mlx_ifp.locate
 from mlx_ifp import IFPError, load
 
 from .conftest import run_command
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def default_model(predictor_checkpoint, monkeypatch):
     """A tiny one in the place of the real one."""
-    monkeypatch.setattr(mlx_ifp.checkpoint, "DEFAULT_MODEL", predictor_checkpoint)
+    monkeypatch.setattr(mlx_ifp.locate, "DEFAULT_MODEL", predictor_checkpoint)
     return predictor_checkpoint
 
 
@@ -55,7 +55,7 @@ def test_the_other_commands(default_model, monkeypatch, tmp_path):
 
 
 def test_one_line_if_it_is_missing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(mlx_ifp.checkpoint, "DEFAULT_MODEL", tmp_path / "default_model")
+    monkeypatch.setattr(mlx_ifp.locate, "DEFAULT_MODEL", tmp_path / "default_model")
     with pytest.raises(IFPError, match=r"default_model, the default, is missing. Name one with"):
         load()
     for name, *args in (("generate", "-p", "Hello"), ("export", "--dense")):
@@ -94,7 +94,7 @@ def test_the_real_one_answers(tmp_path):
 
 
 def test_the_real_one_is_small_and_selects_by_the_prompt():
-    files = [file for file in mlx_ifp.checkpoint.DEFAULT_MODEL.rglob("*") if file.is_file()]
+    files = [file for file in mlx_ifp.locate.DEFAULT_MODEL.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 95e6
     model, _ = load(cache=False)
     assert 2 * model.checkpoint.ifp.k <= model.checkpoint.d_ffn

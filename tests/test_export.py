@@ -11,11 +11,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mlx_ifp import IFPError, load
-from mlx_ifp.cache import save_selection
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.config import MaskConfig
 from mlx_ifp.convert import convert
 from mlx_ifp.export import export
+from mlx_ifp.selections import save_selection
 
 from .conftest import ARCHITECTURES, make_dense, make_predictor_checkpoint, run_command
 from .helpers import random_selection, relative_error

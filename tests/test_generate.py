@@ -15,9 +15,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlx_ifp import IFPError, generate, load, stream_generate
-from mlx_ifp.cache import load_selection
-from mlx_ifp.checkpoint import HUB_PATTERNS
 from mlx_ifp.convert import convert
+from mlx_ifp.locate import HUB_PATTERNS
+from mlx_ifp.selections import load_selection
 
 from .conftest import make_predictor_checkpoint, run_command
 from .helpers import mask_model, random_selection
@@ -371,8 +371,8 @@ def test_an_ordinary_model_of_the_hub_is_refused_before_its_weights_come(monkeyp
     def missing(*_, **__):
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("mlx_ifp.checkpoint.hf_hub_download", missing)
-    monkeypatch.setattr("mlx_ifp.checkpoint.snapshot_download", None)
+    monkeypatch.setattr("mlx_ifp.locate.hf_hub_download", missing)
+    monkeypatch.setattr("mlx_ifp.locate.snapshot_download", None)
     with pytest.raises(IFPError, match=r"convert --model someone/dense --mlx-path"):
         load("someone/dense")
 

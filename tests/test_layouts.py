@@ -181,7 +181,7 @@ def test_a_hub_id_is_downloaded_in_the_ordinary_way(tmp_path, monkeypatch):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return GOLDEN / "split"
 
-    monkeypatch.setattr(command, "_download", download)
+    monkeypatch.setattr(command, "snapshot_download", download)
     out = convert("someone/trained", tmp_path / "ifp", revision="v2", **options("split"))
     assert asked["name"] == "someone/trained"
     assert "llama/*" in asked["patterns"]

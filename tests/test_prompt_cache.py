@@ -16,10 +16,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 
 from mlx_ifp import IFPError, load, stream_generate
-from mlx_ifp.cache import default_cache_dir
 from mlx_ifp.convert import convert
 from mlx_ifp.prompt_cache import KVSettings
 from mlx_ifp.prompt_cache_files import WarmPromptFiles
+from mlx_ifp.selections import default_cache_dir
 from mlx_ifp.text import encode_prompt, shared_prefix
 
 from .conftest import make_dense, run_command

@@ -11,10 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ifp import IFPError, Selection, generate, load, stream_generate
 from mlx_ifp import manage as manage_module
-from mlx_ifp import reuse as reuse_module
-from mlx_ifp.cache import SelectionCache, SubnetworkCache, load_selection
+from mlx_ifp.cache import SubnetworkCache
 from mlx_ifp.config import MaskConfig
 from mlx_ifp.reuse import PackedSelection, Reuse, check_overlap
+from mlx_ifp.selections import SelectionCache, load_selection
 from mlx_ifp.stats import Stats
 
 from .conftest import make_predictor_checkpoint
@@ -55,11 +55,8 @@ def loaded(checkpoint, *selections, at_least=0.75, **kwargs):
 # -- comparing
 
 
-@pytest.mark.parametrize("old_numpy", [False, True])
 @pytest.mark.parametrize("d_ffn", [64, 160, 163])
-def test_packed_overlap_is_selection_overlap(monkeypatch, d_ffn, old_numpy):
-    if old_numpy:
-        monkeypatch.delattr(reuse_module.np, "bitwise_count", raising=False)
+def test_packed_overlap_is_selection_overlap(d_ffn):
     for seed in range(10):
         a = random_selection(5, d_ffn, 40, seed=seed)
         b = random_selection(5, d_ffn, [1, 39, 40, 41, d_ffn], seed=100 + seed)

@@ -18,9 +18,9 @@ from mlx_ifp import export as export_module
 from mlx_ifp import manage as manage_module
 from mlx_ifp import tasks as tasks_module
 from mlx_ifp.atomic import new_file
-from mlx_ifp.cache import default_cache_dir, load_selection, save_selection
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
+from mlx_ifp.selections import default_cache_dir, load_selection, save_selection
 from mlx_ifp.task_library import Task, TaskLibrary, check_name, read_task, write_task
 
 from .conftest import make_dense, run_command

@@ -12,6 +12,7 @@ import mlx_lm
 import pytest
 
 import mlx_ifp.model
+import mlx_ifp.selecting
 from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.cache import SubnetworkCache
 from mlx_ifp.convert import convert
@@ -77,18 +78,18 @@ class InFlight:
 def flights(monkeypatch):
     """Watches what is loaded and what selects: (loads by digest, selector runs)."""
     loads, runs = InFlight(), InFlight()
-    build, scores = mlx_ifp.model.build_subnetwork, mlx_ifp.model.activation_scores
+    build, scores = mlx_ifp.model.build_subnetwork, mlx_ifp.selecting.activation_scores
 
-    def watched_build(trunk, reader, ffns, config, selection, *more):
+    def watched_build(trunk, ffns, config, selection, read):
         with loads("dense" if selection is None else selection.digest):
-            return build(trunk, reader, ffns, config, selection, *more)
+            return build(trunk, ffns, config, selection, read)
 
     def watched_scores(*args, **kwargs):
         with runs("any"):
             return scores(*args, **kwargs)
 
     monkeypatch.setattr(mlx_ifp.model, "build_subnetwork", watched_build)
-    monkeypatch.setattr(mlx_ifp.model, "activation_scores", watched_scores)
+    monkeypatch.setattr(mlx_ifp.selecting, "activation_scores", watched_scores)
     return loads, runs
 
 
@@ -96,19 +97,19 @@ def flights(monkeypatch):
 def held(monkeypatch, name):
     """A function of the model's module that waits; yields (has begun, may go on)."""
     began, go = threading.Event(), threading.Event()
-    original = getattr(mlx_ifp.model, name)
+    original = getattr(mlx_ifp.selecting, name)
 
     def waits(*args, **kwargs):
         began.set()
         assert go.wait(SECONDS)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(mlx_ifp.model, name, waits)
+    monkeypatch.setattr(mlx_ifp.selecting, name, waits)
     try:
         yield began, go
     finally:
         go.set()
-        monkeypatch.setattr(mlx_ifp.model, name, original)
+        monkeypatch.setattr(mlx_ifp.selecting, name, original)
 
 
 def test_hits_do_not_wait_for_a_selection(tiny_checkpoint, monkeypatch):
@@ -356,7 +357,7 @@ def test_a_random_mix_gives_what_one_thread_gives(checkpoint, flights, monkeypat
     digests = {text: model.select(text).digest for text in TEXTS}
 
     # Two of the four fit, and no more selections are remembered: the rest is on disk.
-    monkeypatch.setattr(mlx_ifp.model, "_REMEMBERED_SELECTIONS", 2)
+    monkeypatch.setattr(mlx_ifp.selecting, "_REMEMBERED_SELECTIONS", 2)
     model, tokenizer = load(checkpoint, cache_bytes=2 * one)
     model.warm = WarmPrompts(model.checkpoint.digest, model.dtype, model.warm.files, 30_000)
     loads, runs = flights

@@ -257,7 +257,7 @@ def test_options_that_do_not_fit_chunks(refused, options, words):
 
 
 def test_an_unknown_stage(refused):
-    assert refused([COMPLETION], stage="rl") == "stage must be one of sft, pretrain, not 'rl'."
+    assert refused([COMPLETION], stage="rl") == "stage must be one of pretrain, sft, not 'rl'."
 
 
 # Bad rows
@@ -443,12 +443,6 @@ def test_the_masks_of_a_batch():
     assert batch.loss_mask.shape == batch.token_mask.shape == (1, 31)
 
 
-def test_a_batch_names_the_task_that_all_have():
-    examples = [example(task="a"), example(task="a"), example(task="b")]
-    assert make_batch(examples, [0, 1]).task == "a"
-    assert make_batch(examples, [0, 2]).task is None
-
-
 def epoch_of(batches: Batches, epoch: int = 0) -> list[list[int]]:
     start = epoch * batches.steps_per_epoch
     return [batches.indices(step) for step in range(start, start + batches.steps_per_epoch)]
@@ -483,12 +477,6 @@ def test_a_batch_holds_one_task():
         assert len({examples[i].task for i in batch}) == 1
 
 
-def test_tasks_mix_without_grouping():
-    examples = some(30, task="a") + some(30, task="b")
-    batches = Batches(examples, 4, group_by_task=False)
-    assert any(len({examples[i].task for i in batch}) == 2 for batch in epoch_of(batches))
-
-
 def test_the_batch_of_a_step_does_not_depend_on_those_before():
     batches = Batches(some(50), 4, seed=3)
     steps = [batches.indices(step) for step in range(40)]
@@ -521,12 +509,10 @@ def test_batches_are_not_in_order_of_length():
     assert longest != sorted(longest)
 
 
-@pytest.mark.parametrize("group_by_task", [True, False])
-def test_ranks_share_the_batch_of_one_process(group_by_task):
+def test_ranks_share_the_batch_of_one_process():
     examples = some(30, task="a") + some(7)
-    options = {"seed": 5, "group_by_task": group_by_task}
-    alone = Batches(examples, 4, **options)
-    ranks = [Batches(examples, 4, rank=r, world_size=2, **options) for r in range(2)]
+    alone = Batches(examples, 4, seed=5)
+    ranks = [Batches(examples, 4, seed=5, rank=r, world_size=2) for r in range(2)]
     for step in range(2 * alone.steps_per_epoch):
         shares = [rank.indices(step) for rank in ranks]
         assert [len(share) for share in shares] == [2, 2]

@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from mlx_ifp.checkpoint import expanded
 from mlx_ifp.config import HeadConfig, MaskConfig
 from mlx_ifp.errors import IFPError
+from mlx_ifp.locate import expanded
 
 from ..dense import one_line
 from ..source_files import SourceTensor, read_json

@@ -23,7 +23,6 @@ class Batch:
         token_mask: bool [B, S - 1], true where t + 1 < length.
         selecting: int32 [B, n], padded on the right with 0; n is a multiple of 32.
         selecting_lengths: int32 [B].
-        task: the task of all examples, or None if they differ or have none.
         indices: where they are in the list of examples.
     """
 
@@ -32,7 +31,6 @@ class Batch:
     token_mask: mx.array
     selecting: mx.array
     selecting_lengths: mx.array
-    task: str | None
     indices: list[int]
 
 
@@ -44,14 +42,12 @@ def make_batch(examples: list[Example], indices: list[int]) -> Batch:
     offsets = np.array([example.offset for example in chosen])
     predicted = np.arange(1, tokens.shape[1])[None]
     token_mask = predicted < lengths[:, None]
-    tasks = {example.task for example in chosen}
     return Batch(
         tokens=mx.array(tokens),
         loss_mask=mx.array(token_mask & (predicted >= offsets[:, None])),
         token_mask=mx.array(token_mask),
         selecting=mx.array(selecting),
         selecting_lengths=mx.array(selecting_lengths),
-        task=tasks.pop() if len(tasks) == 1 else None,
         indices=list(indices),
     )
 
@@ -64,6 +60,11 @@ def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded, lengths
+
+
+def spread(n: int, wanted: int) -> list[int]:
+    """Up to ``wanted`` of the numbers below n, evenly spread."""
+    return np.unique(np.linspace(0, n - 1, wanted).astype(int)).tolist()
 
 
 def batches_by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -84,14 +85,14 @@ def batches_by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> list
 class Batches:
     """Endless, resumable: the batch of step i depends only on (seed, i).
 
-    An epoch sees every example at least once. A batch that a task cannot fill is filled up with
+    A batch holds examples of one task; None is a task as well. An epoch sees every example at
+    least once. A batch that a task cannot fill is filled up with
     other examples of the task, drawn again, so that all batches have one size on all ranks.
 
     Args:
         examples: what ``load_examples`` gives for a split.
         batch_size (int): of all ranks together.
         seed (int): of the order.
-        group_by_task (bool): a batch holds examples of one task; None is a task as well.
         rank, world_size (int): this process has examples rank, rank + world_size, ... of each
             batch.
 
@@ -105,7 +106,6 @@ class Batches:
         batch_size: int,
         *,
         seed: int = 0,
-        group_by_task: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -124,7 +124,7 @@ class Batches:
         self.rank, self.world_size = rank, world_size
         groups: dict[str | None, list[int]] = {}
         for i, example in enumerate(examples):
-            groups.setdefault(example.task if group_by_task else None, []).append(i)
+            groups.setdefault(example.task, []).append(i)
         self._groups = [np.array(group) for group in groups.values()]
         self._lengths = np.array([len(example.tokens) for example in examples])
         self.steps_per_epoch = sum(math.ceil(len(group) / batch_size) for group in self._groups)

@@ -19,7 +19,7 @@ from ..jsonl import read_jsonl
 from ..text import selecting_text, selector_tokens
 
 SPLITS = ("train", "valid", "test")
-STAGES = ("sft", "pretrain")
+STAGES = ("pretrain", "sft")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 
-from ..checkpoint import PREDICTOR
 from ..config import HeadConfig
 from ..errors import IFPError
 from ..predictor import PredictorHead, load_predictor
 from ..structure import build_model, find_body, find_embedding, get_module, set_module
+from ..tokenizers import load_predictor_tokenizer
 from .student import TRAINED_IN, Source, load_source
 
 HEAD_WIDTH = 128  # the paper's, section 3.1
@@ -140,8 +139,15 @@ def new_head(width: int, head_width: int, source: Source) -> PredictorHead:
     return PredictorHead(config, arrays)
 
 
-def from_checkpoint(source: Source, dtype: mx.Dtype | None = None) -> PredictorStart:
+def from_checkpoint(
+    source: Source, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
+) -> PredictorStart:
     """The predictor that a checkpoint has already.
+
+    Args:
+        source (Source): of the checkpoint.
+        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.student.TRAINED_IN`.
+        trust_remote_code (bool): let its tokenizer run code of its repository.
 
     Raises:
         IFPError: if it has none.
@@ -156,7 +162,8 @@ def from_checkpoint(source: Source, dtype: mx.Dtype | None = None) -> PredictorS
         embedding = find_embedding(predictor.backbone)
         set_module(predictor.backbone, embedding, nn.Module())
     else:
-        tokenizer = load_tokenizer(checkpoint.path / PREDICTOR)
+        options = {"trust_remote_code": trust_remote_code}
+        tokenizer = load_predictor_tokenizer(checkpoint, options)
     _keep_body(predictor.backbone)
     return PredictorStart(
         predictor.backbone, checkpoint.predictor_config, predictor.head, embedding, tokenizer

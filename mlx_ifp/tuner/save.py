@@ -20,13 +20,13 @@ from ..checkpoint import (
     PREDICTOR_STEM,
     STATIC_FILE,
     TRUNK,
-    cast,
     open_checkpoint,
-    trunk_tensors,
     write_checkpoint,
 )
+from ..expected import trunk_tensors
 from ..structure import FFN, find_body
 from ..subnetwork import share
+from ..tensor_files import cast
 from .student import Source, Student
 
 

@@ -13,15 +13,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 
-from ..checkpoint import Checkpoint, expanded, load_tensors, open_checkpoint, resolve, source_name
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..config import CONFIG_FILE, IFPConfig
+from ..device import default_dtype
 from ..errors import IFPError, reason_of
+from ..locate import expanded, resolve, source_name
 from ..masks import soft_topk
-from ..model import default_dtype
 from ..predictor import Predictor, PredictorHead
 from ..structure import FFN, build_model, find_embedding, find_ffns, get_module, set_module
 from ..subnetwork import share
 from ..tokenizers import load_tokenizer_of
+from ..weights import load_tensors
 from .networks import gathered, masked
 from .quantization_aware import Rounding
 

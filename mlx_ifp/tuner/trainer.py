@@ -1,7 +1,6 @@
 """The training loop: LLM and predictor together (paper, section 3.2)."""
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,13 +22,12 @@ from ..errors import IFPError
 from .batches import Batches, make_batch
 from .data import Example
 from .dense_targets import DenseTargets
+from .run_log import RunLog
 from .step import Mix, batch_loss, compiled_update, optimizers_of, positions_of
 from .student import Student
 from .training_args import TrainingArgs
 from .training_state import latest_checkpoint, load_state, save_state
 from .validation import collapse_warning, validate
-
-LOG_FILE = "log.jsonl"
 
 
 @dataclass
@@ -38,32 +36,6 @@ class Split:
 
     examples: list[Example]
     targets: DenseTargets
-
-
-class RunLog:
-    """Writes reports: a line of JSON each to ``log.jsonl``, to mlx-lm's callbacks, to stdout.
-
-    Args:
-        run (Path): the run's directory; None writes nothing (other ranks).
-        callback (TrainingCallback): mlx-lm's, or None.
-    """
-
-    def __init__(self, run: Path | None, callback: TrainingCallback | None = None) -> None:
-        self.run, self.callback = run, callback
-
-    def write(self, report: dict[str, Any], line: str) -> None:
-        """Append a report."""
-        if self.run is None:
-            return
-        with open(self.run / LOG_FILE, "a") as file:
-            file.write(json.dumps(report) + "\n")
-        print(line, flush=True)
-        if self.callback is not None and "iteration" in report:
-            numbers = {k: v for k, v in report.items() if isinstance(v, (int, float))}
-            if "val_loss" in report:
-                self.callback.on_val_loss_report(numbers)
-            else:
-                self.callback.on_train_loss_report(numbers)
 
 
 def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
@@ -133,6 +105,11 @@ class Trainer:
             train.examples, args.batch_size, seed=args.seed, rank=self.world.rank(),
             world_size=self.world.size(),
         )  # fmt: skip
+        by_task: dict[str | None, list[int]] = {}
+        for i, example in enumerate(train.examples):
+            by_task.setdefault(example.task, []).append(i)
+        # A prompt alone in its task has none to be pulled to.
+        self._by_task = {task: members for task, members in by_task.items() if len(members) > 1}
         self.optimizer = make_optimizer(student, args)
         self.optimizer.init(student.trainable_parameters())
         self.step = self.trained_tokens = 0
@@ -204,12 +181,8 @@ class Trainer:
         if not self.args.contrastive_weight:
             return None, None
         random = np.random.default_rng([self.args.seed, 3, number, self.world.rank()])
-        examples = self.train_split.examples
-        by_task: dict[str | None, list[int]] = {}
-        for i, example in enumerate(examples):
-            by_task.setdefault(example.task, []).append(i)
-        tasks = [task for task, members in by_task.items() if len(members) > 1]
-        tasks = random.permutation(np.array(tasks, dtype=object))
+        examples, by_task = self.train_split.examples, self._by_task
+        tasks = random.permutation(np.array(list(by_task), dtype=object))
         tasks = tasks[: max(1, self.args.contrastive_batch_size // 2)]
         each = max(2, self.args.contrastive_batch_size // max(1, len(tasks)))
         chosen = [
@@ -332,7 +305,9 @@ class Trainer:
             mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
         args = self.args
         if self.step == 0:
-            self.save()
+            # A run that is resumed here has it already.
+            if latest_checkpoint(self.run) is None:
+                self.save()
             self.validate()
         while self.step < args.iters:
             start = time.perf_counter()
@@ -381,7 +356,8 @@ class Trainer:
 def identity_of(source: str, examples: list[Example], args: TrainingArgs, **more: Any) -> dict:
     """What two sessions of one run have in common."""
     ours = ("batch_size", "grad_accumulation_steps", "seed", "distill_weight", "distill_on",
-            "group_masks", "contrastive_weight", "blend_iters")  # fmt: skip
+            "group_masks", "contrastive_weight", "contrastive_batch_size",
+            "blend_iters")  # fmt: skip
     values = asdict(args)
     data = hashlib.sha256()
     for example in examples:

@@ -1,5 +1,6 @@
 """The numbers of a training run."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +75,13 @@ class TrainingArgs:
         for name, least in (("iters", 0), ("batch_size", 1), ("grad_accumulation_steps", 1),
                             ("steps_per_report", 1), ("steps_per_eval", 1), ("save_every", 1),
                             ("keep_checkpoints", 1), ("blend_iters", 0), ("learning_rate", 0),
-                            ("predictor_learning_rate", 0), ("contrastive_weight", 0),
-                            ("max_grad_norm", 0)):  # fmt: skip
-            if not getattr(self, name) >= least:
+                            ("predictor_learning_rate", 0), ("weight_decay", 0),
+                            ("contrastive_weight", 0), ("contrastive_batch_size", 2),
+                            ("max_grad_norm", 0), ("val_batches", -1),
+                            ("clear_cache_threshold", 0)):  # fmt: skip
+            if not least <= getattr(self, name) < math.inf:
                 raise IFPError(
-                    f"--{name.replace('_', '-')} must be at least {least}, not "
+                    f"--{name.replace('_', '-')} must be a number from {least}, not "
                     f"{getattr(self, name)}."
                 )
         if not 0 <= self.seed < 1 << 64:

@@ -41,8 +41,6 @@ def save_state(
         IFPError: if it cannot be written, naming the last one that was.
     """
     path = run / f"checkpoint-{step:07d}"
-    if path.exists():
-        shutil.rmtree(path)
     arrays = dict(tree_flatten(optimizer.state))
     scalars = {
         name: [array.item(), str(array.dtype).removeprefix("mlx.core.")]
@@ -86,7 +84,7 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
         IFPError: if it is damaged, or its tensors are not those that are trained here.
     """
     try:
-        state = json.loads((path / _STATE).read_text())
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         weights = mx.load(str(path / _WEIGHTS))
         arrays = mx.load(str(path / _OPTIMIZER)) if (path / _OPTIMIZER).stat().st_size > 16 else {}
     except (OSError, ValueError, RuntimeError) as error:

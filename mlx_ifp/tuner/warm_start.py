@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from .batches import batches_by_length, make_batch
+from .batches import batches_by_length, make_batch, spread
 from .data import Example
 from .dense_targets import DenseTargets
 from .step import compiled_update
@@ -73,7 +73,7 @@ def fit_predictor(
     Returns:
         float: the share of the variance between examples that the last steps explained.
     """
-    used = np.unique(np.linspace(0, len(examples) - 1, examples_used).astype(int)).tolist()
+    used = spread(len(examples), examples_used)
     # Neighbours in length share a batch of the dense model.
     used.sort(key=lambda i: len(examples[i].tokens))
     mean = mx.array(mean_importance(targets, used, batch_size))

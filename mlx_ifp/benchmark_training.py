@@ -1,6 +1,6 @@
 """Training speed and memory against mlx-lm's own full fine-tuning of the same dense model.
 
-Run with ``python -m mlx_ifp.tuner.benchmark --model DENSE``. Both train all layers of the LLM in
+Run with ``python -m mlx_ifp.benchmark_training --model DENSE``. Both train all layers of the LLM in
 float, with AdamW, on the same batches of random tokens, with cross-entropy on every token:
 
 - *mlx-lm*: what ``mlx_lm.lora --fine-tune-type full --num-layers -1`` does, by its own loop.
@@ -29,17 +29,17 @@ import numpy as np
 from mlx_lm.tuner import trainer as stock
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ..cli import command
-from ..config import IFPConfig
-from ..errors import IFPError
-from ..keep import Keep, resolve_one_keep
-from ..options import parse_count, parse_keep
-from .data import Example
-from .dense_targets import DenseTargets
-from .predictor_start import from_layers
-from .student import Student, choose_trainable, load_source
-from .trainer import Split, Trainer
-from .training_args import TrainingArgs
+from .cli import command
+from .config import IFPConfig
+from .errors import IFPError
+from .keep import Keep, resolve_one_keep
+from .options import parse_count, parse_keep
+from .tuner.data import Example
+from .tuner.dense_targets import DenseTargets
+from .tuner.predictor_start import from_layers
+from .tuner.student import Student, choose_trainable, load_source
+from .tuner.trainer import Split, Trainer
+from .tuner.training_args import TrainingArgs
 
 LEARNING_RATE = 1e-5
 
@@ -232,7 +232,7 @@ def table(settings: Settings, results: dict[str, list[tuple[float, int]]]) -> st
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of this benchmark."""
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_ifp.tuner.benchmark",
+        prog="python -m mlx_ifp.benchmark_training",
         description="Training speed and memory, against mlx-lm's full fine-tuning.",
     )
     parser.add_argument("--model", required=True, help="A dense mlx-lm model")
