@@ -263,23 +263,35 @@ def _flags(args) -> list[str]:
             for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
 
 
+def _last_step(path: Path) -> int:
+    """The step of a run's last complete checkpoint, -1 if there is none."""
+    last = training_state.latest_checkpoint(path)
+    return -1 if last is None else int(last.name.removeprefix("checkpoint-"))
+
+
 def test_a_run_killed_with_9_is_resumed(options, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(options(run_path=str(whole), iters=20, val_batches=0))
-    flags = _flags(options(run_path=str(broken), iters=20, val_batches=0))
-    command = [str(Path(sys.executable).with_name("mlx_ifp.train")), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        last = training_state.latest_checkpoint(broken)
-        if last is not None and last.name >= "checkpoint-0000004":
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (broken / "ifp").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+
+    def command(iters):
+        flags = _flags(options(run_path=str(broken), iters=iters, val_batches=0))
+        return [str(Path(sys.executable).with_name("mlx_ifp.train")), *flags]
+
+    # So many that it cannot end before it is killed; no loss depends on their number.
+    process = subprocess.Popen(command(1_000_000), stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while _last_step(broken) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    iters = _last_step(broken) + 4
+    done = subprocess.run([*command(iters), "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    run(options(run_path=str(whole), iters=iters, val_batches=0))
+    assert len(_losses(whole)) == iters
     assert _losses(broken) == pytest.approx(_losses(whole), rel=1e-5)
 
 
