@@ -45,7 +45,7 @@ def test_bad_options_are_one_line(changes, words, options):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n{"mess', "line 1")]
+    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n', "line 1: messages")]
 )
 def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path):
     (tmp_path / "train.jsonl").write_text(text)
