@@ -21,6 +21,9 @@ from mlx_ifp.convert.plan import plan_dense
 from mlx_ifp.convert.precision import Precision
 from mlx_ifp.structure import build_model, find_body
 
+# Fixtures are found here.
+from .training import data, options  # noqa: F401
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% if not (loop.last and message.role == 'assistant') %}<|im_end|>\n{% endif %}{% endfor %}"

@@ -1,4 +1,9 @@
-"""What several test files compare with."""
+"""What several test files compare with, and how they measure memory."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,3 +49,24 @@ def relative_error(a: mx.array, b: mx.array) -> float:
     """Largest difference over the largest magnitude."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     return (mx.abs(a - b).max() / mx.abs(b).max()).item()
+
+
+@dataclass
+class Peak:
+    """The most bytes that MLX held above what it held before; set when the block has ended."""
+
+    nbytes: int | None = None
+
+
+@contextmanager
+def memory_peak() -> Iterator[Peak]:
+    """Measures a block: ``with memory_peak() as peak: ...``, then ``peak.nbytes``."""
+    # What earlier tests left in cycles must not be freed in the block: it would hide as many bytes.
+    # Nor may earlier work still run.
+    mx.synchronize()
+    gc.collect()
+    mx.clear_cache()
+    peak, before = Peak(), mx.get_active_memory()
+    mx.reset_peak_memory()
+    yield peak
+    peak.nbytes = mx.get_peak_memory() - before

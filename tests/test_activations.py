@@ -11,7 +11,7 @@ from mlx_ifp.convert import convert
 from mlx_ifp.structure import find_ffns, get_module
 
 from .conftest import make_dense
-from .helpers import relative_error
+from .helpers import memory_peak, relative_error
 
 TOKENS = [5, 77, 130, 9, 42, 200, 301, 17, 23, 23, 8]
 
@@ -72,10 +72,8 @@ def test_the_full_ffn_is_never_resident(tmp_path):
         tmp_path / "dense", hidden_size=256, intermediate_size=4096, num_hidden_layers=8
     )
     model, _ = load(convert(str(dense), tmp_path / "ifp", keep=64), cache=False)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    model.scores(TOKENS)
+    with memory_peak() as peak:
+        model.scores(TOKENS)
     layer = model.reader.nbytes / 8
-    assert mx.get_peak_memory() - before < 2.2 * layer
+    assert peak.nbytes < 2.2 * layer
     assert model.reader.bytes_read == model.reader.nbytes

@@ -18,7 +18,7 @@ from mlx_ifp.structure import build_model, find_body, get_module
 from mlx_ifp.weights import load_trunk
 
 from .conftest import ARCHITECTURES, make_dense, make_predictor_checkpoint
-from .helpers import random_selection
+from .helpers import memory_peak, random_selection
 from .test_predictor_format import quantize_head, share_embedding
 
 FLOAT = {}
@@ -203,11 +203,9 @@ def test_keys_and_values_have_the_type_that_weights_give_them(tiny_checkpoint):
 def test_nothing_is_computed_on_the_way(tmp_path):
     path = make_dense(tmp_path / "dense", num_hidden_layers=2)
     model = load_model(path, lazy=True)[0]
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    assert kv_bytes(model, Generation(50_000, 10_000)) > 30_000_000
-    assert mx.get_peak_memory() - before < 1_000_000
+    with memory_peak() as peak:
+        assert kv_bytes(model, Generation(50_000, 10_000)) > 30_000_000
+    assert peak.nbytes < 1_000_000
 
 
 def test_the_selector_and_the_phases(predictor_checkpoint):

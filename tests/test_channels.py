@@ -1,6 +1,5 @@
 """Only the rows of a selection are read, and only they are in memory."""
 
-import gc
 import os
 
 import mlx.core as mx
@@ -14,7 +13,7 @@ from mlx_ifp.convert import convert
 from mlx_ifp.tensor_files import read_header
 
 from .conftest import make_dense
-from .helpers import random_selection
+from .helpers import memory_peak, random_selection
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -54,15 +53,11 @@ def test_generate_path_reads_and_holds_only_its_share(tmp_path, quantized):
     model, _ = load(checkpoint, cache=False)
     whole = model.reader.nbytes
     selection = random_selection(8, 4096, 1024)
-    # What earlier tests left in cycles must not be freed between the two looks.
-    gc.collect()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    network = model.subnetwork(selection)
-    network(mx.array([[1, 2, 3]])).tolist()
-    read, held = model.reader.bytes_read, mx.get_peak_memory() - before
-    assert read == whole // 4
-    assert whole / 4 <= held <= 1.1 * whole / 4
+    with memory_peak() as peak:
+        network = model.subnetwork(selection)
+        network(mx.array([[1, 2, 3]])).tolist()
+    assert model.reader.bytes_read == whole // 4
+    assert whole / 4 <= peak.nbytes <= 1.1 * whole / 4
 
 
 def test_a_file_that_changes_under_us_is_an_error(tiny_checkpoint, tmp_path):

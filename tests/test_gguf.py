@@ -21,6 +21,8 @@ from mlx_ifp.convert.gguf_file import GGUFTensor, decode
 from mlx_ifp.errors import IFPError
 from mlx_ifp.tensor_files import write_safetensors
 
+from .helpers import memory_peak
+
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -105,21 +107,19 @@ def build(gguf: GGUFModel, dtype: mx.Dtype | None = None) -> llama.Model:
 
 
 def test_loading_reads_no_weights(smollm2_gguf):
-    before = mx.get_active_memory()
-    gguf = load_gguf(smollm2_gguf, with_tokenizer=False)
-    assert mx.get_active_memory() - before < 1 << 20
+    with memory_peak() as peak:
+        gguf = load_gguf(smollm2_gguf, with_tokenizer=False)
+    assert peak.nbytes < 1 << 20
     assert len(gguf.weights) == 694
 
 
 def test_writing_takes_the_memory_of_the_largest_tensor(smollm2_gguf, tmp_path):
     weights = load_gguf(smollm2_gguf, with_tokenizer=False).weights
     largest = max(array.nbytes for array in weights.values())
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    write_safetensors(tmp_path / "weights.safetensors", weights)
+    with memory_peak() as peak:
+        write_safetensors(tmp_path / "weights.safetensors", weights)
     # As it is in the file, and decoded; all weights would be 3.5 times the largest.
-    assert mx.get_peak_memory() - before < 2.5 * largest
+    assert peak.nbytes < 2.5 * largest
 
 
 # --- tiny files

@@ -1,6 +1,5 @@
 """A memory limit: what is refused, what is read then, and what has to go."""
 
-import gc
 import sys
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from mlx_ifp.memory_limit import advice, check
 from mlx_ifp.options import parse_size
 
 from .conftest import make_dense
-from .helpers import random_selection
+from .helpers import memory_peak, random_selection
 
 TASKS = ["You write Python.", "You know geography.", "You solve equations."]
 
@@ -270,9 +269,7 @@ def test_the_peak_of_a_real_run(tmp_path):
     dense = make_dense(tmp_path / "dense", intermediate_size=1024, **shape)
     checkpoint = convert(str(dense), tmp_path / "ifp", keep=768)
     needed = budget_of(checkpoint, Generation(20, 4), "activations").least
-    gc.collect()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    model, tokenizer = load(checkpoint, cache=False, memory_limit=needed)
-    generate(model, tokenizer, "Hello", max_tokens=4)
-    assert 1 <= (mx.get_peak_memory() - before) / needed < 1.1
+    with memory_peak() as peak:
+        model, tokenizer = load(checkpoint, cache=False, memory_limit=needed)
+        generate(model, tokenizer, "Hello", max_tokens=4)
+    assert 1 <= peak.nbytes / needed < 1.1

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_ifp.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("benchmark", "cache_prompt", "convert", "generate", "manage")
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +46,25 @@ def install(folder: Path, *args: str) -> Path:
     return python
 
 
-def check_installed(python: Path, where: Path) -> None:
-    code = "import mlx_ifp, mlx_ifp.convert as c; print(mlx_ifp.__file__); print(c.__file__)"
+def lines_of(python: Path, code: str) -> list[str]:
+    """What a Python program prints."""
     done = subprocess.run(
         [python, "-c", code], check=True, capture_output=True, text=True, cwd=python.parent
     )
-    for line in done.stdout.splitlines():
+    return done.stdout.splitlines()
+
+
+def check_installed(python: Path, where: Path) -> None:
+    code = "import mlx_ifp, mlx_ifp.convert as c; print(mlx_ifp.__file__); print(c.__file__)"
+    for line in lines_of(python, code):
         assert Path(line).is_relative_to(where), line
+    # Every command is a script, and there is no script that the dispatcher does not know.
+    code = (
+        "from importlib.metadata import distribution\n"
+        "points = distribution('mlx_ifp').entry_points.select(group='console_scripts')\n"
+        "for point in points: print(point.name)"
+    )
+    assert set(lines_of(python, code)) == {"mlx_ifp", *(f"mlx_ifp.{name}" for name in COMMANDS)}
     for command in COMMANDS:
         script = python.with_name(f"mlx_ifp.{command}")
         done = subprocess.run([script, "-h"], capture_output=True, text=True, cwd=python.parent)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import mlx_lm
@@ -194,13 +195,41 @@ def test_the_predictor_itself_is_loaded_once(predictor_checkpoint, monkeypatch):
 
 def test_an_error_reaches_all_who_wait_and_is_not_kept(tiny_checkpoint, monkeypatch):
     model, _ = load(tiny_checkpoint, cache=False)
+    original, errors, waiters = mlx_ifp.model.selector_tokens, [], threading.Semaphore(0)
 
-    def refused():
-        with pytest.raises(IFPError, match="empty"):
-            model.select("  ")
+    class Watched(Future):
+        def result(self, timeout=None):
+            waiters.release()
+            return super().result(timeout)
 
-    run_threads(*[refused] * 4)
-    assert model.select(TEXTS[0]).digest == model.select(TEXTS[0]).digest
+    def fails_once(*args):
+        if errors:
+            return original(*args)
+        errors.append(IFPError("refused"))
+        raise errors[0]
+
+    def ask():
+        with pytest.raises(IFPError) as caught:
+            model.select(TEXTS[0])
+        return caught.value
+
+    monkeypatch.setattr("mlx_ifp.once.Future", Watched)
+    monkeypatch.setattr(mlx_ifp.model, "selector_tokens", fails_once)
+    with held(monkeypatch, "selector_tokens") as (began, go):
+
+        def release():
+            assert began.wait(SECONDS)
+            # Three wait for the first.
+            for _ in range(3):
+                assert waiters.acquire(timeout=SECONDS)
+            go.set()
+
+        *raised, _ = run_threads(*[ask] * 4, release)
+    # An exception equals only itself.
+    assert raised == errors * 4
+    expected = load(tiny_checkpoint, cache=False)[0].select(TEXTS[0])
+    assert model.select(TEXTS[0]).digest == expected.digest
+    assert model.selector_runs == 1
 
 
 def test_who_waits_for_an_interrupted_thread_takes_its_place():

@@ -1,16 +1,10 @@
 """``mlx_ifp.train`` as users run it: tiny models, real files, real commands."""
 
-import errno
-import fcntl
-import json
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -18,56 +12,12 @@ from mlx_ifp import IFPError, generate, load
 from mlx_ifp.checkpoint import open_checkpoint
 from mlx_ifp.convert import convert
 from mlx_ifp.train import run
-from mlx_ifp.train_options import DEFAULTS, options_of
-from mlx_ifp.tuner import training_state
 from mlx_ifp.tuner.save import save_student
 from mlx_ifp.tuner.student import load_source
 from mlx_ifp.tuner.trainer import Trainer
 
 from .conftest import make_dense, run_command
-
-K = 64
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Two tasks of short questions and answers."""
-    directory = tmp_path_factory.mktemp("data")
-    for split, n in (("train", 12), ("valid", 4)):
-        with open(directory / f"{split}.jsonl", "w") as file:
-            for i in range(n):
-                add = {"messages": [{"role": "user", "content": f"What is {i} + {i}?"},
-                                    {"role": "assistant", "content": f"It is {i + i}."}],
-                       "task": "math"}  # fmt: skip
-                write = {"messages": [{"role": "user", "content": f"Write a poem about tree {i}."},
-                                      {"role": "assistant", "content": f"O tree {i}, so green!"}],
-                         "task": "poems"}  # fmt: skip
-                file.write(json.dumps(add) + "\n" + json.dumps(write) + "\n")
-    return directory
-
-
-@pytest.fixture
-def options(data, dense_llama, tmp_path):
-    """A run of four iterations; keywords change its options."""
-
-    def make(**changes):
-        base = {
-            "model": str(dense_llama), "data": str(data), "run_path": str(tmp_path / "run"),
-            "keep": K, "iters": 4, "batch_size": 2, "predictor_layers": 2, "head_width": 16,
-            "warm_start_iters": 6, "warm_start_examples": 12, "steps_per_report": 1,
-            "learning_rate": 1e-3, "save_every": 2, "val_batches": 2,
-        }  # fmt: skip
-        return options_of(base | changes)
-
-    return make
-
-
-def _log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-
-
-def _losses(path: Path) -> dict[int, float]:
-    return {r["iteration"]: r["train_loss"] for r in _log(path) if "train_loss" in r}
+from .training import K, flags, log, losses
 
 
 def test_from_a_dense_model_and_jsonl_to_an_answer(data, dense_llama, tmp_path):
@@ -81,7 +31,7 @@ def test_from_a_dense_model_and_jsonl_to_an_answer(data, dense_llama, tmp_path):
     assert done.returncode == 0, done.stderr
     checkpoint = open_checkpoint(path / "ifp")
     assert checkpoint.ifp.predictor_embedding == "llm" and checkpoint.ifp.k == K
-    reports = _log(path)
+    reports = log(path)
     validation = [report for report in reports if "val_loss" in report]
     assert [report["iteration"] for report in validation] == [0, 2]
     assert set(validation[0]["tasks"]) == {"math", "poems"}
@@ -152,8 +102,8 @@ def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama,
                                    "teacher": teacher, "iters": 0,
                                    "predictor_layers": None})  # fmt: skip
         run(args)
-        reports[name] = _log(Path(args.run_path))[-1]
-    last = _log(Path(options().run_path))[-1]
+        reports[name] = log(Path(args.run_path))[-1]
+    last = log(Path(options().run_path))[-1]
     assert reports["dense"]["dense_loss"] == last["dense_loss"]
     assert reports["dense"]["val_kl"] == pytest.approx(last["val_kl"], rel=1e-3)
     assert reports["itself"]["val_kl"] < reports["dense"]["val_kl"] / 2
@@ -174,7 +124,7 @@ def test_half_precision_is_trained_in_float32(dtype, stored, options, dense_llam
     # In float16 the first update would end in NaN.
     args = options(model=str(first), predictor_layers=None, run_path=str(tmp_path / "on"))
     again = run(args)
-    assert len([line for line in _log(Path(args.run_path)) if "train_loss" in line]) == 4
+    assert len([line for line in log(Path(args.run_path)) if "train_loss" in line]) == 4
     assert open_checkpoint(again).digest != open_checkpoint(first).digest
 
 
@@ -209,80 +159,6 @@ def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
     assert used == ["wide", "wide", "narrow", "narrow", "narrow"]
 
 
-def test_a_resumed_run_gives_the_losses_of_one_that_was_not_stopped(options, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(options(run_path=str(whole), iters=6))
-
-    class Killed(BaseException):
-        pass
-
-    train = Trainer.train
-
-    def killed(self):
-        def on_step(step):
-            if step == 3:
-                raise Killed
-
-        train(self, on_step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train", killed)
-        with pytest.raises(Killed):
-            run(options(run_path=str(broken), iters=6))
-    assert training_state.latest_checkpoint(broken).name == "checkpoint-0000002"
-    run(options(run_path=str(broken), iters=6, resume=True))
-    expected = _losses(whole)
-    assert _losses(broken) == pytest.approx(expected, rel=1e-5) and len(expected) == 6
-
-
-def test_a_report_that_spans_a_resume_is_of_all_its_steps(options, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    changes = {"steps_per_report": 4, "save_every": 6, "val_batches": 0}
-    run(options(run_path=str(whole), iters=8, **changes))
-    # The end of a run is reported, so it is stopped at step 6 by other means.
-    args = options(run_path=str(broken), iters=8, **changes)
-    update = Trainer.update
-
-    def stops(self):
-        if self.step == 6:
-            raise KeyboardInterrupt
-        return update(self)
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Trainer, "update", stops)
-        run(args)
-    run(options(run_path=str(broken), iters=8, resume=True, **changes))
-    assert _losses(broken) == pytest.approx(_losses(whole), rel=1e-5)
-    assert list(_losses(broken)) == [4, 8]
-
-
-def _flags(args) -> list[str]:
-    """The options that differ from the defaults, as a command line."""
-    given = {name: value for name, value in vars(args).items() if value != DEFAULTS[name]}
-    return [text for name, value in given.items()
-            for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
-
-
-def test_a_run_killed_with_9_is_resumed(options, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(options(run_path=str(whole), iters=20, val_batches=0))
-    flags = _flags(options(run_path=str(broken), iters=20, val_batches=0))
-    command = [str(Path(sys.executable).with_name("mlx_ifp.train")), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        last = training_state.latest_checkpoint(broken)
-        if last is not None and last.name >= "checkpoint-0000004":
-            break
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (broken / "ifp").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert _losses(broken) == pytest.approx(_losses(whole), rel=1e-5)
-
-
 def test_two_processes_give_the_losses_of_one(options, tmp_path):
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text("math: You add numbers.\npoems: You write poems.\n")
@@ -292,13 +168,13 @@ def test_two_processes_give_the_losses_of_one(options, tmp_path):
     scripts = Path(sys.executable).parent
     done = subprocess.run(
         [str(scripts / "mlx.launch"), "-n", "2", "--backend", "ring", "--python", sys.executable,
-         str(scripts / "mlx_ifp.train"), *_flags(options(run_path=str(two), **changes))],
+         str(scripts / "mlx_ifp.train"), *flags(options(run_path=str(two), **changes))],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (two / "ifp").exists(), done.stdout + done.stderr
-    assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     # One writer: no iteration is reported twice.
-    assert sum("train_loss" in report for report in _log(two)) == 4
+    assert sum("train_loss" in report for report in log(two)) == 4
 
 
 @pytest.mark.parametrize("kind", ["full", "layers", "ffn", "lora", "predictor"])
@@ -328,28 +204,11 @@ def test_a_task_description_selects(options, tmp_path):
     path = run(args)
     assert open_checkpoint(path).ifp.selector == "predictor"
     # All prompts of a task have one mask.
-    assert _log(Path(args.run_path))[-1]["overlap_within"] == 1
+    assert log(Path(args.run_path))[-1]["overlap_within"] == 1
     tasks.write_text("math: You count.\npoems: You write poems.\n")
     with pytest.raises(IFPError, match="another run: its data"):
         run(options(select_by="task", tasks=str(tasks), resume=True,
                     mlx_path=str(tmp_path / "out")))  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"quantize": True, "q_bits": 4, "q_group_size": 32}, "quantize"),
-        ({"hard_mask": True}, "mask"),
-        ({"mask_temperature": 5.0}, "mask"),
-        ({"text_format": "chat_template"}, "data"),
-        ({"dtype": "bfloat16"}, "dtype"),
-    ],
-)
-def test_a_run_is_not_resumed_with_other_options(changes, name, options, tmp_path):
-    common = {"iters": 1, "val_batches": 0, "warm_start_iters": 1}
-    run(options(**common))
-    with pytest.raises(IFPError, match=f"another run: its {name} is"):
-        run(options(**common | changes, resume=True, mlx_path=str(tmp_path / "out")))
 
 
 def test_damaged_targets_are_made_anew(options, tmp_path):
@@ -365,19 +224,7 @@ def test_damaged_targets_are_made_anew(options, tmp_path):
         logprobs.unlink()
     again = options(run_path=str(tmp_path / "again"), **changes)
     run(again)
-    assert _losses(Path(again.run_path)) == pytest.approx(_losses(Path(args.run_path)), rel=1e-6)
-
-
-def test_a_disk_too_full_for_the_targets_is_one_line(options, tmp_path):
-    args = options(warm_start_iters=0)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Python ignores the signal of it, and a write fails as on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(IFPError, match=r"npy could not be written .*--targets-path"):
-            run(args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert losses(Path(again.run_path)) == pytest.approx(losses(Path(args.run_path)), rel=1e-6)
 
 
 def test_activations_are_kept_for_the_warm_start_only(options):
@@ -423,7 +270,7 @@ def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
                         run_path=str(tmp_path / "pretrain")))  # fmt: skip
     second = options(model=str(first), predictor_layers=None, iters=1)
     path = run(second)
-    assert not any("warm_start_loss" in report for report in _log(Path(second.run_path)))
+    assert not any("warm_start_loss" in report for report in log(Path(second.run_path)))
     heads = [open_checkpoint(each).ifp.head for each in (first, path)]
     assert heads[0] == heads[1]
 
@@ -431,157 +278,5 @@ def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
 def test_the_warm_start_makes_scores_depend_on_the_instruction(options):
     args = options(warm_start_iters=80, iters=0, val_batches=0)
     run(args)
-    shares = [r["variance_explained"] for r in _log(Path(args.run_path)) if "warm_start_loss" in r]
+    shares = [r["variance_explained"] for r in log(Path(args.run_path)) if "warm_start_loss" in r]
     assert shares[-1] > max(0.3, shares[0])
-
-
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(options, monkeypatch):
-    args = options(val_batches=0)
-    gradients = Trainer.gradients
-
-    def broken(self):
-        grads, loss, *rest = gradients(self)
-        return grads, np.nan if self.step == 3 else loss, *rest
-
-    monkeypatch.setattr(Trainer, "gradients", broken)
-    with pytest.raises(IFPError, match=r"iteration 4.*checkpoint-0000002"):
-        run(args)
-    assert not (Path(args.run_path) / "ifp").exists()
-
-
-@pytest.mark.parametrize("iters", [1, 4])
-def test_ruined_weights_are_never_kept(iters, options):
-    args = options(learning_rate=1e30, max_grad_norm=0.0, iters=iters, save_every=1)
-    with pytest.raises(IFPError, match=r"last good checkpoint is .*checkpoint-0000000;"):
-        run(args)
-    path = Path(args.run_path)
-    assert [each.name for each in path.glob("*checkpoint*")] == ["checkpoint-0000000"]
-    assert not (path / "ifp").exists()
-    run(options(resume=True, iters=1))
-
-
-def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
-    args = options(val_batches=0)
-    write, calls = training_state.write_safetensors, []
-
-    def full(*arguments):
-        calls.append(1)
-        if len(calls) > 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*arguments)
-
-    monkeypatch.setattr(training_state, "write_safetensors", full)
-    with pytest.raises(IFPError, match=r"No space left.*checkpoint-0000000"):
-        run(args)
-    names = sorted(path.name for path in Path(args.run_path).glob("*checkpoint*"))
-    assert names == ["checkpoint-0000000"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": None}, "--model"),
-        ({"data": None}, "--data"),
-        ({"keep": 10_000}, "k must be between 1 and d_ffn"),
-        ({"resume": True}, "no checkpoint to resume"),
-        ({"select_by": "task"}, "--tasks"),
-        ({"predictor_layers": 9}, "--predictor-layers"),
-        ({"predictor_layers": 0}, "--predictor-layers"),
-        ({"seed": -1}, "--seed"),
-        ({"warm_start_examples": 0}, "--warm-start-examples"),
-        ({"head_width": 0}, "--head-width"),
-        ({"num_layers": -7}, "--num-layers"),
-        ({"distill_weight": 2.0}, "--distill-weight"),
-        ({"iters": -1}, "--iters"),
-        ({"model": "no/such/model/here"}, "no/such/model/here"),
-        ({"max_seq_length": 8}, "line 1"),
-        ({"report_to": "nobody"}, "--report-to nobody"),
-        ({"lr_schedule": {"name": "no_such"}}, "schedule"),
-        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}, "lora_parameters"),
-        ({"q_bits": 4}, "need -q"),
-        ({"teacher": "no/such/teacher"}, "no/such/teacher"),
-        ({"quantize": True, "q_bits": 17}, "cannot be quantized"),
-    ],
-)
-def test_bad_options_are_one_line(changes, words, options):
-    args = options(**changes)
-    with pytest.raises(IFPError, match=words) as error:
-        run(args)
-    assert "\n" not in str(error.value)
-    assert not (Path(args.run_path) / "ifp").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n{"mess', "line 1")]
-)
-def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path):
-    (tmp_path / "train.jsonl").write_text(text)
-    done = run_command(
-        "train", "--model", dense_llama, "--data", tmp_path, "--run-path", tmp_path / "run"
-    )
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert words in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_two_processes_do_not_share_a_run(options):
-    args = options(iters=1, val_batches=0, warm_start_iters=1)
-    Path(args.run_path).mkdir()
-    with open(Path(args.run_path) / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(IFPError, match="in use by another process"):
-            run(args)
-    run(args)
-
-
-def test_whoever_stops_a_run_is_told_how_to_go_on(options, monkeypatch, capsys):
-    args = options(iters=4, val_batches=0)
-    update = Trainer.update
-
-    def stops(self):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return update(self)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Trainer, "update", stops)
-        run(args)
-    assert "go on with --resume; the last complete checkpoint is" in capsys.readouterr().err
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched, pytest.raises(IFPError, match=r"No space.*--resume"):
-        patched.setattr("mlx_ifp.train.save_student", full)
-        run(options(iters=4, val_batches=0, resume=True))
-    run(options(iters=4, val_batches=0, resume=True))
-    assert "Nothing is left to train" in capsys.readouterr().out
-
-
-def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_llama, tmp_path):
-    run(options(iters=1, val_batches=0))
-    with pytest.raises(IFPError, match="--resume"):
-        run(options(iters=1))
-    other = make_dense(tmp_path / "other", seed=5)
-    with pytest.raises(IFPError, match="another run: its model"):
-        run(options(iters=2, resume=True, model=str(other), mlx_path=str(tmp_path / "out")))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("no_such: 1", "no option"),
-        ("iters: many", "iters must be"),
-        ("predictor_layers: x", "predictor_layers must be"),
-        ("keep: many", "keep"),
-        ("fine_tune_type: some", "fine_tune_type must be one of"),
-        ("dtype: int8", "dtype must be one of"),
-        ("- a", "options"),
-        ("a: [", "valid YAML"),
-    ],
-)
-def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text(text)
-    done = run_command("train", "-c", file)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert words in done.stderr and str(file) in done.stderr

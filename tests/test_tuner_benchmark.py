@@ -9,7 +9,8 @@ import pytest
 
 def _run(*args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mlx_ifp.tuner.benchmark", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # It starts two trainings, and other tests run beside it.
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_both_train_and_are_compared(dense_llama):

@@ -15,7 +15,7 @@ from mlx_ifp.tuner.losses import (
 from mlx_ifp.tuner.networks import output_layer
 
 from .conftest import ARCHITECTURES
-from .helpers import relative_error
+from .helpers import memory_peak, relative_error
 
 N, V = 10, 384
 
@@ -109,23 +109,21 @@ def test_memory_is_that_of_one_block(trained):
     parameters, logits = output_layer(model)
     mx.eval(model.parameters())
 
-    def peak(n: int, block: int) -> int:
+    def peak_of(n: int, block: int) -> int:
         hidden = mx.random.normal((n, 64))
         targets = Targets(mx.arange(n), mx.ones((n,)))
         mx.eval(hidden, targets.labels, targets.ce_weights)
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
 
         def loss(parameters, hidden):
             return blockwise_loss(parameters, hidden, targets, logits, block)
 
         wanted = (0, 1) if trained else 1
-        mx.eval(mx.value_and_grad(loss, argnums=wanted)(parameters, hidden))
-        return mx.get_peak_memory() - before
+        with memory_peak() as peak:
+            mx.eval(mx.value_and_grad(loss, argnums=wanted)(parameters, hidden))
+        return peak.nbytes
 
-    assert peak(512, 64) < peak(512, 512) / 2
-    assert peak(1024, 64) < 1.3 * peak(128, 64)
+    assert peak_of(512, 64) < peak_of(512, 512) / 2
+    assert peak_of(1024, 64) < 1.3 * peak_of(128, 64)
 
 
 def test_contrastive_loss_prefers_tasks_apart():

@@ -1,0 +1,77 @@
+"""What ``mlx_ifp.train`` says of bad options, bad data and bad YAML."""
+
+from pathlib import Path
+
+import pytest
+
+from mlx_ifp import IFPError
+from mlx_ifp.train import run
+
+from .conftest import run_command
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": None}, "--model"),
+        ({"data": None}, "--data"),
+        ({"keep": 10_000}, "k must be between 1 and d_ffn"),
+        ({"resume": True}, "no checkpoint to resume"),
+        ({"select_by": "task"}, "--tasks"),
+        ({"predictor_layers": 9}, "--predictor-layers"),
+        ({"predictor_layers": 0}, "--predictor-layers"),
+        ({"seed": -1}, "--seed"),
+        ({"warm_start_examples": 0}, "--warm-start-examples"),
+        ({"head_width": 0}, "--head-width"),
+        ({"num_layers": -7}, "--num-layers"),
+        ({"distill_weight": 2.0}, "--distill-weight"),
+        ({"iters": -1}, "--iters"),
+        ({"model": "no/such/model/here"}, "no/such/model/here"),
+        ({"max_seq_length": 8}, "line 1"),
+        ({"report_to": "nobody"}, "--report-to nobody"),
+        ({"lr_schedule": {"name": "no_such"}}, "schedule"),
+        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}, "lora_parameters"),
+        ({"q_bits": 4}, "need -q"),
+        ({"teacher": "no/such/teacher"}, "no/such/teacher"),
+        ({"quantize": True, "q_bits": 17}, "cannot be quantized"),
+    ],
+)
+def test_bad_options_are_one_line(changes, words, options):
+    args = options(**changes)
+    with pytest.raises(IFPError, match=words) as error:
+        run(args)
+    assert "\n" not in str(error.value)
+    assert not (Path(args.run_path) / "ifp").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n', "line 1: messages")]
+)
+def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path):
+    (tmp_path / "train.jsonl").write_text(text)
+    done = run_command(
+        "train", "--model", dense_llama, "--data", tmp_path, "--run-path", tmp_path / "run"
+    )
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("no_such: 1", "no option"),
+        ("iters: many", "iters must be"),
+        ("predictor_layers: x", "predictor_layers must be"),
+        ("keep: many", "keep"),
+        ("fine_tune_type: some", "fine_tune_type must be one of"),
+        ("dtype: int8", "dtype must be one of"),
+        ("- a", "options"),
+        ("a: [", "valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    done = run_command("train", "-c", file)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert words in done.stderr and str(file) in done.stderr
