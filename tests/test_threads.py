@@ -195,7 +195,7 @@ def test_the_predictor_itself_is_loaded_once(predictor_checkpoint, monkeypatch):
 
 def test_an_error_reaches_all_who_wait_and_is_not_kept(tiny_checkpoint, monkeypatch):
     model, _ = load(tiny_checkpoint, cache=False)
-    original, errors, waiters = mlx_ifp.model.selector_tokens, [], threading.Semaphore(0)
+    original, errors, waiters = mlx_ifp.selecting.selector_tokens, [], threading.Semaphore(0)
 
     class Watched(Future):
         def result(self, timeout=None):
@@ -214,7 +214,7 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept(tiny_checkpoint, monkeypa
         return caught.value
 
     monkeypatch.setattr("mlx_ifp.once.Future", Watched)
-    monkeypatch.setattr(mlx_ifp.model, "selector_tokens", fails_once)
+    monkeypatch.setattr(mlx_ifp.selecting, "selector_tokens", fails_once)
     with held(monkeypatch, "selector_tokens") as (began, go):
 
         def release():

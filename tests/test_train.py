@@ -17,7 +17,7 @@ from mlx_ifp.tuner.student import load_source
 from mlx_ifp.tuner.trainer import Trainer
 
 from .conftest import make_dense, run_command
-from .training import K, flags, log, losses
+from .training import OWN_PREDICTOR, K, flags, log, losses
 
 
 def test_from_a_dense_model_and_jsonl_to_an_answer(data, dense_llama, tmp_path):
@@ -99,8 +99,7 @@ def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama,
     reports = {}
     for name, teacher in (("dense", str(dense_llama)), ("itself", None)):
         args = options(**common | {"model": str(first), "run_path": str(tmp_path / name),
-                                   "teacher": teacher, "iters": 0,
-                                   "predictor_layers": None})  # fmt: skip
+                                   "teacher": teacher, "iters": 0} | OWN_PREDICTOR)  # fmt: skip
         run(args)
         reports[name] = log(Path(args.run_path))[-1]
     last = log(Path(options().run_path))[-1]
@@ -110,8 +109,7 @@ def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama,
     with pytest.raises(IFPError, match="another run: its teacher"):
         run(options(**common | {"model": str(first), "run_path": str(tmp_path / "itself"),
                                 "resume": True, "teacher": str(dense_llama),
-                                "predictor_layers": None,
-                                "mlx_path": str(tmp_path / "other")}))  # fmt: skip
+                                "mlx_path": str(tmp_path / "other")} | OWN_PREDICTOR))  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float16", "F16"), ("bfloat16", "BF16")])
@@ -122,7 +120,7 @@ def test_half_precision_is_trained_in_float32(dtype, stored, options, dense_llam
     first = run(options(model=str(half), iters=2))
     assert {tensor.dtype for tensor in open_checkpoint(first).predictor.values()} == {stored}
     # In float16 the first update would end in NaN.
-    args = options(model=str(first), predictor_layers=None, run_path=str(tmp_path / "on"))
+    args = options(model=str(first), **OWN_PREDICTOR, run_path=str(tmp_path / "on"))
     again = run(args)
     assert len([line for line in log(Path(args.run_path)) if "train_loss" in line]) == 4
     assert open_checkpoint(again).digest != open_checkpoint(first).digest
@@ -259,8 +257,8 @@ def test_a_tied_gemma_is_trained_in_4_bits(options, tmp_path):
 
 def test_a_checkpoint_of_the_hub_is_trained_on(options, tmp_path, monkeypatch):
     first = run(options(iters=1, val_batches=0, warm_start_iters=1))
-    monkeypatch.setattr("mlx_ifp.checkpoint.snapshot_download", lambda *_, **__: str(first))
-    on = run(options(model="someone/tiny-ifp", iters=1, val_batches=0, predictor_layers=None,
+    monkeypatch.setattr("mlx_ifp.locate.snapshot_download", lambda *_, **__: str(first))
+    on = run(options(model="someone/tiny-ifp", iters=1, val_batches=0, **OWN_PREDICTOR,
                      run_path=str(tmp_path / "on")))  # fmt: skip
     assert open_checkpoint(on).ifp.head == open_checkpoint(first).ifp.head
 
@@ -268,7 +266,7 @@ def test_a_checkpoint_of_the_hub_is_trained_on(options, tmp_path, monkeypatch):
 def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
     first = run(options(stage="pretrain", chunk_size=8, iters=2, batch_size=1,
                         run_path=str(tmp_path / "pretrain")))  # fmt: skip
-    second = options(model=str(first), predictor_layers=None, iters=1)
+    second = options(model=str(first), **OWN_PREDICTOR, iters=1)
     path = run(second)
     assert not any("warm_start_loss" in report for report in log(Path(second.run_path)))
     heads = [open_checkpoint(each).ifp.head for each in (first, path)]

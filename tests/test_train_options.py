@@ -6,6 +6,7 @@ import pytest
 
 from mlx_ifp import IFPError
 from mlx_ifp.train import run
+from mlx_ifp.train_options import options_of
 
 from .conftest import run_command
 
@@ -23,6 +24,11 @@ from .conftest import run_command
         ({"seed": -1}, "--seed"),
         ({"warm_start_examples": 0}, "--warm-start-examples"),
         ({"head_width": 0}, "--head-width"),
+        ({"contrastive_batch_size": 1}, "--contrastive-batch-size"),
+        ({"weight_decay": -1.0}, "--weight-decay"),
+        ({"learning_rate": float("inf")}, "--learning-rate"),
+        ({"val_batches": -2}, "--val-batches"),
+        ({"tasks": "tasks.yaml"}, "--select-by task and --tasks"),
         ({"num_layers": -7}, "--num-layers"),
         ({"distill_weight": 2.0}, "--distill-weight"),
         ({"iters": -1}, "--iters"),
@@ -45,7 +51,7 @@ def test_bad_options_are_one_line(changes, words, options):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n', "line 1: messages")]
+    ("text", "words"), [("", "train.jsonl"), ('{"messages": []}\n{"mess', "line 1")]
 )
 def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path):
     (tmp_path / "train.jsonl").write_text(text)
@@ -54,6 +60,13 @@ def test_bad_data_is_one_line_of_the_command(text, words, dense_llama, tmp_path)
     )
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert words in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_an_option_without_a_value_has_its_default(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("iters:\nhead_width: 8\nseed: null\n")
+    args = options_of({"config": str(file)})
+    assert (args.iters, args.head_width, args.seed) == (1000, 8, 0)
 
 
 @pytest.mark.parametrize(

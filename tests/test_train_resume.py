@@ -13,6 +13,7 @@ import pytest
 
 from mlx_ifp import IFPError
 from mlx_ifp.train import run
+from mlx_ifp.training_curves import read_log
 from mlx_ifp.tuner import training_state
 from mlx_ifp.tuner.trainer import Trainer
 
@@ -199,6 +200,30 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
         run(args)
     names = sorted(path.name for path in Path(args.run_path).glob("*checkpoint*"))
     assert names == ["checkpoint-0000000"]
+
+
+def test_a_full_disk_spares_the_only_checkpoint(options, monkeypatch):
+    run(options(iters=0, val_batches=0))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    args = options(val_batches=0, resume=True, mlx_path=str(Path(options().run_path) / "more"))
+    with monkeypatch.context() as patched:
+        patched.setattr(training_state, "write_safetensors", full)
+        with pytest.raises(IFPError, match=r"No space left.*checkpoint-0000000"):
+            run(args)
+    run(args)
+
+
+def test_a_line_of_the_log_that_a_kill_has_cut_is_dropped(options):
+    args = options(val_batches=0, iters=2)
+    run(args)
+    path = Path(args.run_path)
+    with open(path / "log.jsonl", "a") as file:
+        file.write('{"iteration": 3, "train_lo')
+    run(options(val_batches=0, resume=True, mlx_path=str(path / "more")))
+    assert read_log(path).series("train", "train_loss")[0] == [1, 2, 3, 4]
 
 
 def test_a_disk_too_full_for_the_targets_is_one_line(options, tmp_path):

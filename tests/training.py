@@ -10,6 +10,8 @@ import pytest
 from mlx_ifp.train_options import DEFAULTS, options_of
 
 K = 64
+# Of a run that goes on from a checkpoint: its predictor is trained on, not a new one.
+OWN_PREDICTOR = {"predictor_layers": None, "head_width": None}
 
 
 @pytest.fixture(scope="session")

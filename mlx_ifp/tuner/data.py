@@ -88,13 +88,11 @@ def load_examples(
             _chunks, tokenizers=tokenizers, how=text, size=chunk_size, limit=max_seq_length
         )
     splits = _load_datasets(data, tokenizer, stage)
-    # All rows are checked before the first is tokenized, which takes far longer.
-    formats = {split: _format_of(rows, stage) for split, rows in splits.items()}
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for split, rows in splits.items():
         for row, where in rows:
             with _located(where):
-                examples[split] += make(row, *_process(rows.dataset, row, formats[split]))
+                examples[split] += make(row, *_process(rows.dataset, row, rows.format))
     # Only chunks give nothing: a row of sft is an example or an error.
     _require(
         bool(examples["train"]),
@@ -123,9 +121,16 @@ def _check_chunks(size: int, limit: int, task_texts: dict[str, str] | None) -> N
 
 @dataclass(frozen=True)
 class _Rows:
-    """mlx-lm's dataset of a split, and where each of its rows comes from."""
+    """mlx-lm's dataset of a split, whose rows are checked: tokenizing takes far longer.
+
+    Attributes:
+        dataset: it.
+        format: of all rows: ``completions``, ``chat`` or ``text``.
+        places: where each row comes from.
+    """
 
     dataset: Any
+    format: str
     places: Sequence[str]
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
@@ -148,7 +153,8 @@ def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[s
         f"{data}: give the directory that holds train.jsonl (and valid.jsonl, test.jsonl), "
         "not a file.",
     )
-    splits = _local(path, tokenizer) if path.is_dir() else _from_hub(data, tokenizer)
+    load = _local if path.is_dir() else _from_hub
+    splits = load(data, tokenizer, stage)
     for rows in splits.values():
         # mlx-lm refuses this for texts, in words of its own; here it is an error of the row.
         if stage == "sft" and hasattr(rows.dataset, "mask_prompt"):
@@ -156,24 +162,28 @@ def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[s
     return splits
 
 
-def _local(path: Path, tokenizer: TokenizerWrapper) -> dict[str, _Rows]:
-    files = {split: path / f"{split}.jsonl" for split in SPLITS}
+def _local(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _Rows]:
+    files = {split: Path(data) / f"{split}.jsonl" for split in SPLITS}
     _require(files["train"].exists(), f"{files['train']} is missing; put the rows there.")
-    splits = {}
-    for split, file in files.items():
-        if not file.exists():
-            continue
-        rows = read_jsonl(file, lambda row, number: (row, number))
-        _require(bool(rows), f"{file}: the file is empty; give one JSON object a line.")
-        with _located(f"{file}: line {rows[0][1]}"):
-            _row_format(rows[0][0])
-        places = [f"{file}: line {number}" for _, number in rows]
-        dataset = create_dataset([row for row, _ in rows], tokenizer, SimpleNamespace())
-        splits[split] = _Rows(dataset, places)
-    return splits
+    return {split: _read(file, tokenizer, stage) for split, file in files.items() if file.exists()}
 
 
-def _from_hub(data: str, tokenizer: TokenizerWrapper) -> dict[str, _Rows]:
+def _read(file: Path, tokenizer: TokenizerWrapper, stage: str) -> _Rows:
+    rows: list[dict[str, Any]] = []
+    first = None
+
+    def checked(row: dict[str, Any], number: int) -> str:
+        nonlocal first
+        first = _check_row(row, first, stage)
+        rows.append(row)
+        return f"{file}: line {number}"
+
+    places = read_jsonl(file, checked)
+    _require(bool(rows), f"{file}: the file is empty; give one JSON object a line.")
+    return _Rows(create_dataset(rows, tokenizer, SimpleNamespace()), first, places)
+
+
+def _from_hub(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _Rows]:
     args = SimpleNamespace(data=data, train=False, test=False)
     try:
         datasets = dict(zip(SPLITS, load_dataset(args, tokenizer), strict=True))
@@ -189,20 +199,17 @@ def _from_hub(data: str, tokenizer: TokenizerWrapper) -> dict[str, _Rows]:
             f"{data}: neither a directory nor a dataset that can be loaded from the hub ({reason})."
         ) from error
     _require(len(datasets["train"]) > 0, f"{data}: there is no split named train.")
-    return {
-        split: _Rows(dataset, [f"{data}: {split} row {i}" for i in range(len(dataset))])
-        for split, dataset in datasets.items()
-        if len(dataset)
-    }
-
-
-def _format_of(rows: _Rows, stage: str) -> str:
-    """The format of all rows; raises IFPError for the first that is not usable."""
-    first = None
-    for row, where in rows:
-        with _located(where):
-            first = _check_row(row, first, stage)
-    return first
+    splits = {}
+    for split, dataset in datasets.items():
+        if not len(dataset):
+            continue
+        places = [f"{data}: {split} row {i}" for i in range(len(dataset))]
+        first = None
+        for i, place in enumerate(places):
+            with _located(place):
+                first = _check_row(dataset[i], first, stage)
+        splits[split] = _Rows(dataset, first, places)
+    return splits
 
 
 _FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}

@@ -8,7 +8,7 @@ import pytest
 
 
 def _run(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mlx_ifp.tuner.benchmark", *map(str, args)]
+    command = [sys.executable, "-m", "mlx_ifp.benchmark_training", *map(str, args)]
     # It starts two trainings, and other tests run beside it.
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
