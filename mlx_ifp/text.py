@@ -60,13 +60,19 @@ def _content(message: dict[str, Any]) -> str:
     return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
 
 
-def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) -> list[int]:
+def selector_tokens(
+    tokenizer: TokenizerWrapper,
+    text: Text,
+    how: TextConfig,
+    advice: str = "Describe the task in fewer words with --task (task=).",
+) -> list[int]:
     """The tokens that a selector reads.
 
     Args:
         tokenizer: the selector's.
         text: a prompt or a task; token ids are taken as they are.
         how (TextConfig): the checkpoint's ``text``.
+        advice (str): what to do about a text that is too long.
 
     Raises:
         IFPError: if the text is empty or too long, or there is no chat template to put it in.
@@ -90,7 +96,7 @@ def selector_tokens(tokenizer: TokenizerWrapper, text: Text, how: TextConfig) ->
     if len(tokens) > how.max_tokens:
         raise IFPError(
             f"The text that selects has {len(tokens):,} tokens, this checkpoint's selectors take "
-            f"{how.max_tokens:,}. Describe the task in fewer words with --task (task=)."
+            f"{how.max_tokens:,}. {advice}"
         )
     return tokens
 

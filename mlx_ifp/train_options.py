@@ -119,6 +119,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     trained.add_argument("--num-layers", type=int, help="Layers to train, -1 for all (default)")
     trained.add_argument(
+        "--test", action="store_true", help="Evaluate on the test set after training"
+    )
+    trained.add_argument(
+        "--test-batches", type=int, help="Test batches, -1 for the entire set (default: 500)"
+    )
+    trained.add_argument(
         "--warm-start-iters",
         type=int,
         help="Steps of fitting a new predictor to the dense model's activations (default: 200)",
@@ -131,7 +137,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         flag = f"--{each.name.replace('_', '-')}"
         if each.name.endswith("lr_schedule"):
             continue
-        text = f"{each.metadata['help']} (default: {each.default})"
+        text = each.metadata["help"]
+        if each.default is not None:
+            text += f" (default: {each.default})"
         if isinstance(each.default, bool):
             trained.add_argument(flag, action="store_true", help=text)
         else:
@@ -183,6 +191,8 @@ DEFAULTS = {
     "hard_mask": False,
     "fine_tune_type": "layers",
     "num_layers": -1,
+    "test": False,
+    "test_batches": 500,
     "warm_start_iters": 200,
     "warm_start_examples": 512,
     "warm_start_learning_rate": 1e-3,
@@ -219,7 +229,7 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
             raise IFPError(f"{path} must hold options, one 'name: value' a line.")
         for name, value in values.items():
             name = str(name).replace("-", "_")
-            if name not in DEFAULTS:
+            if name not in DEFAULTS or name == "config":
                 raise IFPError(f"{path}: there is no option {name!r}.")
             # As in mlx-lm, an option without a value has its default.
             if value is not None:
@@ -247,6 +257,8 @@ _TYPICAL = {
 def _checked(path: str, name: str, value: Any) -> Any:
     default = DEFAULTS[name]
     if name == "keep":
+        if isinstance(value, bool) or not isinstance(value, (int, float, str, list)):
+            raise IFPError(f"{path}: keep must be a count, a fraction or a list of counts.")
         return value
     if name in CHOICES and value not in CHOICES[name]:
         raise IFPError(f"{path}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}.")

@@ -1,5 +1,6 @@
 """``mlx_ifp.train`` as users run it: tiny models, real files, real commands."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,9 +108,30 @@ def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama,
     assert reports["dense"]["val_kl"] == pytest.approx(last["val_kl"], rel=1e-3)
     assert reports["itself"]["val_kl"] < reports["dense"]["val_kl"] / 2
     with pytest.raises(IFPError, match="another run: its teacher"):
+        run(options(**common | {"model": str(first), "run_path": str(tmp_path / "dense"),
+                                "resume": True,
+                                "mlx_path": str(tmp_path / "other")} | OWN_PREDICTOR))  # fmt: skip
+    with pytest.raises(IFPError, match="another run: its teacher"):
         run(options(**common | {"model": str(first), "run_path": str(tmp_path / "itself"),
                                 "resume": True, "teacher": str(dense_llama),
                                 "mlx_path": str(tmp_path / "other")} | OWN_PREDICTOR))  # fmt: skip
+
+
+def test_a_test_set_is_evaluated_after_training(options, data, tmp_path, capsys):
+    for split, source in (("train", "train"), ("test", "valid")):
+        shutil.copy(data / f"{source}.jsonl", tmp_path / f"{split}.jsonl")
+    args = options(data=str(tmp_path), test=True)
+    run(args)
+    said = capsys.readouterr()
+    assert "There is no validation set" in said.err
+    assert "Test loss" in said.out
+    tested = log(Path(args.run_path))[-1]
+    # The same rows as a validation set.
+    args = options(run_path=str(tmp_path / "again"), val_batches=-1)
+    run(args)
+    validated = log(Path(args.run_path))[-1]
+    assert tested["test_loss"] == pytest.approx(validated["val_loss"], rel=1e-6)
+    assert tested["tasks"].keys() == validated["tasks"].keys()
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float16", "F16"), ("bfloat16", "BF16")])

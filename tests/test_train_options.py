@@ -1,5 +1,6 @@
 """What ``mlx_ifp.train`` says of bad options, bad data and bad YAML."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,25 @@ from .conftest import run_command
         ({"learning_rate": float("inf")}, "--learning-rate"),
         ({"val_batches": -2}, "--val-batches"),
         ({"tasks": "tasks.yaml"}, "--select-by task and --tasks"),
+        ({"num_layers": 0}, "--num-layers must be above 0"),
+        ({"warm_start_learning_rate": float("nan")}, "--warm-start-learning-rate"),
+        ({"select_by": "static", "hard_mask": True}, "A static mask is hard"),
+        ({"distill_on": "answer"}, "--distill-on needs --distill-weight"),
+        ({"test": True}, "has no test set"),
+        ({"mlx_path": "/dev/null/x/ifp"}, "no files can be made in /dev/null"),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": ["x", 10]}}, "schedule"),
+        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 0]}}, "schedule"),
+        (
+            {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 1, "dropout": 0.1}},
+            "dropout must be 0",
+        ),
+        (
+            {
+                "fine_tune_type": "lora",
+                "lora_parameters": {"rank": 2, "scale": 1, "dropout": 0, "keys": ["none"]},
+            },
+            "no linear layers",
+        ),
         ({"num_layers": -7}, "--num-layers"),
         ({"distill_weight": 2.0}, "--distill-weight"),
         ({"iters": -1}, "--iters"),
@@ -76,6 +96,9 @@ def test_an_option_without_a_value_has_its_default(tmp_path):
         ("iters: many", "iters must be"),
         ("predictor_layers: x", "predictor_layers must be"),
         ("keep: many", "keep"),
+        ("keep: true", "keep must be"),
+        ("keep: {a: 1}", "keep must be"),
+        ("config: other.yaml", "no option"),
         ("fine_tune_type: some", "fine_tune_type must be one of"),
         ("dtype: int8", "dtype must be one of"),
         ("- a", "options"),
@@ -88,3 +111,13 @@ def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
     done = run_command("train", "-c", file)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert words in done.stderr and str(file) in done.stderr
+
+
+def test_a_contrast_needs_two_tasks(options, data, tmp_path):
+    for split in ("train", "valid"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        lines = [json.dumps({"messages": row["messages"]}) for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    args = options(data=str(tmp_path), contrastive_weight=0.1, warm_start_iters=0)
+    with pytest.raises(IFPError, match="--contrastive-weight needs two tasks"):
+        run(args)

@@ -141,6 +141,26 @@ def test_a_run_is_not_resumed_with_other_options(changes, name, options, tmp_pat
         run(options(**common | changes, resume=True, mlx_path=str(tmp_path / "out")))
 
 
+def test_a_refused_resume_leaves_the_options_of_the_run(options, tmp_path):
+    lora = {"rank": 2, "scale": 20.0, "dropout": 0.0}
+    common = {"iters": 1, "val_batches": 0, "warm_start_iters": 1, "fine_tune_type": "lora"}
+    args = options(**common, lora_parameters=lora)
+    run(args)
+    before = (Path(args.run_path) / "train_config.json").read_text()
+    other = lora | {"scale": 200.0}
+    with pytest.raises(IFPError, match="another run: its lora_parameters is"):
+        run(options(**common, lora_parameters=other, resume=True, mlx_path=str(tmp_path / "out")))
+    assert (Path(args.run_path) / "train_config.json").read_text() == before
+
+
+def test_a_damaged_state_is_named(options, tmp_path):
+    args = options(iters=1, val_batches=0, warm_start_iters=1)
+    run(args)
+    (Path(args.run_path) / "checkpoint-0000001" / "state.json").write_text("{}")
+    with pytest.raises(IFPError, match=r"checkpoint-0000001 is damaged \(state.json has no"):
+        run(options(resume=True, mlx_path=str(tmp_path / "out")))
+
+
 def test_a_run_is_not_overwritten_nor_resumed_with_another_model(options, dense_llama, tmp_path):
     run(options(iters=1, val_batches=0))
     with pytest.raises(IFPError, match="--resume"):

@@ -42,8 +42,8 @@ def tokenizer():
 def load(tokenizer, tmp_path):
     """load_examples of rows (or of a file's text), with one tokenizer for both."""
 
-    def load(train, valid=None, text=TEXT, selector=tokenizer, **kwargs):
-        for name, rows in (("train", train), ("valid", valid)):
+    def load(train, valid=None, test=None, text=TEXT, selector=tokenizer, **kwargs):
+        for name, rows in (("train", train), ("valid", valid), ("test", test)):
             if rows is not None:
                 content = rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows))
                 (tmp_path / f"{name}.jsonl").write_text(content)
@@ -373,8 +373,8 @@ class FakeHub(ModuleType):
 
 @pytest.fixture
 def load_hub(tokenizer, monkeypatch):
-    def load_hub(splits, **kwargs):
-        monkeypatch.setitem(sys.modules, "datasets", splits and FakeHub(splits))
+    def load_hub(parts, **kwargs):
+        monkeypatch.setitem(sys.modules, "datasets", parts and FakeHub(parts))
         return load_examples("nobody/rivers", tokenizer, tokenizer, TEXT, **kwargs)
 
     return load_hub
@@ -382,9 +382,16 @@ def load_hub(tokenizer, monkeypatch):
 
 def test_a_dataset_of_the_hub_is_read_as_a_file_is(load_hub, load):
     rows = [COMPLETION | {"task": "a"}, COMPLETION]
-    assert load_hub({"train": rows, "test": rows[:1]}) == load(rows) | {
+    every = ("train", "valid", "test")
+    assert load_hub({"train": rows, "test": rows[:1]}, splits=every) == load(rows) | {
         "test": load(rows[:1])["train"]
     }
+
+
+def test_a_test_set_is_only_read_if_it_is_asked_for(load, refused):
+    assert load([COMPLETION], test="{")["test"] == []
+    every = ("train", "valid", "test")
+    assert refused([COMPLETION], test="{", splits=every).startswith("test.jsonl: line 1: not JSON")
 
 
 def test_a_bad_row_of_the_hub_is_named(load_hub):

@@ -64,7 +64,7 @@ def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 def spread(n: int, wanted: int) -> list[int]:
     """Up to ``wanted`` of the numbers below n, evenly spread."""
-    return np.unique(np.linspace(0, n - 1, wanted).astype(int)).tolist()
+    return np.unique(np.linspace(0, n - 1, min(n, wanted)).astype(int)).tolist()
 
 
 def batches_by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:

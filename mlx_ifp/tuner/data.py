@@ -49,6 +49,7 @@ def load_examples(
     max_seq_length: int = 2048,
     chunk_size: int = 256,
     task_texts: dict[str, str] | None = None,
+    splits: Sequence[str] = ("train", "valid"),
 ) -> dict[str, list[Example]]:
     """Load and tokenize training data (paper, section 3.2).
 
@@ -69,9 +70,11 @@ def load_examples(
         chunk_size (int): in tokens, for ``pretrain``.
         task_texts (dict): descriptions of tasks by name. They select, not the prompts (``sft``).
 
+        splits (sequence): of ``train``, ``valid`` and ``test``, those to read.
+
     Returns:
         dict: the examples of ``train``, ``valid`` and ``test``; a list is empty if the split is
-        absent.
+        absent or not read.
 
     Raises:
         IFPError: naming the file and line of the first row that is not usable.
@@ -87,9 +90,8 @@ def load_examples(
         make = partial(
             _chunks, tokenizers=tokenizers, how=text, size=chunk_size, limit=max_seq_length
         )
-    splits = _load_datasets(data, tokenizer, stage)
     examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for split, rows in splits.items():
+    for split, rows in _load_datasets(data, tokenizer, stage, splits).items():
         for row, where in rows:
             with _located(where):
                 examples[split] += make(row, *_process(rows.dataset, row, rows.format))
@@ -145,8 +147,10 @@ def _located(where: str) -> Iterator[None]:
         raise IFPError(f"{where}: {error}") from error
 
 
-def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _Rows]:
-    """The splits that there are."""
+def _load_datasets(
+    data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
+) -> dict[str, _Rows]:
+    """Those splits that there are."""
     path = Path(data)
     _require(
         not path.is_file() and (path.suffix != ".jsonl" or path.exists()),
@@ -154,16 +158,18 @@ def _load_datasets(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[s
         "not a file.",
     )
     load = _local if path.is_dir() else _from_hub
-    splits = load(data, tokenizer, stage)
-    for rows in splits.values():
+    found = load(data, tokenizer, stage, splits)
+    for rows in found.values():
         # mlx-lm refuses this for texts, in words of its own; here it is an error of the row.
         if stage == "sft" and hasattr(rows.dataset, "mask_prompt"):
             rows.dataset.mask_prompt = True
-    return splits
+    return found
 
 
-def _local(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _Rows]:
-    files = {split: Path(data) / f"{split}.jsonl" for split in SPLITS}
+def _local(
+    data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
+) -> dict[str, _Rows]:
+    files = {split: Path(data) / f"{split}.jsonl" for split in splits}
     _require(files["train"].exists(), f"{files['train']} is missing; put the rows there.")
     return {split: _read(file, tokenizer, stage) for split, file in files.items() if file.exists()}
 
@@ -183,7 +189,9 @@ def _read(file: Path, tokenizer: TokenizerWrapper, stage: str) -> _Rows:
     return _Rows(create_dataset(rows, tokenizer, SimpleNamespace()), first, places)
 
 
-def _from_hub(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _Rows]:
+def _from_hub(
+    data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
+) -> dict[str, _Rows]:
     args = SimpleNamespace(data=data, train=False, test=False)
     try:
         datasets = dict(zip(SPLITS, load_dataset(args, tokenizer), strict=True))
@@ -199,17 +207,17 @@ def _from_hub(data: str, tokenizer: TokenizerWrapper, stage: str) -> dict[str, _
             f"{data}: neither a directory nor a dataset that can be loaded from the hub ({reason})."
         ) from error
     _require(len(datasets["train"]) > 0, f"{data}: there is no split named train.")
-    splits = {}
+    found = {}
     for split, dataset in datasets.items():
-        if not len(dataset):
+        if split not in splits or not len(dataset):
             continue
         places = [f"{data}: {split} row {i}" for i in range(len(dataset))]
         first = None
         for i, place in enumerate(places):
             with _located(place):
                 first = _check_row(dataset[i], first, stage)
-        splits[split] = _Rows(dataset, first, places)
-    return splits
+        found[split] = _Rows(dataset, first, places)
+    return found
 
 
 _FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
@@ -316,7 +324,9 @@ def _answer(
         _require(task is not None, "the row has no task, but task descriptions are to select.")
         _require(task in texts, f"the task {task!r} has no description.")
         selects = texts[task]
-    return [Example(tokens, offset, selector_tokens(tokenizer, selects, how), task)]
+    advice = "Shorten the row, or leave it out."
+    selecting = selector_tokens(tokenizer, selects, how, advice)
+    return [Example(tokens, offset, selecting, task)]
 
 
 def _chunks(

@@ -303,7 +303,15 @@ def choose_trainable(
         for ffn in student.ffns[-len(layers) :]:
             get_module(llm, ffn.path).unfreeze()
     elif fine_tune_type == "lora":
+        if lora_parameters.get("dropout"):
+            # A gathered network has LoRA's update in its weights, which nothing can be left out of.
+            raise IFPError("lora_parameters: dropout must be 0.")
         try:
             linear_to_lora_layers(llm, len(layers), lora_parameters)
         except (KeyError, TypeError) as error:
             raise IFPError(f"lora_parameters need rank, dropout and scale: {error}.") from error
+        if not tree_flatten(llm.trainable_parameters()):
+            raise IFPError(
+                f"lora_parameters: the keys {lora_parameters.get('keys')} are no linear layers "
+                f"of this model."
+            )

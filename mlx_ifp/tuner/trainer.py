@@ -44,7 +44,10 @@ def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
     def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
         try:
             learning_rate = build_schedule(schedule) if schedule else rate
-        except (LookupError, AttributeError, TypeError) as error:
+            if schedule:
+                # Only a call shows whether its arguments are numbers.
+                mx.eval(learning_rate(mx.array(0)))
+        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise IFPError(
                 f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
                 "name, arguments and maybe warmup."
@@ -105,11 +108,17 @@ class Trainer:
             train.examples, args.batch_size, seed=args.seed, rank=self.world.rank(),
             world_size=self.world.size(),
         )  # fmt: skip
-        by_task: dict[str | None, list[int]] = {}
+        by_task: dict[str, list[int]] = {}
         for i, example in enumerate(train.examples):
-            by_task.setdefault(example.task, []).append(i)
+            if example.task is not None:
+                by_task.setdefault(example.task, []).append(i)
         # A prompt alone in its task has none to be pulled to.
         self._by_task = {task: members for task, members in by_task.items() if len(members) > 1}
+        if args.contrastive_weight and len(self._by_task) < 2:
+            raise IFPError(
+                "--contrastive-weight needs two tasks of two prompts or more: the field 'task' of "
+                "the rows names them. All prompts would be pulled together."
+            )
         self.optimizer = make_optimizer(student, args)
         self.optimizer.init(student.trainable_parameters())
         self.step = self.trained_tokens = 0
@@ -191,8 +200,6 @@ class Trainer:
         ]  # fmt: skip
         # Only what selects is used; the answers need no place in the batch.
         prompts = [Example([0, 0], 1, examples[i].selecting, examples[i].task) for i in chosen]
-        if not prompts:
-            return None, None
         return make_batch(prompts, list(range(len(prompts)))), [str(p.task) for p in prompts]
 
     def gradients(self) -> tuple[dict, float, float, float, int]:
@@ -271,21 +278,34 @@ class Trainer:
         self.trained_tokens += tokens
         return loss, ce, kl, tokens
 
+    def _evaluate(self, split: Split, name: str) -> tuple[dict[str, Any], str]:
+        report = validate(self.student, split.examples, split.targets,
+                          self.args.batch_size, self.args.mask_temperature)  # fmt: skip
+        between = report["overlap_between"]
+        line = (
+            f"{name} loss {report['val_loss']:.3f}, dense {report['dense_loss']:.3f}"
+            f", KL to dense {report['val_kl']:.3f} (mean of tasks {report['mean_task_kl']:.3f})"
+            f", overlap between tasks {'-' if between is None else f'{between:.3f}'}"
+            f", dead channels {report['dead_channels']:.1%}, {name} took {report['val_time']:.1f}s"
+        )
+        return report, line
+
+    def test(self, split: Split) -> None:
+        """Evaluate on a test set, on the first rank, and report."""
+        if self.world.rank() != 0:
+            return
+        report, line = self._evaluate(split, "Test")
+        self.log.write(
+            {name.replace("val_", "test_"): value for name, value in report.items()}, line
+        )
+
     def validate(self) -> dict[str, Any] | None:
         """Validate on the first rank and report."""
         if self.valid_split is None or self.world.rank() != 0:
             return None
-        report = validate(self.student, self.valid_split.examples, self.valid_split.targets,
-                          self.args.batch_size, self.args.mask_temperature)  # fmt: skip
+        report, line = self._evaluate(self.valid_split, "Val")
         report = {"iteration": self.step, **report}
-        between = report["overlap_between"]
-        line = (
-            f"Iter {self.step}: Val loss {report['val_loss']:.3f}, dense {report['dense_loss']:.3f}"
-            f", KL to dense {report['val_kl']:.3f} (mean of tasks {report['mean_task_kl']:.3f})"
-            f", overlap between tasks {'-' if between is None else f'{between:.3f}'}"
-            f", dead channels {report['dead_channels']:.1%}, Val took {report['val_time']:.1f}s"
-        )
-        self.log.write(report, line)
+        self.log.write(report, f"Iter {self.step}: {line}")
         share = self.student.k / self.student.ffns[0].d_ffn
         if self.select_by != "static" and (warning := collapse_warning(report, share)):
             print(f"[WARNING] {warning}", flush=True)

@@ -87,7 +87,9 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         weights = mx.load(str(path / _WEIGHTS))
         arrays = mx.load(str(path / _OPTIMIZER)) if (path / _OPTIMIZER).stat().st_size > 16 else {}
-    except (OSError, ValueError, RuntimeError) as error:
+        if missing := {"step", "scalars", "random", "identity"} - state.keys():
+            raise ValueError(f"{_STATE} has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
         raise IFPError(
             f"{path} is damaged ({error}); delete it to resume from an older one."
         ) from error

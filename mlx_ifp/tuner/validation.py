@@ -174,6 +174,6 @@ def collapse_warning(report: dict[str, Any], share: float) -> str | None:
         return None
     return (
         f"The masks hardly depend on the prompt: prompts share {between:.1%} of their channels. "
-        "Warm-start the predictor (--warm-start-iters), lower its learning rate, or add "
-        "--contrastive-weight."
+        "Warm-start the predictor (--warm-start-iters) or lower its learning rate"
+        + (", or add --contrastive-weight." if len(report["tasks"]) > 1 else ".")
     )
