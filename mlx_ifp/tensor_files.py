@@ -197,6 +197,8 @@ def write_safetensors(
     path: Path,
     tensors: dict[str, mx.array | LazyTensor],
     progress: Callable[[int], Any] = lambda _: None,
+    *,
+    digest: bool = True,
 ) -> dict[str, Any]:
     """Write tensors one at a time, emptying ``tensors`` on the way.
 
@@ -208,9 +210,10 @@ def write_safetensors(
         path (Path): the file; it must not exist.
         tensors (dict): name -> array, evaluated or not, or :class:`LazyTensor`.
         progress (Callable): called with the bytes of each block written.
+        digest (bool): hash what is written, which takes longer than writing it.
 
     Returns:
-        dict: ``bytes`` and ``sha256`` of the file.
+        dict: ``bytes`` and, with ``digest``, ``sha256`` of the file.
 
     Raises:
         OSError: if the disk is full or the path cannot be written.
@@ -230,13 +233,14 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256() if digest else None
     # Blocks are hashed while they are written and the next ones are read.
     with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         hashing: deque[Future] = deque()
 
         def put(data: bytes | memoryview) -> None:
-            hashing.append(hasher.submit(digest.update, data))
+            if sha256 is not None:
+                hashing.append(hasher.submit(sha256.update, data))
             if len(hashing) > BLOCKS_HELD:
                 hashing.popleft().result()
             view = memoryview(data)
@@ -263,7 +267,7 @@ def write_safetensors(
         for future in hashing:
             future.result()
         size = file.tell()
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size} | ({"sha256": sha256.hexdigest()} if sha256 else {})
 
 
 def _bytes_of(block: mx.array | np.ndarray) -> memoryview:

@@ -111,6 +111,8 @@ def run(args: types.SimpleNamespace) -> Path:
         del teacher
         if not numbers.distill_weight:
             train.targets.forget_model()
+        if test is not None and is_first():
+            test.targets.compute_all(args.batch_size)
         if args.resume and trainer.step >= numbers.iters:
             print(f"Nothing is left to train: the run is at iteration {trainer.step}.")
         trainer.train()

@@ -209,11 +209,11 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
     args = options(val_batches=0)
     write, calls = training_state.write_safetensors, []
 
-    def full(*arguments):
+    def full(*arguments, **options):
         calls.append(1)
         if len(calls) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(*arguments)
+        return write(*arguments, **options)
 
     monkeypatch.setattr(training_state, "write_safetensors", full)
     with pytest.raises(IFPError, match=r"No space left.*checkpoint-0000000"):
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(options, monkeypatch):
 def test_a_full_disk_spares_the_only_checkpoint(options, monkeypatch):
     run(options(iters=0, val_batches=0))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     args = options(val_batches=0, resume=True, mlx_path=str(Path(options().run_path) / "more"))

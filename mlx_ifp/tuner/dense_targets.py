@@ -27,6 +27,8 @@ from .networks import hidden_states, output_layer
 
 TOP_K = 64
 _BLOCK = 512
+# Of a row of logits.
+_SELECTED_AT_ONCE = 64
 # Of what the arrays hold.
 _VERSION = 3
 
@@ -125,9 +127,15 @@ class DenseTargets:
             for first in range(0, stop - start, _BLOCK):
                 last = min(first + _BLOCK, stop - start)
                 values = logits(parameters, hidden[row, first:last]).astype(mx.float32)
-                values = values - mx.logsumexp(values, axis=-1, keepdims=True)
                 self._store(values, labels[first:last], start + first)
             self._done[i] = True
+
+    def compute_all(self, batch_size: int) -> None:
+        """Run the dense model over all examples, and forget it."""
+        order = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].tokens))
+        for first in range(0, len(order), batch_size):
+            self.compute(order[first : first + batch_size])
+        self.forget_model()
 
     def forget_model(self) -> None:
         """Nothing is computed any more.
@@ -136,7 +144,8 @@ class DenseTargets:
         """
         self.model = None
 
-    def _forget_if_done(self) -> None:
+    def forget_if_done(self) -> None:
+        """Likewise, if it has run over all examples."""
         # What is asked for here is asked for after the activations.
         if self._done.all():
             self.forget_model()
@@ -148,20 +157,22 @@ class DenseTargets:
     def _activations_file(self, i: int) -> Path:
         return self._folder / f"activations-{i}.npy"
 
-    def _store(self, logprobs: mx.array, labels: np.ndarray, start: int) -> None:
+    def _store(self, logits: mx.array, labels: np.ndarray, start: int) -> None:
+        lse = mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(logits, lse)
         # numpy selects faster than MLX's CPU backend sorts; on Metal the memory is shared too.
-        values = np.array(logprobs, copy=False)
+        values, lse = np.array(logits, copy=False), np.array(lse)
         rows = slice(start, start + len(values))
-        top = np.argpartition(values, -self._top_k, axis=-1)[:, -self._top_k :]
+        top = _largest(values, self._top_k)
         self._ids[rows] = top
-        self._logprobs[rows] = np.take_along_axis(values, top, axis=-1)
-        self._ce[rows] = -np.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
+        self._logprobs[rows] = np.take_along_axis(values, top, axis=-1) - lse
+        self._ce[rows] = (lse - np.take_along_axis(values, labels[:, None], axis=-1))[:, 0]
         self._right[rows] = values.argmax(axis=-1) == labels
 
     def teacher(self, indices: list[int], length: int) -> tuple[mx.array, mx.array]:
         """Likeliest next tokens of a batch: uint32 and float32 [B, length, K], zero-padded."""
         self.compute(indices)
-        self._forget_if_done()
+        self.forget_if_done()
         ids = np.zeros((len(indices), length, self._top_k), np.uint32)
         logprobs = np.zeros((len(indices), length, self._top_k), np.float32)
         for row, i in enumerate(indices):
@@ -176,7 +187,7 @@ class DenseTargets:
         The latter is greedy decoding's exact match: every token of the answer is the likeliest.
         """
         self.compute([i])
-        self._forget_if_done()
+        self.forget_if_done()
         answer = slice(self._starts[i] + self.examples[i].offset - 1, self._starts[i + 1])
         return float(self._ce[answer].sum()), bool(self._right[answer].all())
 
@@ -185,6 +196,24 @@ class DenseTargets:
         self.compute(indices, activations=True)
         rows = [np.load(self._activations_file(i)) for i in indices]
         return np.stack(rows).astype(np.float32)
+
+
+def _largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Where the k largest of each row are, in any order: int [n, k] of float32 [n, V].
+
+    They are in the k blocks with the largest maxima, and a row's maxima are few.
+    """
+    n, size = values.shape
+    whole = size // _SELECTED_AT_ONCE * _SELECTED_AT_ONCE
+    blocks = values[:, :whole].reshape(n, -1, _SELECTED_AT_ONCE)
+    if blocks.shape[1] <= k:
+        return np.argpartition(values, -k, axis=-1)[:, -k:]
+    best = np.argpartition(blocks.max(axis=-1), -k, axis=-1)[:, -k:]
+    places = best[..., None] * _SELECTED_AT_ONCE + np.arange(_SELECTED_AT_ONCE)
+    rest = np.broadcast_to(np.arange(whole, size), (n, size - whole))
+    places = np.concatenate([places.reshape(n, -1), rest], axis=1)
+    found = np.argpartition(np.take_along_axis(values, places, axis=-1), -k, axis=-1)[:, -k:]
+    return np.take_along_axis(places, found, axis=-1)
 
 
 def _halves(batch: Batch) -> mx.array:

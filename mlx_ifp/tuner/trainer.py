@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import build_schedule
+from tqdm import tqdm
 
 from ..errors import IFPError
 from .batches import Batches, make_batch
@@ -264,6 +265,21 @@ class Trainer:
         # Of all ranks, so that all of them stop.
         self._require_finite(mx.distributed.all_sum(loss, stream=mx.cpu).item())
 
+    def _compute_targets(self) -> None:
+        """Run the dense model over all that this run will ask for.
+
+        The first update gives the LLM new arrays, and the dense model's would stay beside them.
+        """
+        each = self.args.grad_accumulation_steps
+        numbers = range(self.step * each, self.args.iters * each)
+        first = self.world.rank() == 0
+        for number in tqdm(numbers, desc="Dense model", unit="batch", disable=not first):
+            self.train_split.targets.compute(self.batches.indices(number))
+        self.train_split.targets.forget_model()
+        if self.valid_split is not None:
+            # A run that is resumed has not looked at them yet.
+            self.valid_split.targets.forget_if_done()
+
     def update(self) -> tuple[float, float, float, int]:
         """One update of the weights: the loss, its two parts, and the tokens seen."""
         grads, loss, ce, kl, tokens = self.gradients()
@@ -329,6 +345,8 @@ class Trainer:
             if latest_checkpoint(self.run) is None:
                 self.save()
             self.validate()
+        if args.distill_weight:
+            self._compute_targets()
         while self.step < args.iters:
             start = time.perf_counter()
             numbers = self.update()

@@ -51,8 +51,8 @@ def save_state(
     try:
         with new_directory(path) as directory:
             weights = dict(tree_flatten(student.trainable_parameters()))
-            write_safetensors(directory / _WEIGHTS, weights)
-            write_safetensors(directory / _OPTIMIZER, arrays)
+            write_safetensors(directory / _WEIGHTS, weights, digest=False)
+            write_safetensors(directory / _OPTIMIZER, arrays, digest=False)
             state = {"step": step, "scalars": scalars, "random": _random_state(), **values}
             (directory / _STATE).write_text(json.dumps(state))
     except (OSError, RuntimeError) as error:
