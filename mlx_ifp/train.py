@@ -107,12 +107,8 @@ def run(args: types.SimpleNamespace) -> Path:
         new = start is not None and not args.resume and not has_predictor(args, source)
         if new and args.warm_start_iters:
             _warm_start(args, student, train, trainer.log)
-        # The arrays of the dense model go when nothing needs them any more.
         del teacher
-        if not numbers.distill_weight:
-            train.targets.forget_model()
-        if test is not None and is_first():
-            test.targets.compute_all(args.batch_size)
+        _let_teacher_go(numbers, train, valid, test)
         if args.resume and trainer.step >= numbers.iters:
             print(f"Nothing is left to train: the run is at iteration {trainer.step}.")
         trainer.train()
@@ -170,6 +166,20 @@ def _callback(args: types.SimpleNamespace, path: Path) -> TrainingCallback | Non
         return get_reporting_callbacks(args.report_to, args.project_name, str(path), vars(args))
     except (ImportError, ValueError) as error:
         raise IFPError(f"--report-to {args.report_to}: {' '.join(str(error).split())}") from error
+
+
+def _let_teacher_go(
+    numbers: TrainingArgs, train: Split, valid: Split | None, test: Split | None
+) -> None:
+    """The dense model's arrays leave memory when nothing needs them any more."""
+    if not numbers.distill_weight:
+        train.targets.forget_model()
+    if test is not None and is_first():
+        test.targets.compute_all(numbers.batch_size)
+    for split in (valid, test):
+        # Other processes than the first evaluate nothing.
+        if split is not None and not is_first():
+            split.targets.forget_model()
 
 
 def _save(
