@@ -44,7 +44,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("-c", "--config", help="A YAML file with these options")
+    parser.add_argument(
+        "-c",
+        "--config",
+        help="A YAML file with these options, and with lora_parameters, lr_schedule and "
+        "predictor_lr_schedule, as in mlx-lm",
+    )
     start = parser.add_argument_group("start")
     start.add_argument("--model", help="A dense mlx-lm model, or a float checkpoint of mlx_ifp")
     start.add_argument(
@@ -70,7 +75,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     start.add_argument("--head-width", type=int, help="P, hidden width of its head (default: 128)")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", help="Directory with {train,valid,test}.jsonl, or a hub data set")
+    data.add_argument(
+        "--data",
+        help="Directory with {train,valid}.jsonl, and test.jsonl for --test, or a hub data set",
+    )
     data.add_argument(
         "--stage",
         choices=CHOICES["stage"],
@@ -132,7 +140,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     trained.add_argument(
         "--warm-start-examples", type=int, help="Examples to fit it to (default: 512)"
     )
-    trained.add_argument("--warm-start-learning-rate", type=float, help="(default: 1e-3)")
+    trained.add_argument(
+        "--warm-start-learning-rate", type=float, help="Adam's, in these steps (default: 1e-3)"
+    )
     for each in fields(TrainingArgs):
         flag = f"--{each.name.replace('_', '-')}"
         if each.name.endswith("lr_schedule"):
