@@ -133,6 +133,10 @@ def _check(args: types.SimpleNamespace) -> tuple[TrainingArgs, dict[str, str] | 
         raise IFPError("--select-by task and --tasks, a YAML file of descriptions, go together.")
     if args.select_by == "static" and (args.hard_mask or args.mask_operator != "sigmoid"):
         raise IFPError("A static mask is hard: --mask-operator and --hard-mask are for the others.")
+    for name in ("contrastive_weight", "predictor_model"):
+        if args.select_by == "static" and getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise IFPError(f"A static mask has no predictor: {option} is for the others.")
     if args.distill_on != "all" and not args.distill_weight:
         raise IFPError("--distill-on needs --distill-weight.")
     return numbers, _task_texts(args.tasks)
@@ -208,6 +212,9 @@ def _save(
     except IFPError as error:
         raise IFPError(f"{error} Name another --mlx-path and use --resume.") from error
     print(f"Saved the checkpoint to {result}.")
+    if args.quantize:
+        print("[INFO] Only rounded is it the model that was trained: use mlx_ifp.convert with the "
+              "same -q options.")  # fmt: skip
     if args.select_by == "task":
         print("[INFO] It was trained to select by descriptions of tasks: give it --task.")
 

@@ -160,7 +160,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "-q",
         "--quantize",
         action="store_true",
-        help="Train what mlx_ifp.convert -q will make: weights are rounded in the forward pass",
+        help="Train what mlx_ifp.convert -q will make: the LLM's weights are rounded in the "
+        "forward pass. The result is still floats, to be converted with these options",
     )
     rounded.add_argument("--q-bits", type=int, help="Bits per weight, as convert will have them")
     rounded.add_argument("--q-group-size", type=int, help="Group size, likewise")

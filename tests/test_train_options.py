@@ -33,6 +33,7 @@ from .conftest import run_command
         ({"num_layers": 0}, "--num-layers must be above 0"),
         ({"warm_start_learning_rate": float("nan")}, "--warm-start-learning-rate"),
         ({"select_by": "static", "hard_mask": True}, "A static mask is hard"),
+        ({"select_by": "static", "contrastive_weight": 0.1}, "no predictor: --contrastive-weight"),
         ({"distill_on": "answer"}, "--distill-on needs --distill-weight"),
         ({"test": True}, "has no test set"),
         ({"mlx_path": "/dev/null/x/ifp"}, "no files can be made in /dev/null"),
