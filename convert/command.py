@@ -23,7 +23,7 @@ from mlx_ifp.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.device import default_dtype
 from mlx_ifp.errors import IFPError
 from mlx_ifp.hub import upload_checkpoint
-from mlx_ifp.jsonl import messages_of, read_jsonl
+from mlx_ifp.jsonl import read_jsonl, row_messages
 from mlx_ifp.keep import Keep
 from mlx_ifp.locate import TOKENIZER_PATTERNS, expanded, source_name
 from mlx_ifp.tensor_files import write_safetensors
@@ -281,7 +281,7 @@ def _check_space(path: Path, needed: int) -> None:
 def _read_prompts(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file what selects in ``messages``, ``prompt`` or ``text``."""
     if path.suffix == ".jsonl":
-        prompts = read_jsonl(path, lambda row, _: selecting_text(messages_of(row)))
+        prompts = read_jsonl(path, lambda row, _: selecting_text(row_messages(row)))
     else:
         try:
             lines = [line.decode() for line in path.read_bytes().splitlines()]

@@ -225,7 +225,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings = Settings(**values | {"prompt_tokens": tuple(args.prompt_tokens)})
     settings.check()
     check_given(args)
-    check_given(args)
     _check_tasks(args.task, args.other_task)
     if args.json is not None:
         check_writable(args.json)

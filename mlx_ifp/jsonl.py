@@ -57,7 +57,7 @@ def _reason(error: Exception) -> str:
     return f"not JSON that can be read ({getattr(error, 'msg', error)})."
 
 
-def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row in one of mlx-lm's formats; a prompt or a text is the user's.
 
     Raises:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .errors import IFPError
 from .figures import new_figure, plain
-from .jsonl import messages_of, read_jsonl
+from .jsonl import read_jsonl, row_messages
 from .masks import Selection
 from .model import IFPModel
 from .text import selecting_text
@@ -48,7 +48,7 @@ def read_prompts(path: str | Path, limit: int) -> list[PromptRow]:
     def prompt_row(row: dict[str, Any], line: int) -> PromptRow:
         if not isinstance(task := row.get("task"), str | None):
             raise IFPError("task must be a string.")
-        return PromptRow(line, messages_of(row), task)
+        return PromptRow(line, row_messages(row), task)
 
     rows = read_jsonl(path, prompt_row)
     if len(rows) < 2:

@@ -124,9 +124,9 @@ def splits_of(
     dense = share(teacher.llm)
 
     def some(part: list, batches: int) -> list:
-        return (
-            part if batches < 0 else [part[i] for i in spread(len(part), batches * args.batch_size)]
-        )
+        if batches < 0:
+            return part
+        return [part[i] for i in spread(len(part), batches * args.batch_size)]
 
     parts = [
         examples["train"],

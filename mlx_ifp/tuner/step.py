@@ -3,16 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import build_schedule
 
+from ..errors import IFPError
 from .batches import Batch
 from .losses import Targets, blockwise_loss, contrastive_loss
 from .networks import hidden_states, output_layer
 from .student import Student
+from .training_args import TrainingArgs
 
 # Positions are padded to a multiple of this, so that shapes repeat.
 _POSITIONS_MULTIPLE = 64
@@ -135,6 +140,38 @@ def batch_loss(
         scores = student.scores(contrast.selecting, contrast.selecting_lengths)
         loss = loss + mix.contrastive * contrastive_loss(scores, contrast_tasks)
     return loss, ce, kl
+
+
+def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
+    """AdamW for the predictor and for the LLM, each with its own rate; only for what is trained."""
+
+    def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
+        try:
+            learning_rate = build_schedule(schedule) if schedule else rate
+            if schedule:
+                # Only a call shows whether its arguments are numbers.
+                mx.eval(learning_rate(mx.array(0)))
+        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise IFPError(
+                f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
+                "name, arguments and maybe warmup."
+            ) from error
+        # Without the correction the first 50 steps are four to seven times what the rate says.
+        return optim.AdamW(
+            learning_rate=learning_rate, weight_decay=args.weight_decay, bias_correction=True
+        )
+
+    names = [name for name, _ in tree_flatten(student.trainable_parameters())]
+    of_llm = adamw(args.learning_rate, args.lr_schedule)
+    of_predictor = adamw(args.predictor_learning_rate, args.predictor_lr_schedule)
+    groups = {name.startswith("llm.") for name in names}
+    if not groups:
+        raise IFPError("Nothing is trained: a static mask and a frozen LLM.")
+    if groups == {True}:
+        return of_llm
+    if groups == {False}:
+        return of_predictor
+    return optim.MultiOptimizer([of_llm, of_predictor], [lambda path, _: path.startswith("llm.")])
 
 
 def optimizers_of(optimizer: optim.Optimizer) -> list[optim.Optimizer]:

@@ -10,13 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.tuner.utils import build_schedule
 from tqdm import tqdm
 
 from ..errors import IFPError
@@ -24,7 +22,14 @@ from .batches import Batches, make_batch
 from .data import Example
 from .dense_targets import DenseTargets
 from .run_log import RunLog
-from .step import Mix, batch_loss, compiled_update, optimizers_of, positions_of
+from .step import (
+    Mix,
+    batch_loss,
+    compiled_update,
+    make_optimizer,
+    optimizers_of,
+    positions_of,
+)
 from .student import Student
 from .training_args import TrainingArgs
 from .training_state import latest_checkpoint, load_state, save_state
@@ -37,38 +42,6 @@ class Split:
 
     examples: list[Example]
     targets: DenseTargets
-
-
-def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
-    """AdamW for the predictor and for the LLM, each with its own rate; only for what is trained."""
-
-    def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
-        try:
-            learning_rate = build_schedule(schedule) if schedule else rate
-            if schedule:
-                # Only a call shows whether its arguments are numbers.
-                mx.eval(learning_rate(mx.array(0)))
-        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
-            raise IFPError(
-                f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
-                "name, arguments and maybe warmup."
-            ) from error
-        # Without the correction the first 50 steps are four to seven times what the rate says.
-        return optim.AdamW(
-            learning_rate=learning_rate, weight_decay=args.weight_decay, bias_correction=True
-        )
-
-    names = [name for name, _ in tree_flatten(student.trainable_parameters())]
-    of_llm = adamw(args.learning_rate, args.lr_schedule)
-    of_predictor = adamw(args.predictor_learning_rate, args.predictor_lr_schedule)
-    groups = {name.startswith("llm.") for name in names}
-    if not groups:
-        raise IFPError("Nothing is trained: a static mask and a frozen LLM.")
-    if groups == {True}:
-        return of_llm
-    if groups == {False}:
-        return of_predictor
-    return optim.MultiOptimizer([of_llm, of_predictor], [lambda path, _: path.startswith("llm.")])
 
 
 class Trainer:
