@@ -1,5 +1,6 @@
 """Make checkpoints: ``mlx_ifp.convert``. In the repository this package stands at the top."""
 
-from .command import convert, main
+from .command import main
+from .conversion import convert
 
 __all__ = ["convert", "main"]

@@ -28,9 +28,9 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_ifp.cli import command
-from mlx_ifp.structure import build_model
-from mlx_ifp.tensor_files import LazyTensor, write_safetensors
+from mlx_ifp.cli.dispatch import command
+from mlx_ifp.files.tensor_files import LazyTensor, write_safetensors
+from mlx_ifp.llm.build import build_model
 
 from .command import convert_with
 from .command import setup_arg_parser as setup_arg_parser_of_convert

@@ -12,12 +12,12 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from mlx_ifp.channels import ChannelReader
-from mlx_ifp.checkpoint import CHANNELS, ORDER_FILE, ORDER_TENSOR, open_checkpoint
-from mlx_ifp.config import CONFIG_FILE
+from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.directory import CHANNELS, ORDER_FILE, ORDER_TENSOR, open_checkpoint
 from mlx_ifp.device import default_dtype
+from mlx_ifp.files.tensor_files import DTYPES, LazyTensor, TensorInfo, write_safetensors
 from mlx_ifp.model import IFPModel
-from mlx_ifp.tensor_files import DTYPES, LazyTensor, TensorInfo, write_safetensors
+from mlx_ifp.subnetwork.channels import ChannelReader
 
 CLUSTERS = 16
 _ROUNDS = 20

@@ -1,28 +1,28 @@
 """A dense model -> an mlx-lm model and its tensors, their data unread."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, load_config, load_model
 
-from mlx_ifp.config import CONFIG_FILE
-from mlx_ifp.errors import IFPError, reason_of
-from mlx_ifp.locate import source_name
-from mlx_ifp.structure import FFN, build_model, find_ffns, get_module, linear
-from mlx_ifp.tensor_files import LazyTensor, read_any_header
+from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.locate import source_name
+from mlx_ifp.errors import IFPError, one_line
+from mlx_ifp.files.tensor_files import LazyTensor, read_any_header
+from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.modules import get_module, linear
 
-from .gguf import load_gguf
 from .naming import mlx_config, name_tensors
-from .source_files import open_tensors
+from .sources.files import open_tensors
+from .sources.gguf import load_gguf
+from .sources.tokenizer import open_tokenizer
 
 
 @dataclass
@@ -157,35 +157,6 @@ def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path)
         network.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
         raise IFPError(f"{path}: {error}") from error
-
-
-def open_tokenizer(path: str, trust_remote_code: bool = False) -> TokenizerWrapper:
-    """mlx-lm's tokenizer of a directory or hub id.
-
-    Raises:
-        IFPError: if there is none.
-    """
-    with one_line(path):
-        return load_tokenizer(path, {"trust_remote_code": trust_remote_code})
-
-
-@contextlib.contextmanager
-def one_line(model: str) -> Iterator[None]:
-    """Errors of mlx-lm, transformers and the hub, said in one line that names the model."""
-    try:
-        yield
-    except IFPError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        raise IFPError(f"{model} cannot be loaded: {reason_of(error)}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:

@@ -12,10 +12,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_ifp.errors import IFPError
-from mlx_ifp.structure import FFN, build_model, find_body, find_ffns
-from mlx_ifp.tensor_files import DTYPES, LazyTensor
+from mlx_ifp.files.tensor_files import DTYPES, LazyTensor
+from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.modules import find_body
 
-from .source_files import SourceTensor
+from .sources.tensor import SourceTensor
 from .support import check_support
 
 _REASONS = (

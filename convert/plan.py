@@ -8,16 +8,18 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_ifp.checkpoint import HEAD_STEM, PREDICTOR_STEM
-from mlx_ifp.config import IFPConfig, TextConfig, text_limit
+from mlx_ifp.checkpoint.config import IFPConfig, TextConfig, text_limit
+from mlx_ifp.checkpoint.directory import HEAD_STEM, PREDICTOR_STEM
+from mlx_ifp.checkpoint.precision import Precision, quantize_config, quantize_head
 from mlx_ifp.errors import IFPError
-from mlx_ifp.keep import resolve_keep
-from mlx_ifp.structure import find_body, get_module
+from mlx_ifp.llm.modules import find_body, get_module
+from mlx_ifp.selection.keep import resolve_keep
 
-from .dense import DenseModel, dtype_of, open_tokenizer
+from .dense import DenseModel, dtype_of
 from .layouts.parts import TrainedModel
 from .naming import NamedModel, name_tensors
-from .precision import Precision, Tensors, quantize_config, quantize_head, split_model
+from .sources.tokenizer import open_tokenizer
+from .streams import Tensors, split_model
 
 DEFAULT_KEEP = 0.5
 

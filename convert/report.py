@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.tensor_files import LazyTensor
+from mlx_ifp.files.tensor_files import LazyTensor
 
 from .layouts import CHECKPOINT
 from .layouts.parts import TrainedModel

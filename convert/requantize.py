@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.checkpoint import (
+from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.directory import (
     HEAD_STEM,
     ORDER_FILE,
     PREDICTOR,
@@ -14,26 +15,24 @@ from mlx_ifp.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
-from mlx_ifp.config import CONFIG_FILE
-from mlx_ifp.errors import IFPError
-from mlx_ifp.expected import head_quantization, quantized_modules
-from mlx_ifp.keep import resolve_keep
-from mlx_ifp.locate import TOKENIZER_PATTERNS
-from mlx_ifp.structure import PROJECTIONS, build_model, quantization_of
-from mlx_ifp.tensor_files import DTYPES, TensorInfo
-
-from .layouts import CHECKPOINT
-from .plan import Plan, with_versions
-from .precision import (
+from mlx_ifp.checkpoint.expected import head_quantization, quantized_modules
+from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS
+from mlx_ifp.checkpoint.precision import (
     Precision,
-    Tensors,
-    dequantized,
     name_head_modules,
     quantize_config,
     quantize_head,
-    split_model,
 )
-from .source_files import SourceTensor, file_rows
+from mlx_ifp.errors import IFPError
+from mlx_ifp.files.tensor_files import DTYPES, TensorInfo
+from mlx_ifp.llm.build import build_model, quantization_of
+from mlx_ifp.llm.ffn import PROJECTIONS
+from mlx_ifp.selection.keep import resolve_keep
+
+from .layouts import CHECKPOINT
+from .plan import Plan, with_versions
+from .sources.tensor import SourceTensor, file_rows
+from .streams import Tensors, dequantized, split_model
 
 # Written anew, or of a directory that mlx-lm would read.
 _NOT_COPIED = {"config.json", CONFIG_FILE, "model.safetensors.index.json"}
@@ -52,7 +51,8 @@ def plan_requantized(
 
     Args:
         path (Path): the checkpoint.
-        keep: k, as :func:`~mlx_ifp.keep.resolve_keep` takes it; None keeps the checkpoint's.
+        keep: k, as :func:`~mlx_ifp.selection.keep.resolve_keep` takes it; None keeps the
+            checkpoint's.
         precision, predictor_precision, head_precision: of the LLM, the predictor's backbone and
             its head; where nothing is asked for, tensors stay as they are.
         dequantize (bool): undo the quantization of all three first.

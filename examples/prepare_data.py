@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.cli import command
+from mlx_ifp.cli.dispatch import command
 from mlx_ifp.errors import IFPError
-from mlx_ifp.jsonl import read_jsonl
+from mlx_ifp.files.jsonl import read_jsonl
 
 
 def balanced(path: Path, per_task: int, skip: int = 0) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fetch_smollm2 import FOLDER, fetch
 
-from mlx_ifp.cli import command
+from mlx_ifp.cli.dispatch import command
 
 CHECKPOINT = FOLDER / "ifp"
 PROGRAMMER = "You are an expert Python programmer. Write the function, with a short explanation."

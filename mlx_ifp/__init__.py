@@ -1,10 +1,10 @@
 """Instruction-Following Pruning on MLX: a prompt selects the sub-network that answers it."""
 
 from .errors import IFPError
-from .generate import generate, stream_generate
-from .masks import Selection
+from .generation.stream import generate, stream_generate
+from .llm.kv_cache import KVSettings
 from .model import IFPModel, load
-from .prompt_cache import KVSettings
+from .selection.selection import Selection
 
 __all__ = [
     "IFPError",

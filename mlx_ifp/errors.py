@@ -1,6 +1,9 @@
 """The one exception users meet, and what other libraries' exceptions say in its line."""
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+import contextlib
+from collections.abc import Iterator
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 
 
 class IFPError(ValueError):
@@ -19,3 +22,22 @@ def reason_of(error: Exception) -> str:
     if not lines:
         return repr(error)
     return " ".join(lines) if isinstance(error, HfHubHTTPError) else lines[0]
+
+
+@contextlib.contextmanager
+def one_line(model: str) -> Iterator[None]:
+    """Errors of mlx-lm, transformers and the hub, said in one line that names the model."""
+    try:
+        yield
+    except IFPError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        raise IFPError(f"{model} cannot be loaded: {reason_of(error)}") from error

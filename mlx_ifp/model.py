@@ -8,32 +8,32 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .budget import Estimator, Use
-from .cache import SubnetworkCache
-from .checkpoint import Checkpoint, open_checkpoint
-from .delta import Residents
+from .checkpoint.directory import Checkpoint, open_checkpoint
+from .checkpoint.locate import resolve
+from .checkpoint.tokenizers import load_tokenizer_of
+from .checkpoint.weights import load_trunk
 from .device import default_cache_bytes, default_dtype
 from .errors import IFPError
-from .keep import Keep
-from .kv_size import Generation
-from .locate import resolve
-from .masks import Selection, digest_of
-from .memory_limit import MemoryLimit
-from .prepared import Prepared
-from .prompt_cache import KVSettings, WarmPrompts
-from .prompt_cache_files import WarmPromptFiles
-from .reuse import Reuse, check_overlap
-from .selecting import Selecting
-from .selections import SelectionCache
-from .structure import get_module
-from .subnetwork import FFNRows, build_subnetwork
-from .task_library import TaskLibrary
-from .text import Text
-from .tokenizers import load_tokenizer_of
-from .weights import load_trunk
+from .llm.kv_cache import Generation, KVSettings
+from .llm.prompt import Text
+from .memory.budget import Estimator, Use
+from .memory.limit import MemoryLimit
+from .prompt_cache.files import WarmPromptFiles
+from .prompt_cache.warm import WarmPrompts
+from .selection.disk_cache import SelectionCache
+from .selection.keep import Keep
+from .selection.selection import Selection, digest_of
+from .selection.task_library import TaskLibrary
+from .selectors.selector import Selecting
+from .subnetwork.build import build_subnetwork
+from .subnetwork.cache import SubnetworkCache
+from .subnetwork.prepared import Prepared
+from .subnetwork.residents import Residents
+from .subnetwork.reuse import Reuse, check_overlap
+from .subnetwork.rows import FFNRows
+from .subnetwork.store import _ffn_bytes, _set_width
 
 
 class IFPModel(Selecting):
@@ -218,19 +218,6 @@ class IFPModel(Selecting):
         """
         with self.using(prepared):
             return self.warm.warm(prepared, tokens, settings, **kwargs)
-
-
-def _ffn_bytes(network: nn.Module, checkpoint: Checkpoint) -> int:
-    """Bytes of a sub-network's own channels."""
-    modules = (get_module(network, ffn.path) for ffn in checkpoint.ffns)
-    return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
-
-
-def _set_width(network: nn.Module, k: int | list[int]) -> None:
-    """The sub-network's own arguments tell its width, for those who look there."""
-    args = getattr(network, "args", None)
-    if hasattr(args, "intermediate_size"):
-        args.intermediate_size = k
 
 
 def open_model(

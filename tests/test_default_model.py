@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import mlx_ifp.locate
+import mlx_ifp.checkpoint.locate
 from mlx_ifp import IFPError, load
 
 from .conftest import run_command
@@ -50,7 +50,7 @@ def test_the_other_commands(default_model, monkeypatch, tmp_path):
     assert file.exists()
     run_main(monkeypatch, "export", "--dense", "--save-path", tmp_path / "dense")
     assert (tmp_path / "dense" / "model.safetensors").exists()
-    benchmark = importlib.import_module("mlx_ifp.benchmark")
+    benchmark = importlib.import_module("mlx_ifp.commands.benchmark.command")
     assert benchmark.setup_arg_parser().parse_args([]).model is None
 
 
@@ -94,7 +94,7 @@ def test_the_real_one_answers(tmp_path):
 
 
 def test_the_real_one_is_small_and_selects_by_the_prompt():
-    files = [file for file in mlx_ifp.locate.DEFAULT_MODEL.rglob("*") if file.is_file()]
+    files = [file for file in mlx_ifp.checkpoint.locate.DEFAULT_MODEL.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 95e6
     model, _ = load(cache=False)
     assert 2 * model.checkpoint.ifp.k <= model.checkpoint.d_ffn

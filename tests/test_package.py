@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ifp.cli import COMMANDS
+from mlx_ifp.cli.dispatch import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_ifp.train_options import DEFAULTS, options_of
+from mlx_ifp.commands.train.options import DEFAULTS, options_of
 
 K = 64
 # Of a run that goes on from a checkpoint: its predictor is trained on, not a new one.

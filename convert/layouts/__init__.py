@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_ifp.config import CONFIG_FILE
+from mlx_ifp.checkpoint.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError
 
 from . import manifest, module, split

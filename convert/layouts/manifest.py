@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mlx_ifp.config import MaskConfig
+from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
-from ..source_files import below, open_tensors, read_json
+from ..sources.files import below, open_tensors, read_json
 from .parts import Given, TrainedModel, generation_config, has_tokenizer, read_config, take_head
 
 MANIFEST = "ifpruning_config.json"

@@ -3,10 +3,11 @@
 import contextlib
 from pathlib import Path
 
-from mlx_ifp.config import MaskConfig
+from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
-from ..source_files import SourceTensor, below, open_tensors
+from ..sources.files import below, open_tensors
+from ..sources.tensor import SourceTensor
 from .parts import Given, TrainedModel, generation_config, read_config, take_head
 
 _LLM = "llm."

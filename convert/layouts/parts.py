@@ -6,12 +6,12 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from mlx_ifp.config import HeadConfig, MaskConfig
-from mlx_ifp.errors import IFPError
-from mlx_ifp.locate import expanded
+from mlx_ifp.checkpoint.config import HeadConfig, MaskConfig
+from mlx_ifp.checkpoint.locate import expanded
+from mlx_ifp.errors import IFPError, one_line
 
-from ..dense import one_line
-from ..source_files import SourceTensor, read_json
+from ..sources.files import read_json
+from ..sources.tensor import SourceTensor
 
 
 @dataclass(frozen=True)

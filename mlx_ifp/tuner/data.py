@@ -13,10 +13,10 @@ from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
-from ..config import TextConfig
+from ..checkpoint.config import TextConfig
 from ..errors import IFPError
-from ..jsonl import read_jsonl
-from ..text import selecting_text, selector_tokens
+from ..files.jsonl import read_jsonl
+from ..selectors.text import selecting_text, selector_tokens
 
 SPLITS = ("train", "valid", "test")
 STAGES = ("pretrain", "sft")

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..structure import FFN, get_module, linear, set_module
-from ..subnetwork import share
+from ..llm.ffn import FFN
+from ..llm.modules import get_module, linear, set_module, share
 from .networks import wide_weight
 
 # Module path -> group_size, bits and mode, as convert plans it.

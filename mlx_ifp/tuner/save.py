@@ -12,8 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import save_config
 
-from ..atomic import new_directory
-from ..checkpoint import (
+from ..checkpoint.directory import (
     CHANNELS,
     HEAD_STEM,
     PREDICTOR,
@@ -23,11 +22,13 @@ from ..checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from ..expected import trunk_tensors
-from ..structure import FFN, find_body
-from ..subnetwork import share
-from ..tensor_files import cast
-from .student import Source, Student
+from ..checkpoint.expected import trunk_tensors
+from ..files.atomic import new_directory
+from ..files.tensor_files import cast
+from ..llm.ffn import FFN
+from ..llm.modules import find_body, share
+from .source import Source
+from .student import Student
 
 
 def fused(llm: nn.Module) -> nn.Module:

@@ -10,9 +10,9 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..atomic import new_directory
 from ..errors import IFPError
-from ..tensor_files import write_safetensors
+from ..files.atomic import new_directory
+from ..files.tensor_files import write_safetensors
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 

@@ -1,0 +1,389 @@
+"""``mlx_ifp.export``: a task's sub-network as a stock mlx-lm directory, or as GGUF."""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.gguf import convert_to_gguf
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import create_model_card, make_shards, save_config, upload_to_hub
+from tqdm import tqdm
+
+from ..checkpoint.directory import Checkpoint, open_checkpoint
+from ..checkpoint.hub import uploading
+from ..checkpoint.locate import resolve
+from ..checkpoint.tokenizers import load_tokenizer_of
+from ..checkpoint.weights import load_tensors
+from ..cli.arguments import check_given, given_selection, load_model, task_of
+from ..cli.dispatch import command
+from ..cli.flags import add_model_options, add_task_options
+from ..errors import IFPError
+from ..files.atomic import new_directory
+from ..files.tensor_files import DTYPES, LazyTensor, write_safetensors
+from ..llm.build import quantization_of, with_width
+from ..llm.ffn import FFN, PROJECTIONS
+from ..llm.modules import PARTS
+from ..selection.files import save_selection
+from ..selection.selection import Selection, check_selection
+from ..subnetwork.channels import ChannelReader
+from ..subnetwork.rows import FFNRows, read_layer
+
+GGUF_FILE = "ggml-model-f16.gguf"  # mlx-lm's default name
+GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx_lm.fuse --export-gguf
+DOWN_BITS = 8
+
+EXAMPLES = """examples:
+  mlx_ifp.export --model qwen3-ifp --task "You are an expert Python programmer." \\
+      --save-path qwen3-python
+  mlx_lm.generate --model qwen3-python --prompt "Sort a list of dates."
+"""
+
+
+@dataclass
+class _Layer:
+    """One layer's FFN as mlx-lm stores it, made when its first tensor is written.
+
+    Attributes:
+        ffn: where it belongs.
+        width: rows of all layers; a layer that keeps fewer gets channels of zeros.
+        read: gives its rows.
+        shapes: names -> (shape, type) of its tensors.
+        config: the checkpoint's, which says how its weights are quantized.
+        down: how its down projection is quantized; None if not.
+        dequantize: whether to undo the quantization of the others.
+        made: tensors that are made and not yet written.
+    """
+
+    ffn: FFN
+    width: int
+    read: Callable[[], FFNRows]
+    shapes: dict[str, tuple[tuple[int, ...], mx.Dtype]]
+    config: dict[str, Any]
+    down: dict[str, Any] | None
+    dequantize: bool
+    made: dict[str, mx.array] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Its tensors, by mlx-lm's names."""
+        return {
+            name: LazyTensor(shape, dtype, lambda *_, name=name: self._take(name))
+            for name, (shape, dtype) in self.shapes.items()
+        }
+
+    def _take(self, name: str) -> mx.array:
+        if name not in self.made:
+            self.made = self._make()
+        return self.made.pop(name)
+
+    def _make(self) -> dict[str, mx.array]:
+        rows = self.read()
+        arrays = {f"{self.ffn.path}.{p}.{part}": a for (p, part), a in rows.arrays.items()}
+        arrays = {name: _padded(name, a, self.ffn, self.width) for name, a in arrays.items()}
+        name = f"{self.ffn.path}.down_proj"
+        weight = _float_weight(arrays, name, self.config, self.ffn.module_path("down_proj"))
+        if rows.soft_values is not None:
+            soft = mx.pad(rows.soft_values, (0, self.width - rows.soft_values.size))
+            weight = (weight * soft[:, None]).astype(weight.dtype)
+        arrays |= _stored(name, mx.contiguous(weight.T), self.down)
+        if self.dequantize:
+            for projection in {n.rsplit(".", 2)[1] for n in arrays} - {"down_proj"}:
+                module = f"{self.ffn.path}.{projection}"
+                arrays[f"{module}.weight"] = _float_weight(arrays, module, self.config, module)
+        mx.eval(list(arrays.values()))
+        return arrays
+
+
+def _padded(name: str, array: mx.array, ffn: FFN, width: int) -> mx.array:
+    """Rows of zeros below, which add nothing; a fused projection has two such parts."""
+    if ffn.fused and ".gate_up_proj." in name:
+        return mx.concatenate([_padded("", part, ffn, width) for part in mx.split(array, 2)])
+    short = width - array.shape[0]
+    return mx.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) if short else array
+
+
+def _float_weight(
+    arrays: dict[str, mx.array], module: str, config: dict[str, Any], path: str
+) -> mx.array:
+    """A module's weight as floats; its quantized parts are taken out of the dict."""
+    weight = arrays.pop(f"{module}.weight")
+    scales = arrays.pop(f"{module}.scales", None)
+    if scales is None:
+        return weight
+    return mx.dequantize(
+        weight, scales, arrays.pop(f"{module}.biases", None), **quantization_of(config, path)
+    )
+
+
+def _stored(module: str, weight: mx.array, how: dict[str, Any] | None) -> dict[str, mx.array]:
+    if how is None:
+        return {f"{module}.weight": weight}
+    parts = zip(("weight", "scales", "biases"), mx.quantize(weight, **how), strict=False)
+    return {f"{module}.{part}": array for part, array in parts}
+
+
+def export(
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerWrapper,
+    save_path: str | Path,
+    selection: Selection | None = None,
+    *,
+    dequantize: bool = False,
+    gguf: bool = False,
+) -> list[str]:
+    """Write a sub-network as a stock mlx-lm model of ``intermediate_size`` k.
+
+    Everything keeps the type it is stored in. A quantized down projection cannot: mlx-lm's groups
+    lie along k, a checkpoint's along the hidden size, so it is quantized again, in 8 bits; or left
+    in floats if k is no multiple of the group size. Soft values become part of the weights.
+
+    Args:
+        checkpoint (Checkpoint): from :func:`~mlx_ifp.checkpoint.directory.open_checkpoint`.
+        tokenizer: of its LLM.
+        save_path: the directory to make; it must not exist.
+        selection (Selection): which channels; None for all, the dense model.
+        dequantize (bool): write floats only.
+        gguf (bool): write ``ggml-model-f16.gguf`` too, through mlx-lm.
+
+    Returns:
+        list: notes on what could not be kept as it is.
+
+    Raises:
+        IFPError: if the selection is of another model, the path exists, or mlx-lm has no GGUF of
+            this architecture; nothing is left behind.
+    """
+    if selection is not None:
+        check_selection(selection, checkpoint.ffns)
+        if selection.checkpoint not in ("", checkpoint.digest):
+            raise IFPError("The selection was made with another checkpoint.")
+    ks = [checkpoint.d_ffn] if selection is None else selection.ks
+    width = max(ks)
+    config = with_width(copy.deepcopy(checkpoint.config), width)
+    if dequantize:
+        for name in ("quantization", "quantization_config"):
+            config.pop(name, None)
+    if gguf:
+        _check_gguf(config)
+    notes = []
+    if len(set(ks)) > 1:
+        notes.append(f"k differs by layer; layers with fewer than {width} channels get zeros.")
+    tensors = _trunk(checkpoint, dequantize)
+    reader = ChannelReader(checkpoint.channels)
+    again, left = 0, 0
+    for i, ffn in enumerate(checkpoint.ffns):
+        path = ffn.module_path("down_proj")
+        was = _down_quantization(checkpoint, ffn)
+        down = None
+        if was is not None and not dequantize:
+            down = {"group_size": max(32, was["group_size"]), "bits": DOWN_BITS, "mode": "affine"}
+            if width % down["group_size"]:
+                down = None
+            config["quantization"].pop(path, None)
+            if down is not None:
+                config["quantization"][path] = down
+            again, left = again + (down is not None), left + (down is None)
+        layer = _Layer(
+            ffn,
+            width,
+            partial(read_layer, reader, checkpoint.ffns, selection, i),
+            _shapes(checkpoint, ffn, width, down, dequantize),
+            checkpoint.config,
+            down,
+            dequantize,
+        )
+        tensors |= layer.tensors()
+    if again:
+        notes.append(
+            f"The down projections of {again} layers are quantized again along k, in {DOWN_BITS} "
+            "bits: mlx-lm's groups lie on the other axis."
+        )
+    if left:
+        notes.append(
+            f"The down projections of {left} layers are left unquantized: k = {width} is no "
+            "multiple of the group size."
+        )
+    save_path = Path(save_path)
+    with new_directory(save_path) as directory:
+        _write(directory, dict(sorted(tensors.items())), config)
+        tokenizer.save_pretrained(str(directory))
+        generation = checkpoint.path / "generation_config.json"
+        if generation.exists():
+            shutil.copy(generation, directory)
+        create_model_card(directory, None)
+        if gguf:
+            notes += _write_gguf(directory, config)
+    return notes
+
+
+def _down_quantization(checkpoint: Checkpoint, ffn: FFN) -> dict[str, Any] | None:
+    if f"{ffn.path}.down_proj.scales" not in checkpoint.channels:
+        return None
+    return quantization_of(checkpoint.config, ffn.module_path("down_proj"))
+
+
+def _shapes(
+    checkpoint: Checkpoint,
+    ffn: FFN,
+    width: int,
+    down: dict[str, Any] | None,
+    dequantize: bool,
+) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    """Shapes and types of a layer's tensors, from those of one channel."""
+    found = {}
+    for projection in PROJECTIONS:
+        parts = {}
+        for part in PARTS:
+            info = checkpoint.channels.get(f"{ffn.path}.{projection}.{part}")
+            if info is not None:
+                parts[f"x.{part}"] = mx.zeros((1, *info.shape[1:]), DTYPES[info.dtype])
+        module = ffn.module_path(projection)
+        if projection == "down_proj":
+            weight = _float_weight(parts, "x", checkpoint.config, module)
+            parts = _stored("x", mx.zeros((ffn.hidden_size, width), weight.dtype), down)
+        else:
+            if dequantize:
+                parts["x.weight"] = _float_weight(parts, "x", checkpoint.config, module)
+            count = 2 * width if ffn.fused else width
+            parts = {n: mx.zeros((count, *a.shape[1:]), a.dtype) for n, a in parts.items()}
+        for name, array in parts.items():
+            found[f"{module}{name[1:]}"] = (tuple(array.shape), array.dtype)
+    return found
+
+
+def _trunk(checkpoint: Checkpoint, dequantize: bool) -> dict[str, LazyTensor]:
+    arrays = load_tensors(checkpoint.trunk, None)
+    if dequantize:
+        for module in [n.removesuffix(".scales") for n in arrays if n.endswith(".scales")]:
+            arrays[f"{module}.weight"] = _float_weight(arrays, module, checkpoint.config, module)
+    return {name: LazyTensor.of(arrays.pop(name)) for name in list(arrays)}
+
+
+def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
+    """Shards, index and config, as mlx-lm saves them."""
+    shards = make_shards(tensors)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    tensors.clear()
+    weight_map = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Exporting") as bar:
+        for i, shard in enumerate(shards, 1):
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            weight_map |= dict.fromkeys(shard, name)
+            write_safetensors(directory / name, shard, bar.update)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+    save_config(config, directory / "config.json")
+
+
+def _check_gguf(config: dict[str, Any]) -> None:
+    """mlx-lm's exporter writes other models too, but wrong ones."""
+    problem = None
+    scaling = config.get("rope_scaling") or {}
+    if config["model_type"] not in GGUF_MODELS:
+        problem = f"the architecture {config['model_type']!r}; it has {', '.join(GGUF_MODELS)}"
+    elif "quantization" in config:
+        problem = "quantized weights; add --dequantize"
+    elif (config.get("head_dim") or 0) * config["num_attention_heads"] not in (
+        0,
+        config["hidden_size"],
+    ):
+        problem = "heads whose size is not hidden_size / num_attention_heads"
+    elif config.get("attention_bias"):
+        problem = "biases of the attention"
+    elif scaling and scaling.get("type") != "linear":
+        problem = f"rope_scaling {scaling}"
+    if problem is not None:
+        raise IFPError(f"mlx-lm's GGUF exporter does not support {problem}.")
+
+
+def _write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
+    weights: dict[str, mx.array] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        weights |= mx.load(str(file))
+    try:
+        # mlx-lm prints the name of a temporary directory.
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
+    except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
+        raise IFPError(f"mlx-lm's GGUF exporter cannot write this model: {error}") from error
+    kind = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
+    if kind.get("byte_fallback"):
+        return []
+    return [
+        f"mlx-lm writes every tokenizer into {GGUF_FILE} as a SentencePiece one, and this is none: "
+        "llama.cpp will split text in another way than the model was trained for."
+    ]
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_ifp.export``: those of ``mlx_lm.fuse`` where they mean the same."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_ifp.export",
+        description="Write the sub-network of a task as a model that plain mlx-lm opens.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    add_task_options(parser)
+    parser.add_argument("--dense", action="store_true", help="Export all channels")
+    parser.add_argument("--save-path", default="exported_model", help="The directory to make")
+    parser.add_argument("--dequantize", action="store_true", help="Write floats only")
+    parser.add_argument(
+        "--gguf",
+        "--export-gguf",
+        action="store_true",
+        help=f"Write {GGUF_FILE} too (llama and mistral, not quantized)",
+    )
+    parser.add_argument("--upload-repo", help="Upload the model to this hub repository")
+    return parser
+
+
+def _selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | None:
+    """The selection that the options name; None for the dense model."""
+    task = task_of(args)
+    named = [task is not None, args.selection is not None, args.task_name is not None, args.dense]
+    if args.task_from is not None or sum(named) != 1:
+        raise IFPError("Name one of --task, --task-file, --task-name, --selection and --dense.")
+    if args.dense:
+        return None
+    if task is None:
+        return given_selection(args, checkpoint)
+    model, _ = load_model(args)
+    return model.select(task)
+
+
+@command
+def main() -> None:
+    """Run ``mlx_ifp.export``."""
+    args = setup_arg_parser().parse_args()
+    check_given(args)
+    checkpoint = open_checkpoint(resolve(args.model, args.revision))
+    selection = _selection(args, checkpoint)
+    tokenizer = load_tokenizer_of(checkpoint, {"trust_remote_code": args.trust_remote_code})
+    notes = export(
+        checkpoint,
+        tokenizer,
+        args.save_path,
+        selection,
+        dequantize=args.dequantize,
+        gguf=args.gguf,
+    )
+    if args.save_selection is not None:
+        save_selection(args.save_selection, selection)
+    for note in notes:
+        print(f"[INFO] {note}", file=sys.stderr)
+    k = checkpoint.d_ffn if selection is None else selection.k
+    print(f"{args.save_path}: {checkpoint.config['model_type']}, intermediate_size {k}")
+    if args.upload_repo is not None:
+        with uploading(args.save_path, args.upload_repo):
+            upload_to_hub(args.save_path, args.upload_repo)

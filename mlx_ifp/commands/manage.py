@@ -1,0 +1,95 @@
+"""``mlx_ifp.manage``: list and clear the selections and warm prompts kept on disk."""
+
+import argparse
+import time
+from pathlib import Path
+
+from mlx_lm.manage import tabulate
+from safetensors import SafetensorError, safe_open
+
+from ..cli.dispatch import command
+from ..errors import IFPError
+from ..prompt_cache.files import WarmPromptFiles
+from ..selection.disk_cache import SelectionCache
+from ..selection.files import load_selection
+
+EXAMPLES = """examples:
+  mlx_ifp.manage --scan
+  mlx_ifp.manage --delete
+  mlx_ifp.manage --delete --pattern smollm2
+"""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_ifp.manage``, as far as they can be like those of mlx-lm."""
+    parser = argparse.ArgumentParser(
+        prog="mlx_ifp.manage",
+        description="List and clear the selections and warm prompts kept on disk.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--scan", action="store_true", help="List them")
+    action.add_argument("--delete", action="store_true", help="Delete them")
+    parser.add_argument("--pattern", default="", help="Only those whose model contains this")
+    parser.add_argument("--cache-dir", help="Where selections are kept on disk")
+    return parser
+
+
+def _describe(path: Path) -> list[str | int]:
+    """A row of the list; a damaged file is listed too, so that it can be deleted."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    size = path.stat().st_size
+    if path.stat().st_mtime == 0:
+        when = "never"
+    try:
+        selection = load_selection(path)
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
+    except (IFPError, SafetensorError, OSError):
+        return ["(damaged)", "", "", "", size, when]
+    return [
+        metadata.get("model", ""),
+        metadata.get("selector", ""),
+        len(selection.layers),
+        str(selection.k),
+        size,
+        when,
+    ]
+
+
+def _describe_warm(path: Path) -> list[str | int]:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    size = path.stat().st_size
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return ["(damaged)", "", size, when]
+    # mlx-lm stores ours among its own, with a number before it that depends on its version.
+    metadata = {name.partition(".")[2]: value for name, value in metadata.items()}
+    return [metadata.get("model", ""), metadata.get("tokens", ""), size, when]
+
+
+@command
+def main() -> None:
+    """Run ``mlx_ifp.manage``."""
+    args = setup_arg_parser().parse_args()
+    cache = SelectionCache(args.cache_dir)
+    rows = [(path, _describe(path)) for path in cache.entries()]
+    rows = [(path, row) for path, row in rows if args.pattern in row[0]]
+    files = WarmPromptFiles(cache.directory)
+    warm = [(path, _describe_warm(path)) for path in files.entries()]
+    warm = [(path, row) for path, row in warm if args.pattern in row[0]]
+    if args.scan:
+        print(f"Selections in {cache.directory}")
+        headers = ["MODEL", "SELECTOR", "LAYERS", "K", "BYTES", "LAST USED"]
+        print(tabulate([row for _, row in rows], headers))
+        if warm:
+            print(f"Warm prompts in {files.directory}")
+            print(tabulate([row for _, row in warm], ["MODEL", "TOKENS", "BYTES", "LAST USED"]))
+    else:
+        for path, _ in rows + warm:
+            path.unlink(missing_ok=True)
+        also = f" and {len(warm)} warm prompts" if warm else ""
+        print(f"Deleted {len(rows)} selections{also} from {cache.directory}")

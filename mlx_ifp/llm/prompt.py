@@ -1,0 +1,86 @@
+"""Prompts as strings, tokens or messages, and what they have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from jinja2 import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import IFPError
+
+Text = str | list[int] | mx.array
+
+Prompt = Text | list[dict[str, Any]]
+
+
+def is_messages(prompt: Prompt) -> bool:
+    """Whether a prompt is a list of messages, which the chat template formats."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def token_ids(tokens: list[int] | mx.array) -> list[int]:
+    """Token ids as a list, whatever array they come in."""
+    return tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper, prompt: Prompt, **template_kwargs: Any
+) -> str | list[int] | mx.array:
+    """What mlx-lm is given as the prompt: messages go through the chat template.
+
+    A last message of the assistant is continued, not answered.
+    """
+    if not is_messages(prompt):
+        if len(prompt) == 0:
+            raise IFPError("The prompt is empty; give some text.")
+        return prompt
+    if not tokenizer.has_chat_template:
+        raise IFPError("This model has no chat template; give the prompt as a string.")
+    prefill = prompt[-1].get("role") == "assistant"
+    try:
+        tokens = tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=not prefill,
+            continue_final_message=prefill,
+            **template_kwargs,
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise IFPError(f"The chat template does not take these messages: {error}.") from error
+    if not tokens:
+        raise IFPError("The chat template makes nothing of these messages.")
+    return tokens
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two prompts share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def shared_prefix(
+    tokenizer: TokenizerWrapper,
+    messages: list[dict[str, Any]],
+    tokens: list[int],
+    **template_kwargs: Any,
+) -> int:
+    """How many first tokens a prompt shares with all that differ in what the user says.
+
+    That is the system prompt, if there is one, and what the chat template puts around it. It is
+    found by comparison, so it holds for any template.
+
+    Args:
+        tokenizer: the LLM's.
+        messages (list): what comes before the first user message counts.
+        tokens (list): the prompt's ids, as :func:`encode_prompt` makes them of ``messages``.
+        template_kwargs: as for that.
+    """
+    roles = [message.get("role") for message in messages]
+    before = messages[: roles.index("user")] if "user" in roles else messages
+    n = len(tokens)
+    # Beginnings of several kinds: a tokenizer may join one of them with what stands before it.
+    for content in ("a", "B", "1", "?"):
+        other = [*before, {"role": "user", "content": content}]
+        other = token_ids(encode_prompt(tokenizer, other, **template_kwargs))
+        n = min(n, common_prefix(tokens, other))
+    return n
