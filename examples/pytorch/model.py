@@ -186,7 +186,9 @@ class MaskedLM(nn.Module):
         self.k = self.channels if k is None else k
         self.operator, self.temperature, self.mode = operator, temperature, mode
         # A tuple is no child: the modules are the LLM's.
-        self._downs = tuple(downs)
+        self.downs = tuple(downs)
+        # Checkpointed layers read their masks again in the backward pass.
+        self.keep_masks = False
         for down in downs:
             if not hasattr(down, "ifp_mask"):
                 down.register_forward_pre_hook(_apply_mask)
@@ -223,7 +225,7 @@ class MaskedLM(nn.Module):
                     f"masks must be [B, {self.layers}, {self.channels}], not {list(masks.shape)}"
                 )
             masks = masks if blend == 1.0 else 1 - blend + blend * masks
-        for i, down in enumerate(self._downs):
+        for i, down in enumerate(self.downs):
             down.ifp_mask = None if masks is None else masks[:, i, None, :]
 
     @contextlib.contextmanager
@@ -253,8 +255,7 @@ class MaskedLM(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
         finally:
-            # Checkpointed layers read their masks again in the backward pass.
-            if not (torch.is_grad_enabled() and self.llm.is_gradient_checkpointing):
+            if not (self.keep_masks and torch.is_grad_enabled()):
                 self.set_masks(None)
 
     def logits(self, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
