@@ -67,8 +67,9 @@ def soft_topk(
         raise ValueError(f"the mask temperature must be above 0, not {temperature}")
     size = scores.shape[-1]
     if k == size:
-        # Only lambda = 1 satisfies the constraints; a sigmoid reaches it at infinity.
-        return torch.ones_like(scores, dtype=torch.float32)
+        # Only lambda = 1 satisfies the constraints; a sigmoid reaches it at infinity. The gradient
+        # is 0, not absent: several processes want one of every parameter.
+        return torch.ones_like(scores, dtype=torch.float32) + 0 * scores.float()
     z = scores.float() / temperature
     # A shift of all scores changes nothing. With the k-th largest at 0 the unknown lies near 0,
     # where float32 is finest, however large the scores are.

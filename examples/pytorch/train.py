@@ -261,8 +261,7 @@ class Step(nn.Module):
                 dtype=dtype,
                 terms_of=terms_of,
             )
-        # At k = F no score has a gradient, and several processes want one of every parameter.
-        return loss + 0.0 * scores.sum(), *parts
+        return loss, *parts
 
 
 def try_compile(
@@ -272,6 +271,10 @@ def try_compile(
 
     One graph serves all layers, and shapes are symbols in it: one compilation a model.
     """
+    # The mask is an attribute of a module, and has as many rows as the batch.
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    # A batch of as many rows as a head has values is no special case.
+    torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     try:
         # A trial: a missing compiler shows here, and not in the middle of a step.
