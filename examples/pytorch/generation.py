@@ -456,7 +456,8 @@ class Generator:
         Args:
             next_requests (Callable): gives at most as many requests as it is asked for.
             on_complete (Callable): is given finished texts while the device works on the next.
-            until (float): of ``time.perf_counter()``: when to stop, whatever is unfinished.
+            until (float): of ``time.perf_counter()``: when to stop. Texts that are not finished then
+                are given as they are.
         """
         start = time.perf_counter()
         running: dict[int, Request] = {}
@@ -485,20 +486,23 @@ class Generator:
                 finished = []
             elif not running:
                 break
-            finished = self._collect(running, heads)
-            if until is not None and time.perf_counter() > until:
+            late = until is not None and time.perf_counter() > until
+            finished = self._collect(running, heads, everything=late)
+            if late:
                 on_complete(finished)
                 break
         self.stats.seconds += time.perf_counter() - start
         return self.stats
 
-    def _collect(self, running: dict[int, Request], heads: dict[int, int]) -> list[Completion]:
-        """Take the finished texts out of their slots; waits for the device."""
+    def _collect(
+        self, running: dict[int, Request], heads: dict[int, int], everything: bool = False
+    ) -> list[Completion]:
+        """Take the finished texts, or all, out of their slots; waits for the device."""
         if not running:
             return []
         flags = torch.stack([self.done, self.ended, self.count, self.position]).cpu()
         done, ended, count, position = flags.tolist()
-        slots = [slot for slot in running if done[slot]]
+        slots = [slot for slot in running if everything or done[slot]]
         for slot in running:
             heads[slot] = position[slot] + 1
         if not slots:
