@@ -256,6 +256,7 @@ class Synthesis:
         self.rows: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.truncated = 0
+        self.tried = self.kept = 0  # prompts of the model's own
         self.no_more_prompts_at = float("inf")
 
     def add_given(self, prompts: Iterable[dict[str, Any]], valid: bool) -> None:
@@ -276,7 +277,7 @@ class Synthesis:
         wanted = room
         if self.args.count is not None:
             wanted = self.args.count - self.own - self.unfinished - self.pending
-        if time.perf_counter() > self.no_more_prompts_at:
+        if time.perf_counter() > self.no_more_prompts_at or self.hopeless:
             wanted = 0
         # Neither waits for the other, however slow the device is.
         given = room if wanted <= 0 else max(room - wanted, room // 2)
@@ -307,9 +308,9 @@ class Synthesis:
         tags, earlier = [], []
         for kind in kinds:
             messages: list[dict[str, str]] = []
-            tag = Tag(kind, "own" if kind == "free" else kind)
             if kind == "reading" and not self.texts:
-                kind, tag = "openings", Tag("openings", "openings")
+                kind = "openings"
+            tag = Tag(kind, "own" if kind == "free" else f"own-{kind}")
             if kind == "openings":
                 tag.opening = self.chance.choice(self.openings)
             elif kind == "reading":
@@ -342,6 +343,7 @@ class Synthesis:
 
     def _accept(self, tag: Tag, text: str, tokens: list[int]) -> None:
         """Keep a prompt, to be answered, or count why not."""
+        self.tried += 1
         reason = why_not(text, tokens, self.template.special)
         if reason is None and self.duplicates.add(text):
             reason = "duplicate"
@@ -350,6 +352,7 @@ class Synthesis:
             return
         tag.messages = [{"role": "user", "content": text}]
         self.pending += 1
+        self.kept += 1
         self.accepted.append(tag)
 
     def _encode_accepted(self) -> None:
@@ -373,6 +376,7 @@ class Synthesis:
                 if completion.ended:
                     self._accept(tag, (tag.opening + text).strip(), completion.tokens)
                 else:
+                    self.tried += 1
                     self.rejected["long"] += 1
                 continue
             if tag.kind != "given":
@@ -415,6 +419,11 @@ class Synthesis:
         elif tag.kind in ("free", "openings") and 30 <= len(tokens) <= self.longest_text:
             self.texts.append(text)
         return row
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether hardly any prompt that the model writes is of use: it would never end."""
+        return self.tried >= 1000 and self.kept < 0.02 * self.tried
 
     @property
     def longest_text(self) -> int:
@@ -642,6 +651,11 @@ def main(argv: list[str] | None = None) -> None:
     moved = 0
     if args.split_valid:
         moved = split_valid(args.output, valid, args.split_valid, random.Random(args.seed))
+    if synthesis.hopeless:
+        print(
+            f"[WARNING] {synthesis.kept} of {synthesis.tried:,} prompts were of use, so no more "
+            "were written; it takes a chat model that knows what users say."
+        )
     report = {
         "rows": dict(synthesis.rows),
         "truncated": synthesis.truncated,
