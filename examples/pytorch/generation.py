@@ -500,8 +500,8 @@ class Generator:
         """Take the finished texts, or all, out of their slots; waits for the device."""
         if not running:
             return []
-        flags = torch.stack([self.done, self.ended, self.count, self.position]).cpu()
-        done, ended, count, position = flags.tolist()
+        flags = (self.done.long(), self.ended.long(), self.count, self.position)
+        done, ended, count, position = torch.stack(flags).tolist()
         slots = [slot for slot in running if everything or done[slot]]
         for slot in running:
             heads[slot] = position[slot] + 1
