@@ -59,7 +59,9 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     llm, predictor = model.llm, model.predictor
-    state = {name: _stored(tensor, dtype) for name, tensor in llm.state_dict().items()}
+    # Tied tensors stay tied, and are written once.
+    stored = {tensor.data_ptr(): _stored(tensor, dtype) for tensor in llm.state_dict().values()}
+    state = {name: stored[tensor.data_ptr()] for name, tensor in llm.state_dict().items()}
     llm.save_pretrained(temporary, state_dict=state, max_shard_size=shard_size)
     _set_dtype(temporary / "config.json", dtype)
     tokenizer.save_pretrained(temporary)
