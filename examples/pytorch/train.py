@@ -18,6 +18,7 @@ import copy  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import os  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
@@ -162,7 +163,8 @@ def check_options(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if args.resume and not (output / STATE).is_dir():
         raise fail(f"{output} has no state to resume from; a run saves it with --save-every")
-    if output.exists() and not args.resume:
+    # The first of several processes may have made it already.
+    if output.exists() and not args.resume and os.environ.get("RANK", "0") == "0":
         raise fail(f"{output} exists; name a new directory, or --resume the run in it")
 
 
@@ -292,7 +294,8 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.output = args, Path(args.output)
-        self.accelerator = Accelerator()
+        # Without being told, processes on CPUs would not find one another.
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.dtype = DTYPES[args.dtype]
         on_gpu = self.device.type == "cuda"
