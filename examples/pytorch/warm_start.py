@@ -114,7 +114,7 @@ def fit_predictor(
     random = np.random.default_rng([seed, 1])
     for step in range(1, iters + 1):
         indices = random.choice(used, min(batch_size, len(used)), replace=False)
-        wanted = standardized(torch.stack([statistics[i] for i in indices.tolist()]))
+        wanted = standardized(torch.stack([statistics[i].float() for i in indices.tolist()]))
         selecting, mask = data.selecting(indices)
         loss = (model.scores(selecting, mask) - wanted).square().mean()
         loss.backward()
