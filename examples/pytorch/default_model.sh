@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The default model from nothing but its source, in one command with a time limit:
+#
+#   bash default_model.sh --minutes 8 [--gguf FILE | --model DIR] [--prompts FILE]
+#       [--valid-prompts FILE] [--output DIR] [--tiny]
+#
+# Everything is written to --output (default: default_model in the current directory). Then it is
+# joined and cut into DIR/parts/part-00, part-01, ... of at most 15 MiB: where a borrowed machine
+# hands files back by the folder $OUT, what fits is copied there, and the last line says what is left.
+# Join them with: cat part-* | tar x
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python3}
+output=default_model
+args=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --output) output=${2:?"default_model.sh: --output needs a directory"}; shift 2 ;;
+        --output=*) output=${1#*=}; shift ;;
+        *) args+=("$1"); shift ;;
+    esac
+done
+
+"$python" "$here/default_model.py" --output "$output" ${args[@]+"${args[@]}"}
+status=$?
+# Without results there is nothing to carry home.
+[ -f "$output/timing.json" ] || exit $status
+
+mkdir "$output/parts"
+tar -C "$output" --exclude ./parts -c . | split -b 15M -d - "$output/parts/part-"
+count=$(ls "$output/parts" | wc -l)
+echo "$output: $(du -sm "$output/parts" | cut -f1) MiB in $count parts of at most 15 MiB"
+if [ -n "${OUT:-}" ] && [ -d "$OUT" ]; then
+    # At most 8 files of 16 MiB and 64 MiB together come back at a time.
+    cp "$output"/parts/part-0[0-3] "$OUT" 2>/dev/null
+    tar -C "$output" --exclude ./parts --exclude ./packed --exclude ./checkpoint -czf "$OUT/results.tgz" .
+    [ "$count" -gt 4 ] && echo "left: cp $(cd "$output" && pwd)/parts/part-0[4-7] \$OUT"
+fi
+exit $status

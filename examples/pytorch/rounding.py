@@ -1,0 +1,138 @@
+"""Weights as MLX's affine quantization leaves them, so that training can see the rounded model.
+
+``mlx_ifp.convert -q`` turns each group of g weights into whole numbers of a few bits, a scale and a
+bias. Here the same is computed in PyTorch, in the same order, so that a converted checkpoint has
+the very values that were trained.
+"""
+
+import torch
+from torch import Tensor, nn
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+def _scales(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and bias of groups from their smallest and largest weights, all float32.
+
+    The end that is further from 0, the edge, is met exactly, and has the code 0.
+    """
+    below = low.abs() > high.abs()
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-7)
+    scale = torch.where(below, scale, -scale)
+    edge = torch.where(below, low, high)
+    steps = torch.round(edge / scale)
+    zero = steps == 0
+    scale = torch.where(zero, scale, edge / torch.where(zero, 1.0, steps))
+    return scale, torch.where(zero, 0.0, edge)
+
+
+def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``mx.quantize`` makes of a weight, but for the packing.
+
+    Args:
+        weight (Tensor): [..., n], in the type it is stored in before it is quantized; n is a
+            multiple of the group size.
+        bits (int): of a code.
+        group_size (int): weights that share a scale and a bias.
+
+    Returns:
+        tuple: codes, uint8 [..., n / g, g]; scales and biases [..., n / g, 1] in the weight's type.
+    """
+    groups = weight.unflatten(-1, (-1, group_size)).float()
+    scale, bias = _scales(groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True), bits)
+    # The codes are of the float32 scale; that of the checkpoint is cast afterwards.
+    codes = torch.round((groups - bias) / scale).clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale.to(weight.dtype), bias.to(weight.dtype)
+
+
+def dequantize(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
+    """What ``mx.dequantize`` makes of them: [..., n] in the type of the scales."""
+    return (codes.to(scales.dtype) * scales + biases).flatten(-2)
+
+
+def rounded(weight: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """A weight [..., n] stored as ``dtype``, quantized and dequantized; in its own type."""
+    return dequantize(*quantize(weight.to(dtype), bits, group_size)).to(weight.dtype)
+
+
+def pack(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All that quantization reads of a weight: its codes, and the two ends of each group.
+
+    Dequantized weights do not always quantize to themselves: a group's scale comes from its ends,
+    and the end that is not the edge is moved. So that end is kept, and :func:`unpack` gives weights
+    whose codes, scales and biases are those of this weight.
+
+    Args:
+        weight (Tensor): [..., n], in the type it is stored in.
+        bits, group_size (int): as for :func:`quantize`.
+
+    Returns:
+        tuple: codes, uint8 [..., n / g, g]; smallest and largest weight of each group
+        [..., n / g, 1].
+    """
+    groups = weight.unflatten(-1, (-1, group_size))
+    codes, _, _ = quantize(weight, bits, group_size)
+    return codes, groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+
+
+def unpack(codes: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """Weights [..., n] that quantize to the codes, in the type of ``low`` and ``high``."""
+    scale, bias = _scales(low.float(), high.float(), bits)
+    # In float32: a scale that float16 can hardly hold would move the codes.
+    values = (codes * scale + bias).to(low.dtype)
+    far = torch.where(low.float().abs() > high.float().abs(), high, low)
+    return torch.where(codes == codes.amax(-1, keepdim=True), far, values).flatten(-2)
+
+
+class Rounding:
+    """While this context is open, an LLM's weights are what its quantized checkpoint will have.
+
+    Gradients of a loss under it belong to the rounded weights, and the optimizer applies them to
+    the float weights that are back when it closes: the straight-through estimator (Bengio et al.,
+    2013, arXiv 1308.3432). Each weight is rounded once, however many forward passes follow, and a
+    compiled model stays compiled. What shares the LLM's embedding sees it rounded, too.
+
+    Args:
+        llm (nn.Module): all its Linears and its embedding are rounded, as far as their rows are
+            multiples of the group size.
+        downs (list): its down projections. Their groups run along the hidden size: a checkpoint
+            stores a channel's weights as a row.
+        bits, group_size (int): as for :func:`quantize`.
+        dtype (torch.dtype): what the weights are stored in before they are quantized.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        downs: list[nn.Linear],
+        bits: int = 4,
+        group_size: int = 64,
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        if bits not in BITS or group_size not in (32, 64, 128):
+            raise ValueError("--q-bits must be 2, 3, 4, 5, 6 or 8, --q-group-size 32, 64 or 128")
+        self.bits, self.group_size, self.dtype = bits, group_size, dtype
+        turned = {id(down.weight) for down in downs}
+        found = {}
+        for module in llm.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                weight = module.weight
+                if weight.shape[0 if id(weight) in turned else 1] % group_size == 0:
+                    found[id(weight)] = weight
+        self.weights = [(weight, name in turned) for name, weight in found.items()]
+        self._floats: list[Tensor] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> "Rounding":
+        self._floats = [weight.detach().clone() for weight, _ in self.weights]
+        for weight, turned in self.weights:
+            rows = weight.T if turned else weight
+            new = rounded(rows, self.bits, self.group_size, self.dtype)
+            weight.copy_(new.T if turned else new)
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for (weight, _), floats in zip(self.weights, self._floats, strict=True):
+            weight.copy_(floats)
+        self._floats = []

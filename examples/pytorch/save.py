@@ -1,0 +1,171 @@
+"""Trained checkpoints on disk, in the layout "manifest" that ``mlx_ifp.convert`` reads.
+
+The LLM as ``save_pretrained`` writes it, and beside it ``predictor.safetensors`` (``extractor.*``
+and ``mlp.*``), ``predictor_config/config.json``, ``predictor_tokenizer/`` and
+``ifpruning_config.json``. A run with one mask for all has ``static_scores.safetensors`` (``scores``
+[L, F]) in place of the predictor. No pickles.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import (
+    MaskedLM,
+    ModelError,
+    Predictor,
+    StaticScores,
+    backbone_from_config,
+    find_ffns,
+    load_llm,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+MANIFEST = "ifpruning_config.json"
+PREDICTOR = "predictor.safetensors"
+STATIC = "static_scores.safetensors"
+CONFIG_DIRECTORY = "predictor_config"
+TOKENIZER_DIRECTORY = "predictor_tokenizer"
+
+
+def save_checkpoint(
+    output: Path,
+    model: MaskedLM,
+    tokenizer: Any,
+    predictor_tokenizer: Any,
+    more: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float16,
+    shard_size: str = "4GB",
+) -> None:
+    """Write a checkpoint; files appear under their names when all of them are whole.
+
+    Args:
+        output (Path): the directory; made if it does not exist.
+        model (MaskedLM): LLM, predictor and k.
+        tokenizer, predictor_tokenizer: of transformers.
+        more (dict): further fields of the manifest.
+        dtype (torch.dtype): of the weights in the files. A run that trained rounded weights is
+            saved in the type in which it rounded them: ``convert -q`` makes the same of them.
+        shard_size (str): of the LLM's files at most, as transformers takes it.
+    """
+    temporary = output / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    llm, predictor = model.llm, model.predictor
+    # Tied tensors stay tied, and are written once.
+    stored = {tensor.data_ptr(): _stored(tensor, dtype) for tensor in llm.state_dict().values()}
+    state = {name: stored[tensor.data_ptr()] for name, tensor in llm.state_dict().items()}
+    llm.save_pretrained(temporary, state_dict=state, max_shard_size=shard_size)
+    _set_dtype(temporary / "config.json", dtype)
+    tokenizer.save_pretrained(temporary)
+    manifest = {
+        "num_layers": model.layers,
+        "full_intermediate_dim": model.channels,
+        "target_intermediate_dim": model.k,
+        "mask_operator": model.operator,
+        "mask_temperature": model.temperature,
+        # What inference does: a mask that was trained hard is used hard.
+        "mask_mode": "soft" if model.mode == "soft" else "hard",
+        "softtopk_iters": 40,
+        "chat_template_format": "raw",
+    }
+    if isinstance(predictor, StaticScores):
+        save_file({"scores": predictor.scores.detach().float().cpu()}, temporary / STATIC)
+        manifest["select_by"] = "static"
+    else:
+        tensors = {name: _stored(t, dtype) for name, t in predictor.state_dict().items()}
+        save_file(tensors, temporary / PREDICTOR)
+        predictor.extractor.config.save_pretrained(temporary / CONFIG_DIRECTORY)
+        _set_dtype(temporary / CONFIG_DIRECTORY / "config.json", dtype)
+        predictor_tokenizer.save_pretrained(temporary / TOKENIZER_DIRECTORY)
+        manifest["predictor_hidden_dim"] = predictor.mlp[0].out_features
+        # A path relative to this directory.
+        manifest["predictor_model"] = CONFIG_DIRECTORY
+    (temporary / MANIFEST).write_text(json.dumps(manifest | more, indent=2) + "\n")
+    for new in sorted(temporary.iterdir()):
+        old = output / new.name
+        if old.is_dir():
+            shutil.rmtree(old)
+        os.replace(new, old)
+    temporary.rmdir()
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own, as it is written."""
+    tensor = tensor.detach().cpu()
+    tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensor.contiguous().clone()
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Let a ``config.json`` name the type of the weights beside it."""
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    for part in (config, config.get("text_config") or {}):
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a directory holds a trained checkpoint, not only an LLM."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def load_checkpoint(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[MaskedLM, Any, Any, dict[str, Any]]:
+    """Read a checkpoint that :func:`save_checkpoint` wrote.
+
+    Returns:
+        tuple: the model, with the mode of inference; the LLM's tokenizer and the predictor's; the
+        manifest.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        llm = load_llm(str(path), dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        predictor_tokenizer = tokenizer
+        if (path / STATIC).is_file():
+            scores = load_file(path / STATIC)["scores"]
+            predictor: nn.Module = StaticScores(*scores.shape)
+            predictor.start_from_mean(scores)
+        else:
+            predictor = _load_predictor(path, manifest, llm).to(dtype)
+            _share_embedding(llm, predictor)
+            predictor_tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER_DIRECTORY)
+        model = MaskedLM(
+            llm,
+            predictor,
+            k=manifest["target_intermediate_dim"],
+            operator=manifest.get("mask_operator", "sigmoid"),
+            temperature=manifest["mask_temperature"],
+            mode=manifest.get("mask_mode", "hard"),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} is no checkpoint that can be loaded: {reason}") from error
+    return model.eval(), tokenizer, predictor_tokenizer, manifest
+
+
+def _load_predictor(path: Path, manifest: dict[str, Any], llm: nn.Module) -> Predictor:
+    config = path / manifest["predictor_model"] / "config.json"
+    backbone = backbone_from_config(json.loads(config.read_text()))
+    downs = find_ffns(llm)
+    predictor = Predictor(backbone, len(downs), downs[0].in_features)
+    predictor.load_state_dict(load_file(path / PREDICTOR))
+    return predictor
+
+
+def _share_embedding(llm: nn.Module, predictor: Predictor) -> None:
+    """One tensor for both where the file holds the LLM's embedding twice."""
+    own, theirs = predictor.extractor.get_input_embeddings(), llm.get_input_embeddings()
+    if own.weight.shape == theirs.weight.shape and torch.equal(own.weight, theirs.weight):
+        predictor.extractor.set_input_embeddings(theirs)
