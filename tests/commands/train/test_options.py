@@ -7,7 +7,7 @@ import pytest
 
 from mlx_ifp import IFPError
 from mlx_ifp.commands.train.command import train
-from mlx_ifp.commands.train.options import options_of
+from mlx_ifp.commands.train.given import options_of
 
 from ...conftest import run_command
 
