@@ -112,9 +112,6 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args, partial(_plan, args, messages, task))
     if args.warm_system_prompt and not tokenizer.has_chat_template:
         raise IFPError("--warm-system-prompt needs a chat template; this model has none.")
-    if model.reuse is not None:
-        # This process has no sub-network in memory that could be used again.
-        model.reuse.on_disk = model.selections
     for token in args.extra_eos_token:
         try:
             tokenizer.add_eos_token(token)
@@ -246,8 +243,6 @@ def check_flags(args: argparse.Namespace) -> None:
             )
     if args.stats is not None:
         check_writable(args.stats)
-    if args.reuse_overlap is not None and args.no_cache:
-        raise IFPError("--reuse-overlap looks at the selections on disk; --no-cache hides them.")
     if args.warm_system_prompt:
         for name in ("no_cache", "prompt_cache_file", "draft_model", "ignore_chat_template"):
             if getattr(args, name):
