@@ -8,7 +8,7 @@ from typing import Any
 
 from ...checkpoint.config import TEXT_FORMATS
 from ...choices import FINE_TUNE_TYPES, QUANTIZATION_MODES, STAGES
-from ...cli.flags import parse_keep
+from ...cli.flags import new_parser, parse_keep
 from ...selection.keep import Keep
 from ...tuner.training_args import TrainingArgs, option
 
@@ -174,11 +174,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
     What is not given is absent from the namespace: a YAML file may say it.
     """
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.train",
-        description="Train an LLM and its sparsity predictor together.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "train",
+        "Train an LLM and its sparsity predictor together.",
+        EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
     only = [name for name, each in OPTIONS.items() if each.metadata["yaml_only"]]
