@@ -321,7 +321,9 @@ def test_clearing_the_cache_keeps_the_tasks(run, library):
 
 def test_add_refuses_before_anything_is_computed(run, monkeypatch, library, checkpoint, tmp_path):
     library.add(task_of(checkpoint))
-    monkeypatch.setattr(tasks_module, "load_model", lambda args: pytest.fail("was loaded"))
+    monkeypatch.setattr(
+        "mlx_ifp.commands.tasks.command.load_model", lambda args: pytest.fail("was loaded")
+    )
     assert "'python' already" in error(run(tasks_module, "add", "python", "--task", "x"))
     assert "no name for a task" in error(run(tasks_module, "add", "a/b", "--task", "x"))
     (tmp_path / "file").write_text("no directory")
