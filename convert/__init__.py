@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_ifp.cli.dispatch import command
+from mlx_ifp.cli.dispatch import entry_point
 
 if TYPE_CHECKING:
     from .conversion import convert as convert
 
 __all__ = ["convert", "main"]
 
-main = command(__name__)
+main = entry_point(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,8 @@ COMMANDS = {
 }
 
 
-def command(package: str) -> Callable[[], None]:
-    """The ``main`` of a command.
+def entry_point(package: str) -> Callable[[], None]:
+    """The ``main`` of a command, for its installed script.
 
     Flags are read first, so that help and a wrong flag answer without MLX. Only then is the module
     imported that does the work.

@@ -1,5 +1,5 @@
 """``mlx_ifp.benchmark``: a sub-network against dense models and a mixture of experts."""
 
-from ...cli.dispatch import command
+from ...cli.dispatch import entry_point
 
-main = command(__name__)
+main = entry_point(__name__)

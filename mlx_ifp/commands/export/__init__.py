@@ -1,5 +1,5 @@
 """``mlx_ifp.export``: a task's sub-network as a stock mlx-lm directory, or as GGUF."""
 
-from ...cli.dispatch import command
+from ...cli.dispatch import entry_point
 
-main = command(__name__)
+main = entry_point(__name__)

@@ -1,5 +1,5 @@
 """``mlx_ifp.manage``: list and clear the selections and warm prompts kept on disk."""
 
-from ...cli.dispatch import command
+from ...cli.dispatch import entry_point
 
-main = command(__name__)
+main = entry_point(__name__)

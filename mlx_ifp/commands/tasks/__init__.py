@@ -1,5 +1,5 @@
 """``mlx_ifp.tasks``: selections with a name, made once and used by every command."""
 
-from ...cli.dispatch import command
+from ...cli.dispatch import entry_point
 
-main = command(__name__)
+main = entry_point(__name__)

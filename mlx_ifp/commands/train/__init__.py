@@ -1,5 +1,5 @@
 """``mlx_ifp.train``: a dense model becomes a checkpoint whose prompts select well."""
 
-from ...cli.dispatch import command
+from ...cli.dispatch import entry_point
 
-main = command(__name__)
+main = entry_point(__name__)
