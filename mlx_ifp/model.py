@@ -165,8 +165,7 @@ class IFPModel(Selecting):
         overlap = None
         # A selection that was given is used as it is.
         if self.reuse is not None and source not in ("given", "dense"):
-            key = self._key_on_disk(text, selector, keep)
-            selection, overlap = self.reuse.stand_in(selection, key)
+            selection, overlap = self.reuse.stand_in(selection)
         network, bytes_read, channels_reused = self._subnetwork(selection)
         loaded = time.perf_counter()
         return Prepared(
@@ -179,12 +178,6 @@ class IFPModel(Selecting):
             channels_reused=channels_reused,
             reuse_overlap=overlap,
         )
-
-    def _key_on_disk(self, text: Text, selector: str | None, keep: Keep | None) -> str:
-        if self.reuse.on_disk is None:
-            return ""
-        k = self.k if keep is None else self.resolve_keep(keep)
-        return self.selection_key(text, selector, k)
 
     def using(self, prepared: Prepared) -> AbstractContextManager[nn.Module]:
         """``with model.using(prepared) as network``: keep it in memory while the block runs.

@@ -163,7 +163,6 @@ def load_model(
         selection_cache=None if args.no_cache else SelectionCache(args.cache_dir),
         tokenizer_config=_tokenizer_config(args),
         task_library=TaskLibrary(checkpoint, args.cache_dir),
-        reuse_overlap=getattr(args, "reuse_overlap", None),
         memory_limit=limit,
         use=use,
     )

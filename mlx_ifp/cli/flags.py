@@ -1,16 +1,20 @@
 """Command-line options that several commands share."""
 
 import argparse
-
-# A private name, but what mlx-lm's own options of this kind are read with.
-from mlx_lm.utils import _parse_size
+import re
+from decimal import Decimal
+from typing import Any
 
 from ..checkpoint.config import SELECTORS, TEXT_SOURCES
+from ..choices import DTYPES, Q_BITS, Q_GROUP_SIZES
 from ..selection.keep import Keep
 
-# What mx.quantize takes.
-KV_BITS = (2, 3, 4, 5, 6, 8)
-KV_GROUP_SIZES = (32, 64, 128)
+_SIZES = {"": 1, "M": 10**6, "G": 10**9}
+
+
+def parse_bool(text: str) -> bool:
+    """``False`` or ``F``, in any case of letters, is false; all else is true, as in mlx-lm."""
+    return text.lower() not in ("false", "f")
 
 
 def parse_keep(text: str) -> Keep:
@@ -51,12 +55,42 @@ def parse_count(text: str) -> int:
 def parse_size(text: str) -> int:
     """``6GB``, ``800MB`` or bytes, as mlx-lm reads sizes: a GB is 10^9 bytes."""
     try:
-        size = _parse_size(text)
-    except (KeyError, ValueError, ArithmeticError):
+        digits, unit = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper()).groups()
+        size = int(Decimal(digits) * _SIZES[unit[:1]])
+    except (AttributeError, ValueError, ArithmeticError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 800MB or 800000000")
     return size
+
+
+def new_parser(
+    name: str, description: str, examples: str, **kwargs: Any
+) -> argparse.ArgumentParser:
+    """The empty parser of ``mlx_ifp.NAME``, with examples below its help.
+
+    Args:
+        name: the command's.
+        description: what it does, in one sentence.
+        examples: shown as they are written.
+        **kwargs: passed to argparse.
+    """
+    return argparse.ArgumentParser(
+        prog=f"mlx_ifp.{name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **kwargs,
+    )
+
+
+def add_trust_option(group: argparse._ActionsContainer) -> None:
+    """Whether code of the model's repository may run."""
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run code of the model's repository",
+    )
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -75,14 +109,10 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._Argumen
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it is used."""
     group = add_checkpoint_options(parser)
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Let the tokenizer run code of the model's repository",
-    )
+    add_trust_option(group)
     group.add_argument(
         "--dtype",
-        choices=["float16", "bfloat16", "float32"],
+        choices=DTYPES,
         help="Run in this type (default: as stored; float32 on a CPU)",
     )
     group.add_argument(
@@ -118,11 +148,6 @@ def add_task_name_option(group: argparse._ActionsContainer) -> None:
     group.add_argument("--task-name", metavar="NAME", help="Use a task of mlx_ifp.tasks")
 
 
-def add_reuse_option(group: argparse._ActionsContainer, what: str) -> None:
-    """How alike another selection must be to be used instead; ``what`` says which are at hand."""
-    group.add_argument("--reuse-overlap", type=float, metavar="OVERLAP", help=what)
-
-
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
     """How keys and values are kept."""
     group = parser.add_argument_group("key-value cache")
@@ -130,10 +155,10 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         "--max-kv-size", type=parse_count, help="Maximum size of the key-value cache"
     )
     group.add_argument(
-        "--kv-bits", type=int, choices=KV_BITS, help="Bits for the quantized key-value cache"
+        "--kv-bits", type=int, choices=Q_BITS, help="Bits for the quantized key-value cache"
     )
     group.add_argument(
-        "--kv-group-size", type=int, choices=KV_GROUP_SIZES, default=64, help="Its group size"
+        "--kv-group-size", type=int, choices=Q_GROUP_SIZES, default=64, help="Its group size"
     )
     group.add_argument(
         "--quantized-kv-start",

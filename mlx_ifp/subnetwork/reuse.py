@@ -11,12 +11,9 @@ from collections import OrderedDict
 import numpy as np
 
 from ..errors import IFPError
-from ..selection.disk_cache import SelectionCache
 from ..selection.selection import Selection
 from .cache import SubnetworkCache
 
-# The system's file cache holds the rows of the last few tasks at best.
-_RECENT_ON_DISK = 8
 _REMEMBERED = 256
 
 
@@ -62,15 +59,10 @@ class Reuse:
     Args:
         at_least (float): the least overlap, above 0 and at most 1.
         networks (SubnetworkCache): what is in memory.
-
-    Attributes:
-        on_disk: if set, the selections used last in this cache can stand in too, if none in memory
-            does: their rows may still be in the system's file cache.
     """
 
     def __init__(self, at_least: float, networks: SubnetworkCache) -> None:
         self.at_least = check_overlap(at_least)
-        self.on_disk: SelectionCache | None = None
         self._networks = networks
         self._lock = threading.Lock()
         self._packed: dict[str, PackedSelection] = {}
@@ -86,12 +78,11 @@ class Reuse:
             self._packed = {d: p for d, p in self._packed.items() if d in held}
             self._packed[selection.digest] = packed
 
-    def stand_in(self, selection: Selection, key: str = "") -> tuple[Selection, float | None]:
+    def stand_in(self, selection: Selection) -> tuple[Selection, float | None]:
         """What is used for a new selection.
 
         Args:
             selection (Selection): the new one.
-            key (str): its name on disk, for ``on_disk``.
 
         Returns:
             tuple: the stand-in and its overlap, or the selection itself and None.
@@ -99,7 +90,7 @@ class Reuse:
         with self._lock:
             settled = self._settled.get(selection.digest)
             if settled is None:
-                settled = self._find(selection, key) or (selection, None)
+                settled = self._find(selection) or (selection, None)
                 self._settled[selection.digest] = settled
                 if len(self._settled) > _REMEMBERED:
                     self._settled.popitem(last=False)
@@ -107,7 +98,7 @@ class Reuse:
                 self._settled.move_to_end(selection.digest)
             return settled
 
-    def _find(self, selection: Selection, key: str) -> tuple[Selection, float] | None:
+    def _find(self, selection: Selection) -> tuple[Selection, float] | None:
         held = self._networks.digests
         if selection.digest in held:
             return None
@@ -121,20 +112,4 @@ class Reuse:
             overlap = packed.overlap(new)
             if overlap >= self.at_least and (found is None or overlap > found[1]):
                 found = packed.selection, overlap
-        return found or self._find_on_disk(new, key)
-
-    def _find_on_disk(self, new: PackedSelection, key: str) -> tuple[Selection, float] | None:
-        if self.on_disk is None:
-            return None
-        checkpoint, found = new.selection.checkpoint, None
-        for other_key, selection in self.on_disk.recent(checkpoint, key, _RECENT_ON_DISK):
-            if selection.digest == new.selection.digest:
-                return None
-            overlap = PackedSelection(selection).overlap(new)
-            if overlap >= self.at_least and (found is None or overlap > found[1]):
-                found = selection, overlap, other_key
-        if found is None:
-            return None
-        self.on_disk.mark(checkpoint, key, used=False)
-        self.on_disk.mark(checkpoint, found[2], used=True)
-        return found[:2]
+        return found

@@ -1,9 +1,9 @@
 """``mlx_ifp.train``: a dense model becomes a checkpoint whose prompts select well."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import sys
 import types
@@ -18,7 +18,6 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.utils import save_config
 
 from ...checkpoint.config import text_limit
-from ...cli.dispatch import command
 from ...errors import IFPError
 from ...tuner.data import load_examples
 from ...tuner.dense_targets import Split
@@ -28,10 +27,11 @@ from ...tuner.save import save_student
 from ...tuner.source import Source, load_source
 from ...tuner.student import Student
 from ...tuner.trainer import Trainer
-from ...tuner.training_args import TrainingArgs
+from ...tuner.training_args import TrainingArgs, check_least
 from ...tuner.training_state import latest_checkpoint
 from ...tuner.warm_start import fit_predictor
-from .options import options_of, setup_arg_parser
+from .given import options_of
+from .options import OPTIONS
 from .setup import (
     has_predictor,
     identity_of_run,
@@ -59,7 +59,7 @@ def _task_texts(path: str | None) -> dict[str, str] | None:
     return {str(name): text for name, text in texts.items()}
 
 
-def run(args: types.SimpleNamespace) -> Path:
+def train(args: types.SimpleNamespace) -> Path:
     """Train as the options say.
 
     Returns:
@@ -127,8 +127,10 @@ def _check(args: types.SimpleNamespace) -> tuple[TrainingArgs, dict[str, str] | 
         if getattr(args, name) is None:
             raise IFPError(f"Name --{name}.")
     numbers = TrainingArgs(**{each.name: getattr(args, each.name) for each in fields(TrainingArgs)})
+    check_least(OPTIONS.values(), vars(args))
+    if args.num_layers == 0:
+        raise IFPError("--num-layers must be above 0, or -1 for all.")
     numbers.check()
-    _check_numbers(args)
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
         raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
     if (args.select_by == "task") != (args.tasks is not None):
@@ -258,18 +260,6 @@ def _told_how_to_go_on(path: Path) -> Iterator[None]:
         raise
 
 
-def _check_numbers(args: types.SimpleNamespace) -> None:
-    for name, least in (("warm_start_iters", 0), ("warm_start_examples", 1), ("head_width", 1),
-                        ("num_layers", -1), ("test_batches", -1),
-                        ("warm_start_learning_rate", 0)):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            option = f"--{name.replace('_', '-')}"
-            raise IFPError(f"{option} must be a number from {least}, not {value}.")
-    if args.num_layers == 0:
-        raise IFPError("--num-layers must be above 0, or -1 for all.")
-
-
 def _warm_start(args: types.SimpleNamespace, student: Student, train: Split, log: RunLog) -> None:
     def report(values: dict[str, Any]) -> None:
         log.write(
@@ -291,7 +281,6 @@ def _warm_start(args: types.SimpleNamespace, student: Student, train: Split, log
     )
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.train``."""
-    run(options_of(vars(setup_arg_parser().parse_args())))
+    train(options_of(vars(args)))

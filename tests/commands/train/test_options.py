@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mlx_ifp import IFPError
-from mlx_ifp.commands.train.command import run
-from mlx_ifp.commands.train.options import options_of
+from mlx_ifp.commands.train.command import train
+from mlx_ifp.commands.train.given import options_of
+from mlx_ifp.commands.train.options import OPTIONS, defaults, setup_arg_parser
 
 from ...conftest import run_command
 
@@ -66,7 +67,7 @@ from ...conftest import run_command
 def test_bad_options_are_one_line(changes, words, options):
     args = options(**changes)
     with pytest.raises(IFPError, match=words) as error:
-        run(args)
+        train(args)
     assert "\n" not in str(error.value)
     assert not (Path(args.run_path) / "ifp").exists()
 
@@ -114,6 +115,25 @@ def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
     assert words in done.stderr and str(file) in done.stderr
 
 
+def test_every_option_has_a_flag_and_help_or_is_of_yaml_only():
+    actions = {action.dest: action for action in setup_arg_parser()._actions}
+    for name, each in OPTIONS.items():
+        assert each.metadata["help"] and (name in actions) != each.metadata["yaml_only"]
+        if name in actions:
+            assert actions[name].choices == each.metadata["choices"]
+    assert set(defaults()) == {*OPTIONS, "config"}
+
+
+def test_flags_are_over_yaml_and_yaml_is_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("iters: 7\nlearning-rate: 1\nkeep: 50%\nlora_parameters: {rank: 2}\n")
+    flags = setup_arg_parser().parse_args(["-c", str(file), "--iters", "9"])
+    args = options_of(vars(flags))
+    assert (args.iters, args.keep, args.batch_size) == (9, 0.5, 4)
+    assert args.lora_parameters == {"rank": 2}
+    assert isinstance(args.learning_rate, float)
+
+
 def test_a_contrast_needs_two_tasks(options, data, tmp_path):
     for split in ("train", "valid"):
         rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
@@ -121,4 +141,4 @@ def test_a_contrast_needs_two_tasks(options, data, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     args = options(data=str(tmp_path), contrastive_weight=0.1, warm_start_iters=0)
     with pytest.raises(IFPError, match="--contrastive-weight needs two tasks"):
-        run(args)
+        train(args)

@@ -7,41 +7,20 @@ from pathlib import Path
 from mlx_lm.manage import tabulate
 from safetensors import SafetensorError, safe_open
 
-from ..cli.dispatch import command
-from ..errors import IFPError
-from ..prompt_cache.files import WarmPromptFiles
-from ..selection.disk_cache import SelectionCache
-from ..selection.files import load_selection
-
-EXAMPLES = """examples:
-  mlx_ifp.manage --scan
-  mlx_ifp.manage --delete
-  mlx_ifp.manage --delete --pattern smollm2
-"""
+from ...errors import IFPError
+from ...prompt_cache.files import WarmPromptFiles
+from ...selection.disk_cache import SelectionCache
+from ...selection.files import load_selection
 
 
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.manage``, as far as they can be like those of mlx-lm."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.manage",
-        description="List and clear the selections and warm prompts kept on disk.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--scan", action="store_true", help="List them")
-    action.add_argument("--delete", action="store_true", help="Delete them")
-    parser.add_argument("--pattern", default="", help="Only those whose model contains this")
-    parser.add_argument("--cache-dir", help="Where selections are kept on disk")
-    return parser
+def _size_and_last_use(path: Path) -> tuple[int, str]:
+    stat = path.stat()
+    return stat.st_size, time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
 
 
 def _describe(path: Path) -> list[str | int]:
     """A row of the list; a damaged file is listed too, so that it can be deleted."""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    size = path.stat().st_size
-    if path.stat().st_mtime == 0:
-        when = "never"
+    size, when = _size_and_last_use(path)
     try:
         selection = load_selection(path)
         with safe_open(path, "np") as file:
@@ -59,8 +38,7 @@ def _describe(path: Path) -> list[str | int]:
 
 
 def _describe_warm(path: Path) -> list[str | int]:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    size = path.stat().st_size
+    size, when = _size_and_last_use(path)
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
@@ -71,10 +49,8 @@ def _describe_warm(path: Path) -> list[str | int]:
     return [metadata.get("model", ""), metadata.get("tokens", ""), size, when]
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.manage``."""
-    args = setup_arg_parser().parse_args()
     cache = SelectionCache(args.cache_dir)
     rows = [(path, _describe(path)) for path in cache.entries()]
     rows = [(path, row) for path, row in rows if args.pattern in row[0]]
