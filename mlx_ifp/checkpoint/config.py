@@ -114,7 +114,7 @@ def text_limit(config: dict[str, Any]) -> int:
 
 @dataclass
 class IFPConfig:
-    """The whole of ``ifp_config.json``; CHECKPOINT.md explains each field.
+    """The whole of ``ifp_config.json``; docs/checkpoint.md explains each field.
 
     Attributes:
         predictor_embedding: ``own``, or ``llm`` if the backbone uses the LLM's embedding and

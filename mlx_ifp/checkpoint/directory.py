@@ -1,6 +1,6 @@
 """The checkpoint directory: opening and checking it, and writing a new one.
 
-CHECKPOINT.md describes the format.
+docs/checkpoint.md describes the format.
 """
 
 import hashlib
