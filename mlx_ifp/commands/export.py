@@ -27,7 +27,7 @@ from ..checkpoint.weights import load_tensors
 from ..cli.arguments import check_given, given_selection, load_model, task_of
 from ..cli.dispatch import command
 from ..cli.flags import add_model_options, add_task_options
-from ..errors import IFPError
+from ..errors import IFPError, one_line
 from ..files.atomic import new_directory
 from ..files.tensor_files import DTYPES, LazyTensor, write_safetensors
 from ..llm.build import quantization_of, with_width
@@ -310,12 +310,10 @@ def _write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
     weights: dict[str, mx.array] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= mx.load(str(file))
-    try:
-        # mlx-lm prints the name of a temporary directory.
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
-    except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
-        raise IFPError(f"mlx-lm's GGUF exporter cannot write this model: {error}") from error
+    # mlx-lm prints the name of a temporary directory.
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with one_line("mlx-lm's GGUF exporter cannot write this model"), silent:
+        convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
     kind = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
     if kind.get("byte_fallback"):
         return []
