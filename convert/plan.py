@@ -13,15 +13,13 @@ from mlx_ifp.checkpoint.directory import HEAD_STEM, PREDICTOR_STEM
 from mlx_ifp.checkpoint.precision import Precision, quantize_config, quantize_head
 from mlx_ifp.errors import IFPError
 from mlx_ifp.llm.modules import find_body, get_module
-from mlx_ifp.selection.keep import resolve_keep
+from mlx_ifp.selection.keep import DEFAULT_KEEP, resolve_keep
 
 from .dense import DenseModel, dtype_of
 from .layouts.parts import TrainedModel
 from .naming import NamedModel, name_tensors
 from .sources.tokenizer import open_tokenizer
 from .streams import Tensors, split_model
-
-DEFAULT_KEEP = 0.5
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_predicate_builder
+from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import quantize_model
 
 from ..errors import IFPError, one_line
@@ -17,8 +17,6 @@ from ..llm.ffn import FFN
 from ..llm.modules import get_module, linear
 from .expected import HEAD_MODULE
 
-DTYPES = tuple(MODEL_CONVERSION_DTYPES)
-RECIPES = tuple(QUANT_RECIPES)
 # mlx-lm's, of the mode affine.
 DEFAULT_GROUP_SIZE = 64
 

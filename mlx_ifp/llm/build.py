@@ -11,9 +11,6 @@ from mlx_lm.utils import _get_classes
 
 from ..errors import IFPError, one_line
 
-# mlx-lm's.
-QUANTIZATION_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-
 _QUANTIZATION_DEFAULTS = ("group_size", "bits", "mode")
 
 

@@ -13,12 +13,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
 from ..checkpoint.config import TextConfig
+from ..choices import STAGES
 from ..errors import IFPError
 from ..files.jsonl import read_jsonl
 from ..selectors.text import selecting_text, selector_tokens
 
 SPLITS = ("train", "valid", "test")
-STAGES = ("pretrain", "sft")
 
 
 @dataclass(frozen=True)
