@@ -122,11 +122,6 @@ def add_task_name_option(group: argparse._ActionsContainer) -> None:
     group.add_argument("--task-name", metavar="NAME", help="Use a task of mlx_ifp.tasks")
 
 
-def add_reuse_option(group: argparse._ActionsContainer, what: str) -> None:
-    """How alike another selection must be to be used instead; ``what`` says which are at hand."""
-    group.add_argument("--reuse-overlap", type=float, metavar="OVERLAP", help=what)
-
-
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
     """How keys and values are kept."""
     group = parser.add_argument_group("key-value cache")

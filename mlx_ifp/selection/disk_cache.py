@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +64,11 @@ class SelectionCache:
 
     def previous(self, checkpoint: str, key: str) -> Selection | None:
         """The selection used last, other than that of ``key``."""
-        return next((selection for _, selection in self.recent(checkpoint, key, 1)), None)
-
-    def recent(self, checkpoint: str, key: str, limit: int) -> Iterator[tuple[str, Selection]]:
-        """Up to ``limit`` selections used last, with their keys, other than that of ``key``."""
         for path in self._files(self._folder(checkpoint)):
             with contextlib.suppress(IFPError, OSError):
-                if limit < 1 or path.stat().st_mtime == 0:
-                    return
                 if path.stem != key:
-                    selection = load_selection(path, checkpoint)
-                    limit -= 1
-                    yield path.stem, selection
-
-    def mark(self, checkpoint: str, key: str, *, used: bool) -> None:
-        """Say that a selection was used now, or that it is on disk but was never used."""
-        with contextlib.suppress(OSError):
-            os.utime(self._folder(checkpoint) / f"{key}.safetensors", None if used else (0, 0))
+                    return load_selection(path, checkpoint)
+        return None
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:

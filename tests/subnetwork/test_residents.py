@@ -172,11 +172,10 @@ def test_only_those_used_last_are_compared(checkpoints):
     near, *others = (random_selection(3, 160, 64, seed=seed) for seed in range(9))
     networks = [model.subnetwork(selection) for selection in (near, *others[:7])]
     new = Selection((*near.layers[:2], others[7].layers[2]), None, 160)
-    assert model.store.residents.nearest(new, model.networks.digests)[0].channels is near.layers[0]
+    residents = model.store.residents
+    assert residents.nearest(new, model.networks.digests)[0].channels is near.layers[0]
     networks.append(model.subnetwork(others[7]))
-    assert (
-        model.store.residents.nearest(new, model.networks.digests)[0].channels is not near.layers[0]
-    )
+    assert residents.nearest(new, model.networks.digests)[0].channels is not near.layers[0]
     assert len(networks) == 9
 
 

@@ -1,7 +1,5 @@
 """Reuse of a sub-network whose selection is nearly the new one: counted, and equal to that one."""
 
-import json
-import sys
 import threading
 
 import mlx.core as mx
@@ -9,15 +7,14 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-import mlx_ifp.commands.generate as generate_module
 from mlx_ifp import IFPError, Selection, generate, load, stream_generate
 from mlx_ifp.checkpoint.config import MaskConfig
-from mlx_ifp.commands import manage as manage_module
 from mlx_ifp.generation.stats import Stats
-from mlx_ifp.selection.disk_cache import SelectionCache
-from mlx_ifp.selection.files import load_selection
+from mlx_ifp.selection.overlap import overlap_matrix
+from mlx_ifp.selection.packed import overlap, pack
+from mlx_ifp.subnetwork import reuse as reuse_module
 from mlx_ifp.subnetwork.cache import SubnetworkCache
-from mlx_ifp.subnetwork.reuse import PackedSelection, Reuse, check_overlap
+from mlx_ifp.subnetwork.reuse import Reuse, check_overlap
 
 from ..conftest import make_predictor_checkpoint
 from ..helpers import random_selection
@@ -57,12 +54,16 @@ def loaded(checkpoint, *selections, at_least=0.75, **kwargs):
 
 
 @pytest.mark.parametrize("d_ffn", [64, 160, 163])
-def test_packed_overlap_is_selection_overlap(d_ffn):
+def test_the_overlap_is_that_of_the_lists_of_channels(d_ffn):
     for seed in range(10):
         a = random_selection(5, d_ffn, 40, seed=seed)
         b = random_selection(5, d_ffn, [1, 39, 40, 41, d_ffn], seed=100 + seed)
-        assert PackedSelection(a).overlap(PackedSelection(b)) == a.overlap(b)[0]
-        assert PackedSelection(b).overlap(PackedSelection(b)) == 1
+        shared = [len(np.intersect1d(*pair)) for pair in zip(a.layers, b.layers, strict=True)]
+        expected = np.array(shared) / np.maximum(a.ks, b.ks)
+        assert (overlap(pack(a.mask), pack(b.mask)) == expected).all()
+        assert (overlap(pack(b.mask), pack(b.mask)) == 1).all()
+        assert a.overlap(b)[0] == expected.mean()
+        assert (overlap_matrix([a, b])[0, 1] == expected).all()
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.001, float("nan"), float("inf")])
@@ -204,8 +205,8 @@ def test_a_conversation_without_a_stand_in_gets_none_later(predictor_checkpoint,
 def test_an_exact_hit_compares_nothing(predictor_checkpoint, own, monkeypatch):
     model, _ = loaded(predictor_checkpoint, *(alike(own, 40, seed=seed) for seed in range(4)))
     model.prepare(TEXT)
-    monkeypatch.setattr(PackedSelection, "__init__", lambda *_: pytest.fail("packed"))
-    monkeypatch.setattr(PackedSelection, "overlap", lambda *_: pytest.fail("compared"))
+    monkeypatch.setattr(reuse_module, "pack", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(reuse_module, "overlap", lambda *_: pytest.fail("compared"))
     ready = model.prepare(TEXT)
     assert (ready.source, ready.bytes_read) == ("memory", 0)
 
@@ -254,82 +255,3 @@ def test_figures_say_it(predictor_checkpoint, own):
     stats = Stats.of(ready, response, 0.1, (1, 1))
     assert stats.to_dict()["selection"]["reuse_overlap"] == 60 / 64
     assert "predictor, another reused: overlap 0.938" in stats.table()
-
-
-# -- on disk, by mlx_ifp.generate
-
-
-@pytest.fixture
-def run(predictor_checkpoint, monkeypatch, capsys, tmp_path):
-    """Run ``mlx_ifp.generate`` in this process; its figures and the selection it used."""
-
-    def run(prompt, *args):
-        files = ["--stats", tmp_path / "stats", "--save-selection", tmp_path / "used"]
-        argv = ["generate", "--model", predictor_checkpoint, "-p", prompt, "-m", "2", *files, *args]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        generate_module.main()
-        capsys.readouterr()
-        figures = json.loads((tmp_path / "stats").read_text())["selection"]
-        used = load_selection(tmp_path / "used")
-        return figures["source"], figures["reuse_overlap"], used
-
-    return run
-
-
-FLAG = ("--reuse-overlap", "0.01")  # any two prompts are alike
-
-
-def test_a_recent_selection_is_used_again(run, predictor_checkpoint):
-    model, _ = load(predictor_checkpoint, cache=False)
-    first, second = (model.select(text) for text in ("Hello", "Goodbye"))
-    overlap = first.overlap(second)[0]
-    source, reused, used = run("Hello", *FLAG)
-    assert (source, reused, used.digest) == ("predictor", None, first.digest)
-    for source in ("predictor", "disk"):
-        assert run("Goodbye", *FLAG)[:2] == (source, overlap)
-        used = run("Goodbye", *FLAG)[2]
-        assert used.digest == first.digest
-        # The selection that was made, but never used, stands in for nothing.
-        assert run("Hello", *FLAG)[:2] == ("disk", None)
-    # Without the flag all is exact.
-    assert run("Goodbye")[2].digest == second.digest
-    assert run("Hello")[2].digest == first.digest
-
-
-def test_below_the_overlap_no_recent_selection_is_used(run):
-    run("Hello", "--reuse-overlap", "1")
-    assert run("Goodbye", "--reuse-overlap", "1")[:2] == ("predictor", None)
-    goodbye, hello = SelectionCache().entries()
-    overlap = load_selection(goodbye).overlap(load_selection(hello))[0]
-    assert 0.2 < overlap < 1
-    for at_least, reused in ((np.nextafter(overlap, 1), None), (overlap, overlap)):
-        goodbye.unlink()
-        assert run("Goodbye", "--reuse-overlap", repr(float(at_least)))[1] == reused
-
-
-def test_what_was_never_used_is_listed_so(run, monkeypatch, capsys):
-    run("Hello", *FLAG)
-    run("Goodbye", *FLAG)
-    monkeypatch.setattr(sys, "argv", ["manage", "--scan"])
-    manage_module.main()
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    assert [line.rstrip().endswith("never") for line in lines] == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["--reuse-overlap", "0"], "above 0 and at most 1, not 0.0"),
-        (["--reuse-overlap", "1.5"], "above 0 and at most 1, not 1.5"),
-        (["--reuse-overlap", "nan"], "above 0 and at most 1, not nan"),
-        (["--reuse-overlap", "0.9", "--no-cache"], "--no-cache"),
-        (["--reuse-overlap", "much"], "invalid float value: 'much'"),
-    ],
-)
-def test_bad_input(predictor_checkpoint, monkeypatch, capsys, args, says):
-    argv = ["generate", "--model", str(predictor_checkpoint), *args]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        generate_module.main()
-    assert end.value.code not in (0, None)
-    assert says in capsys.readouterr().err.splitlines()[-1]

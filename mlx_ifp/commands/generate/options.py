@@ -6,7 +6,6 @@ from ...cli.flags import (
     add_kv_options,
     add_memory_options,
     add_model_options,
-    add_reuse_option,
     add_task_options,
     parse_bool,
     parse_seed,
@@ -35,11 +34,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--show-selection",
         action="store_true",
         help="Show, by layer, the share kept and the overlap with the task used before this one",
-    )
-    add_reuse_option(
-        ours,
-        "Use the selection of a recent run instead of a new one that overlaps it by at least this "
-        "much, above 0 and at most 1 (default: never)",
     )
     ours.add_argument("--stats", metavar="FILE", help="Write the figures to a JSON file")
     text = parser.add_argument_group("prompt")

@@ -17,8 +17,6 @@ def _describe(path: Path) -> list[str | int]:
     """A row of the list; a damaged file is listed too, so that it can be deleted."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     size = path.stat().st_size
-    if path.stat().st_mtime == 0:
-        when = "never"
     try:
         selection = load_selection(path)
         with safe_open(path, "np") as file:
