@@ -3,6 +3,7 @@
 import argparse
 import re
 from decimal import Decimal
+from typing import Any
 
 from ..checkpoint.config import SELECTORS, TEXT_SOURCES
 from ..choices import DTYPES, Q_BITS, Q_GROUP_SIZES
@@ -63,6 +64,35 @@ def parse_size(text: str) -> int:
     return size
 
 
+def new_parser(
+    name: str, description: str, examples: str, **kwargs: Any
+) -> argparse.ArgumentParser:
+    """The empty parser of ``mlx_ifp.NAME``, with examples below its help.
+
+    Args:
+        name: the command's.
+        description: what it does, in one sentence.
+        examples: shown as they are written.
+        **kwargs: passed to argparse.
+    """
+    return argparse.ArgumentParser(
+        prog=f"mlx_ifp.{name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **kwargs,
+    )
+
+
+def add_trust_option(group: argparse._ActionsContainer) -> None:
+    """Whether code of the model's repository may run."""
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run code of the model's repository",
+    )
+
+
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Which checkpoint, and where what belongs to it is kept."""
     group = parser.add_argument_group("model")
@@ -79,11 +109,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._Argumen
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, and how it is used."""
     group = add_checkpoint_options(parser)
-    group.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Let the tokenizer run code of the model's repository",
-    )
+    add_trust_option(group)
     group.add_argument(
         "--dtype",
         choices=DTYPES,

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import fields
 
-from ...cli.flags import add_model_options, add_task_name_option, parse_seed
+from ...cli.flags import add_model_options, add_task_name_option, new_parser, parse_seed
 from .settings import DEFAULT_SCALE, Settings
 
 TASK = "You are an expert Python programmer. Answer with working code and a short explanation."
@@ -25,12 +25,11 @@ examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.benchmark``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.benchmark",
-        description="Measure a sub-network against a dense model of its size, the full model and a "
+    parser = new_parser(
+        "benchmark",
+        "Measure a sub-network against a dense model of its size, the full model and a "
         "mixture of experts.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     add_model_options(parser)
     group = parser.add_argument_group("random weights")

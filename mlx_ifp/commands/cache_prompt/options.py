@@ -2,7 +2,13 @@
 
 import argparse
 
-from ...cli.flags import add_kv_options, add_memory_options, add_model_options, add_task_options
+from ...cli.flags import (
+    add_kv_options,
+    add_memory_options,
+    add_model_options,
+    add_task_options,
+    new_parser,
+)
 
 EXAMPLES = """examples:
   mlx_ifp.cache_prompt --model smollm2-ifp --task "Answer questions on a text." \\
@@ -14,11 +20,10 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.cache_prompt``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.cache_prompt",
-        description="Keep the keys and values of a prompt, made under one selection, in a file.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "cache_prompt",
+        "Keep the keys and values of a prompt, made under one selection, in a file.",
+        EXAMPLES,
     )
     add_model_options(parser)
     add_task_options(parser)

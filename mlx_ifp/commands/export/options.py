@@ -2,7 +2,7 @@
 
 import argparse
 
-from ...cli.flags import add_model_options, add_task_options
+from ...cli.flags import add_model_options, add_task_options, new_parser
 
 GGUF_FILE = "ggml-model-f16.gguf"  # mlx-lm's default name
 
@@ -15,11 +15,8 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.export``: those of ``mlx_lm.fuse`` where they mean the same."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.export",
-        description="Write the sub-network of a task as a model that plain mlx-lm opens.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "export", "Write the sub-network of a task as a model that plain mlx-lm opens.", EXAMPLES
     )
     add_model_options(parser)
     add_task_options(parser)

@@ -7,6 +7,7 @@ from ...cli.flags import (
     add_memory_options,
     add_model_options,
     add_task_options,
+    new_parser,
     parse_bool,
     parse_seed,
 )
@@ -20,11 +21,10 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.generate``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.generate",
-        description="Generate text with the sub-network that the prompt or a task selects.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "generate",
+        "Generate text with the sub-network that the prompt or a task selects.",
+        EXAMPLES,
     )
     add_model_options(parser)
     add_task_options(parser)

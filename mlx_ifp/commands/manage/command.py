@@ -13,10 +13,14 @@ from ...selection.disk_cache import SelectionCache
 from ...selection.files import load_selection
 
 
+def _size_and_last_use(path: Path) -> tuple[int, str]:
+    stat = path.stat()
+    return stat.st_size, time.strftime("%Y-%m-%d %H:%M", time.localtime(stat.st_mtime))
+
+
 def _describe(path: Path) -> list[str | int]:
     """A row of the list; a damaged file is listed too, so that it can be deleted."""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    size = path.stat().st_size
+    size, when = _size_and_last_use(path)
     try:
         selection = load_selection(path)
         with safe_open(path, "np") as file:
@@ -34,8 +38,7 @@ def _describe(path: Path) -> list[str | int]:
 
 
 def _describe_warm(path: Path) -> list[str | int]:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-    size = path.stat().st_size
+    size, when = _size_and_last_use(path)
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}

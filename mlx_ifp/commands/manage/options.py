@@ -2,6 +2,8 @@
 
 import argparse
 
+from ...cli.flags import new_parser
+
 EXAMPLES = """examples:
   mlx_ifp.manage --scan
   mlx_ifp.manage --delete
@@ -11,11 +13,8 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.manage``, as far as they can be like those of mlx-lm."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.manage",
-        description="List and clear the selections and warm prompts kept on disk.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "manage", "List and clear the selections and warm prompts kept on disk.", EXAMPLES
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--scan", action="store_true", help="List them")

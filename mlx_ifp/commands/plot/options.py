@@ -2,7 +2,7 @@
 
 import argparse
 
-from ...cli.flags import add_model_options, parse_count
+from ...cli.flags import add_model_options, new_parser, parse_count
 from ...tuner.run_log import LOG_FILE
 
 EXAMPLES = """examples:
@@ -14,12 +14,10 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.plot``."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.plot",
-        description="Draw the curves of training runs, or the overlap of a checkpoint's "
-        "selections, as PNG.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "plot",
+        "Draw the curves of training runs, or the overlap of a checkpoint's selections, as PNG.",
+        EXAMPLES,
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help=f"Directory of a training run, or its {LOG_FILE}"

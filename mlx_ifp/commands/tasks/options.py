@@ -2,7 +2,7 @@
 
 import argparse
 
-from ...cli.flags import add_checkpoint_options, add_model_options
+from ...cli.flags import add_checkpoint_options, add_model_options, new_parser
 
 EXAMPLES = """examples:
   mlx_ifp.tasks add python --model smollm2-ifp --task "You are an expert Python programmer."
@@ -14,12 +14,7 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.tasks``: one parser an action."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.tasks",
-        description="Keep selections under names, for each checkpoint.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("tasks", "Keep selections under names, for each checkpoint.", EXAMPLES)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, text: str) -> argparse.ArgumentParser:

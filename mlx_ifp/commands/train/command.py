@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import sys
 import types
@@ -28,10 +27,11 @@ from ...tuner.save import save_student
 from ...tuner.source import Source, load_source
 from ...tuner.student import Student
 from ...tuner.trainer import Trainer
-from ...tuner.training_args import TrainingArgs
+from ...tuner.training_args import TrainingArgs, check_least
 from ...tuner.training_state import latest_checkpoint
 from ...tuner.warm_start import fit_predictor
-from .options import options_of
+from .given import options_of
+from .options import OPTIONS
 from .setup import (
     has_predictor,
     identity_of_run,
@@ -127,8 +127,10 @@ def _check(args: types.SimpleNamespace) -> tuple[TrainingArgs, dict[str, str] | 
         if getattr(args, name) is None:
             raise IFPError(f"Name --{name}.")
     numbers = TrainingArgs(**{each.name: getattr(args, each.name) for each in fields(TrainingArgs)})
+    check_least(OPTIONS.values(), vars(args))
+    if args.num_layers == 0:
+        raise IFPError("--num-layers must be above 0, or -1 for all.")
     numbers.check()
-    _check_numbers(args)
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
         raise IFPError("--q-bits, --q-group-size and --q-mode need -q.")
     if (args.select_by == "task") != (args.tasks is not None):
@@ -256,18 +258,6 @@ def _told_how_to_go_on(path: Path) -> Iterator[None]:
         if last:
             print(f"[INFO] {go_on}.", file=sys.stderr)
         raise
-
-
-def _check_numbers(args: types.SimpleNamespace) -> None:
-    for name, least in (("warm_start_iters", 0), ("warm_start_examples", 1), ("head_width", 1),
-                        ("num_layers", -1), ("test_batches", -1),
-                        ("warm_start_learning_rate", 0)):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            option = f"--{name.replace('_', '-')}"
-            raise IFPError(f"{option} must be a number from {least}, not {value}.")
-    if args.num_layers == 0:
-        raise IFPError("--num-layers must be above 0, or -1 for all.")
 
 
 def _warm_start(args: types.SimpleNamespace, student: Student, train: Split, log: RunLog) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from mlx_ifp import IFPError
 from mlx_ifp.commands.train.command import train
-from mlx_ifp.commands.train.options import options_of
+from mlx_ifp.commands.train.given import options_of
+from mlx_ifp.commands.train.options import OPTIONS, defaults, setup_arg_parser
 
 from ...conftest import run_command
 
@@ -112,6 +113,25 @@ def test_a_wrong_yaml_file_is_one_line(text, words, tmp_path):
     done = run_command("train", "-c", file)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert words in done.stderr and str(file) in done.stderr
+
+
+def test_every_option_has_a_flag_and_help_or_is_of_yaml_only():
+    actions = {action.dest: action for action in setup_arg_parser()._actions}
+    for name, each in OPTIONS.items():
+        assert each.metadata["help"] and (name in actions) != each.metadata["yaml_only"]
+        if name in actions:
+            assert actions[name].choices == each.metadata["choices"]
+    assert set(defaults()) == {*OPTIONS, "config"}
+
+
+def test_flags_are_over_yaml_and_yaml_is_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("iters: 7\nlearning-rate: 1\nkeep: 50%\nlora_parameters: {rank: 2}\n")
+    flags = setup_arg_parser().parse_args(["-c", str(file), "--iters", "9"])
+    args = options_of(vars(flags))
+    assert (args.iters, args.keep, args.batch_size) == (9, 0.5, 4)
+    assert args.lora_parameters == {"rank": 2}
+    assert isinstance(args.learning_rate, float)
 
 
 def test_a_contrast_needs_two_tasks(options, data, tmp_path):
