@@ -13,7 +13,7 @@ from mlx_ifp.checkpoint.directory import HEAD_STEM, PREDICTOR_STEM
 from mlx_ifp.checkpoint.precision import Precision, quantize_config, quantize_head
 from mlx_ifp.errors import IFPError
 from mlx_ifp.llm.modules import find_body, get_module
-from mlx_ifp.selection.keep import DEFAULT_KEEP, resolve_keep
+from mlx_ifp.selection.keep import DEFAULT_KEEP, compact, resolve_keep
 
 from .dense import DenseModel, dtype_of
 from .layouts.parts import TrainedModel
@@ -71,7 +71,7 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
         IFPError: if k or the precision does not fit the model.
     """
     d_ffn = dense.ffns[0].d_ffn
-    k = resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns))
+    k = compact(resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns)))
     dtype = precision.dtype or dtype_of(dense.config)
     bytes_in = sum(tensor.nbytes for tensor in dense.tensors.values())
     config, trunk, channels, notes = _store(dense, dense.config, dense.ffns, precision, dtype)
@@ -131,7 +131,7 @@ def plan_trained(
     )
     head, _ = split_model(backbone.network, head, [], head_how, head_precision.dtype)
     ifp = IFPConfig(
-        k=resolve_keep(trained.keep, d_ffn, layers),
+        k=compact(resolve_keep(trained.keep, d_ffn, layers)),
         selector="predictor",
         mask=trained.mask,
         text=_text(backbone.config, text_format or "raw"),

@@ -14,16 +14,17 @@ from ..checkpoint.tokenizers import load_predictor_tokenizer
 from ..device import default_dtype
 from ..errors import IFPError
 from ..files.atomic import check_writable
-from ..llm.kv_cache import Generation
+from ..generation.request import Request
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
 from ..memory.table import table
 from ..model import IFPModel, open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
-from ..selection.keep import resolve_keep
+from ..selection.keep import compact
 from ..selection.selection import Selection
 from ..selection.task_library import Task, TaskLibrary
+from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text, selector_tokens
 
 
@@ -42,13 +43,23 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
+def kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of mlx-lm's ``generate_step`` that ``add_kv_options`` gives."""
+    names = (
+        "max_kv_size",
+        "kv_bits",
+        "kv_group_size",
+        "quantized_kv_start",
+        "prefill_step_size",
+    )
+    return {name: getattr(args, name) for name in names}
+
+
 def use_of(
     args: argparse.Namespace,
     checkpoint: Checkpoint,
     tokenizer: TokenizerWrapper,
-    generation: Generation,
-    messages: list[dict[str, Any]],
-    task: str | None,
+    request: Request,
 ) -> Use:
     """What the options are going to use a checkpoint for.
 
@@ -56,23 +67,21 @@ def use_of(
         args: the options.
         checkpoint: what they name.
         tokenizer: of its LLM.
-        generation: lengths, and how keys and values are kept.
-        messages: the prompt, which selects if nothing else does.
-        task: a description that selects, or None.
+        request: what they ask for.
     """
-    if getattr(args, "dense", False):
+    generation = request.generation(tokenizer)
+    if request.dense:
         return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
-    if (selection := given_selection(args, checkpoint)) is not None:
-        return Use(selection.ks, generation, networks=args.cached_tasks)
-    k = checkpoint.ifp.k
-    if args.keep is not None:
-        k = resolve_keep(args.keep, checkpoint.d_ffn, len(checkpoint.ffns))
+    if request.selection is not None:
+        return Use(request.selection.ks, generation, networks=args.cached_tasks)
+    k = compact(resolved_keep(checkpoint, args.keep))
     selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
-    text = task
-    if task is None:
-        text = selecting_text(messages, args.task_from or checkpoint.ifp.text.source)
+    text = request.task
+    if text is None:
+        role = request.task_from or checkpoint.ifp.text.source
+        text = selecting_text(request.prompt, role)
     tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
     return Use(k, generation, selector, len(tokens), args.cached_tasks)
 

@@ -13,7 +13,10 @@ from ..subnetwork.prepared import Prepared
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A prompt that began warm: its first ``tokens`` came from ``disk``, or a ``prefill`` now."""
+    """A prompt that began warm: where its first ``tokens`` came from.
+
+    The ``source`` is ``memory``, ``disk``, or a ``prefill`` now.
+    """
 
     source: str
     seconds: float

@@ -5,7 +5,8 @@ weights that are never read. So the caches counted here are those that mlx-lm ma
 architecture, filled by the model itself, and not a formula of ours.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +20,49 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from ..errors import IFPError, reason_of
+from ..errors import IFPError, one_line
 from .modules import PREFILL_STEP_SIZE, find_body, get_module
 
 # Tokens to add at a time to a cache of a kind that is not known here.
 _BLOCK = 256
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How mlx-lm keeps keys and values: the arguments of its ``generate_step`` with these names.
+
+    Attributes:
+        max_kv_size: mlx-lm heeds it for models that make no cache of their own.
+        kv_bits: None leaves keys and values as they are.
+        kv_group_size: their quantization group.
+        quantized_kv_start: from so many tokens on they are quantized.
+    """
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "KVSettings":
+        """Those among the arguments of a generation; the others are left alone."""
+        return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
+
+    def quantize(self, cache: list[Any]) -> None:
+        """Let mlx-lm quantize a prompt cache in place, if it is time to."""
+        maybe_quantize_kv_cache(
+            cache,
+            quantized_kv_start=self.quantized_kv_start,
+            kv_group_size=self.kv_group_size,
+            kv_bits=self.kv_bits,
+        )
+
+    @property
+    def identity(self) -> list[int | None]:
+        """What tells two apart: how to quantize says nothing where nothing is quantized."""
+        if self.kv_bits is None:
+            return [self.max_kv_size]
+        return [self.max_kv_size, self.kv_bits, self.kv_group_size, self.quantized_kv_start]
 
 
 @dataclass(frozen=True)
@@ -33,19 +72,13 @@ class Generation:
     Attributes:
         prompt_tokens: of the prompt, 1 or more; those in a prompt cache count.
         max_tokens: to generate.
-        max_kv_size: mlx-lm heeds it for models that make no cache of their own.
-        kv_bits: None leaves keys and values as they are.
-        kv_group_size: their quantization group.
-        quantized_kv_start: from so many tokens on they are quantized.
+        kv: how keys and values are kept.
         prefill_step_size: prompt tokens that run at a time.
     """
 
     prompt_tokens: int
     max_tokens: int = 0
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
+    kv: KVSettings = KVSettings()
     prefill_step_size: int = PREFILL_STEP_SIZE
 
     @classmethod
@@ -61,9 +94,8 @@ class Generation:
             )
         if arguments.get("draft_model") is not None:
             raise IFPError("A memory limit does not count a draft model; leave out one of them.")
-        own = {field.name for field in fields(cls)}
-        chosen = {name: value for name, value in arguments.items() if name in own}
-        return cls(prompt_tokens, max_tokens, **chosen)
+        step = arguments.get("prefill_step_size", PREFILL_STEP_SIZE)
+        return cls(prompt_tokens, max_tokens, KVSettings.of(arguments), step)
 
     @property
     def tokens(self) -> int:
@@ -85,26 +117,18 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
     Raises:
         IFPError: if mlx-lm cannot quantize this model's keys and values as asked.
     """
-    cache = make_prompt_cache(model, generation.max_kv_size)
+    cache = make_prompt_cache(model, generation.kv.max_kv_size)
     body = get_module(model, find_body(model))
     peak = 0
 
     def step(tokens: int) -> None:
         nonlocal peak
         body(mx.zeros((1, tokens), mx.int32), cache=cache)
-        try:
-            maybe_quantize_kv_cache(
-                cache,
-                generation.quantized_kv_start,
-                generation.kv_group_size,
-                generation.kv_bits,
-            )
-        except (ValueError, NotImplementedError) as error:
-            reason = reason_of(error)
-            raise IFPError(
-                f"mlx-lm cannot keep this model's keys and values in {generation.kv_bits} bits, "
-                f"in groups of {generation.kv_group_size}: {reason}"
-            ) from error
+        with one_line(
+            f"mlx-lm cannot keep this model's keys and values in {generation.kv.kv_bits} bits, "
+            f"in groups of {generation.kv.kv_group_size}"
+        ):
+            generation.kv.quantize(cache)
         peak = max(peak, sum(layer.nbytes for layer in cache))
 
     # As generate_step does it: the prompt but its last token in steps, then a token at a time.
@@ -143,30 +167,8 @@ def _free(layer: object, generation: Generation) -> int | None:
         return generation.tokens if size >= layer.max_size else size - layer.offset
     if type(layer) is KVCache:
         free = layer.keys.shape[2] - layer.offset
-        start = generation.quantized_kv_start - layer.offset - 1
-        return min(free, start) if generation.kv_bits is not None and start >= 0 else free
+        start = generation.kv.quantized_kv_start - layer.offset - 1
+        return min(free, start) if generation.kv.kv_bits is not None and start >= 0 else free
     if type(layer) is QuantizedKVCache:
         return layer.keys[0].shape[2] - layer.offset
     return None
-
-
-@dataclass(frozen=True)
-class KVSettings:
-    """How mlx-lm keeps keys and values: the arguments of its ``generate_step`` with these names."""
-
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-
-    @classmethod
-    def of(cls, arguments: dict[str, Any]) -> "KVSettings":
-        """Those among the arguments of a generation; the others are left alone."""
-        return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
-
-    @property
-    def identity(self) -> list[int | None]:
-        """What tells two apart: how to quantize says nothing where nothing is quantized."""
-        if self.kv_bits is None:
-            return [self.max_kv_size]
-        return [self.max_kv_size, self.kv_bits, self.kv_group_size, self.quantized_kv_start]

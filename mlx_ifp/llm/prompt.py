@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import IFPError
+from ..errors import IFPError, one_line
 
 Text = str | list[int] | mx.array
 
@@ -25,11 +24,19 @@ def token_ids(tokens: list[int] | mx.array) -> list[int]:
 
 
 def encode_prompt(
-    tokenizer: TokenizerWrapper, prompt: Prompt, **template_kwargs: Any
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    *,
+    to_be_continued: bool = False,
+    **template_kwargs: Any,
 ) -> str | list[int] | mx.array:
     """What mlx-lm is given as the prompt: messages go through the chat template.
 
-    A last message of the assistant is continued, not answered.
+    A last message of the assistant is continued, not answered; so is any other one that is
+    ``to_be_continued``.
+
+    Raises:
+        IFPError: if the prompt is empty, or the chat template does not take it.
     """
     if not is_messages(prompt):
         if len(prompt) == 0:
@@ -37,19 +44,46 @@ def encode_prompt(
         return prompt
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
-    prefill = prompt[-1].get("role") == "assistant"
-    try:
+    prefill = to_be_continued or prompt[-1].get("role") == "assistant"
+    with one_line("The chat template does not take these messages"):
         tokens = tokenizer.apply_chat_template(
             prompt,
             add_generation_prompt=not prefill,
             continue_final_message=prefill,
             **template_kwargs,
         )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise IFPError(f"The chat template does not take these messages: {error}.") from error
     if not tokens:
         raise IFPError("The chat template makes nothing of these messages.")
     return tokens
+
+
+def encode_continuation(
+    tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], **template_kwargs: Any
+) -> list[int]:
+    """The tokens of messages that go on where a stored prompt ends: inside the user's message.
+
+    What the template puts before what the user says first is left out.
+
+    Args:
+        tokenizer: the LLM's.
+        messages (list): one of them is the user's.
+        template_kwargs: arguments for the chat template.
+
+    Raises:
+        IFPError: if the template changes what it is given.
+    """
+    marker = "<query>"
+    place = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    content = messages[place]["content"]
+    marked = [*messages]
+    marked[place] = messages[place] | {"content": marker}
+    text = encode_prompt(tokenizer, marked, tokenize=False, **template_kwargs)
+    if marker not in text:
+        raise IFPError(
+            "The chat template changes its messages; --prompt-cache-file cannot be used."
+        )
+    suffix = text[text.index(marker) + len(marker) :]
+    return tokenizer.encode(content + suffix, add_special_tokens=False)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

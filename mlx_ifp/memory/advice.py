@@ -70,9 +70,10 @@ def _fewer_networks(
 
 
 def _quantized_kv(estimator: Estimator, use: Use, limit: int, alone: bool = True) -> Measure | None:
-    if use.generation.kv_bits is not None:
+    if use.generation.kv.kv_bits is not None:
         return None
-    other = replace(use, generation=replace(use.generation, kv_bits=8, quantized_kv_start=0))
+    kv = replace(use.generation.kv, kv_bits=8, quantized_kv_start=0)
+    other = replace(use, generation=replace(use.generation, kv=kv))
     try:
         saves = estimator.kv(other.generation) < estimator.kv(use.generation)
     except IFPError:

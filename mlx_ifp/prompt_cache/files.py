@@ -16,9 +16,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from ..errors import reason_of
+from ..errors import one_line, reason_of
 from ..files.atomic import by_last_use, new_file
 from ..files.tensor_files import read_any_header
+from .key import CacheKey
 
 PromptCache = list[Any]
 
@@ -97,15 +98,7 @@ class WarmPromptFiles:
                 raise ValueError(f"{wrong[0]} is {metadata.get(wrong[0])}")
             if metadata.get("crc32") != _checksum(prompt_cache):
                 raise ValueError("its checksum is another")
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            UnicodeError,
-        ) as error:
+        except Exception as error:
             if not path.exists():
                 return None  # another process has deleted it
             reason = reason_of(error)
@@ -137,8 +130,7 @@ class WarmPromptFiles:
             with new_file(path) as temporary:
                 save_prompt_cache(str(temporary), prompt_cache, metadata)
             self._tidy()
-        # mlx raises RuntimeError where a file cannot be written.
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"The warm prompt was not kept on disk: {error}", stacklevel=2)
@@ -159,6 +151,34 @@ class WarmPromptFiles:
         # Those that are being written have other names.
         files = (p for p in self.directory.glob(f"{prefix}*") if _NAME.fullmatch(p.name))
         return by_last_use(files)
+
+
+def load_cache_file(path: str | Path, key: CacheKey) -> PromptCache:
+    """A file of ``mlx_ifp.cache_prompt``, for mlx-lm's ``prompt_cache``.
+
+    Args:
+        path: the file.
+        key (CacheKey): what it must have been filled under.
+
+    Raises:
+        IFPError: if it is no such file, or was filled under another key.
+    """
+    with one_line(f"{path} is not a prompt cache"):
+        prompt_cache, metadata = load_prompt_cache(str(path), return_metadata=True)
+        key.check(str(path), metadata)
+    return prompt_cache
+
+
+def save_cache_file(
+    path: Path, prompt_cache: PromptCache, key: CacheKey, metadata: dict[str, str]
+) -> None:
+    """Write such a file: mlx-lm's, with what its keys and values are right for.
+
+    Raises:
+        IFPError: if it could not be written.
+    """
+    with new_file(path) as temporary, one_line(f"{path} could not be written"):
+        save_prompt_cache(str(temporary), prompt_cache, metadata | key.metadata())
 
 
 def stored_positions(path: str | Path) -> int:

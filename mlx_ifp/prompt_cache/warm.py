@@ -5,17 +5,11 @@ that determines them is part of the key they are kept under.
 """
 
 import copy
-import hashlib
-import json
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm import __version__ as mlx_lm_version
-from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -28,10 +22,11 @@ from ..errors import IFPError
 from ..llm.kv_cache import KVSettings
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.prompt import common_prefix, token_ids
-from ..lru import Once
+from ..lru import LRU, Once
 from ..selection.selection import Selection, digest_of
 from ..subnetwork.prepared import Prepared
 from .files import PromptCache, WarmPromptFiles
+from .key import CacheKey
 
 _Entry = tuple[str, tuple[int, ...]]
 
@@ -76,20 +71,26 @@ class WarmPrompts:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.files = files
-        self.max_bytes = max_bytes
-        self._owner = (checkpoint, str(dtype), mlx_lm_version)
-        self._lock = threading.Lock()
-        self._once = Once(self._lock)
+        self._owner = (checkpoint, dtype)
         # Not mlx-lm's LRUPromptCache: it has no lock, does not count a look-up as use, hands out
         # all of a prompt, and trims quantized keys and values, which may have to be float ones.
-        self._entries: OrderedDict[_Entry, tuple[PromptCache, int]] = OrderedDict()
-        self._nbytes = self._hits = self._misses = self._prefilled = self._loads = 0
+        self._entries: LRU[_Entry, PromptCache] = LRU(max_bytes)
+        self._lock = self._entries.lock
+        self._once = Once(self._lock)
+        self._hits = self._misses = self._prefilled = self._loads = 0
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound of what is kept in memory."""
+        return self._entries.most
+
+    @max_bytes.setter
+    def max_bytes(self, nbytes: int) -> None:
+        self._entries.most = nbytes
 
     def key(self, prepared: Prepared, settings: KVSettings | None = None) -> str:
         """The hash of all, beside the tokens, that determines keys and values."""
-        digest = digest_of(prepared.selection)
-        parts = [*self._owner, digest, (settings or KVSettings()).identity]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return CacheKey.of(*self._owner, prepared.selection, settings).hash
 
     def fetch(
         self,
@@ -190,10 +191,10 @@ class WarmPrompts:
         files = self.files if disk else None
 
         def kept() -> tuple[PromptCache, int] | None:
-            if entry not in self._entries or (files is not None and not files.has(*entry)):
+            prompt_cache = self._entries.get(entry)
+            if prompt_cache is None or (files is not None and not files.has(*entry)):
                 return None
-            self._entries.move_to_end(entry)
-            return self._entries[entry][0], 0
+            return prompt_cache, 0
 
         def make() -> tuple[PromptCache, int]:
             prompt_cache, n = self._longest(key, tokens, settings) or (
@@ -233,7 +234,7 @@ class WarmPrompts:
         self, key: str, tokens: list[int], settings: KVSettings
     ) -> tuple[PromptCache, int] | None:
         best, longest = None, 0
-        for entry, (prompt_cache, _) in self._entries.items():
+        for entry, prompt_cache in self._entries.items():
             n = common_prefix(entry[1], tokens) if entry[0] == key else 0
             # What is longer than the common part is cut, where that leaves what a shorter prompt
             # would have made: a longer one is quantized from its first token on.
@@ -244,31 +245,18 @@ class WarmPrompts:
                 best, longest = entry, n
         if best is None:
             return None
-        self._entries.move_to_end(best)
-        prompt_cache = copy.deepcopy(self._entries[best][0])
+        prompt_cache = copy.deepcopy(self._entries.get(best))
         if longest < len(best[1]):
             trim_prompt_cache(prompt_cache, len(best[1]) - longest)
         return prompt_cache, longest
 
     def _keep(self, key: str, tokens: tuple[int, ...], prompt_cache: PromptCache) -> None:
-        """Keep it, and forget what was used least recently until the bound is met."""
         nbytes = sum(layer.nbytes for layer in prompt_cache)
-        if nbytes > self.max_bytes:
-            return
-        with self._lock:
-            if (key, tokens) not in self._entries:
-                self._entries[key, tokens] = (prompt_cache, nbytes)
-                self._nbytes += nbytes
-            self._entries.move_to_end((key, tokens))
-            while self._nbytes > self.max_bytes:
-                _, (_, freed) = self._entries.popitem(last=False)
-                self._nbytes -= freed
+        self._entries.keep((key, tokens), prompt_cache, nbytes)
 
     def clear(self) -> None:
         """Forget what is in memory; what is on disk stays."""
-        with self._lock:
-            self._entries.clear()
-            self._nbytes = 0
+        self._entries.clear()
 
     @property
     def info(self) -> WarmInfo:
@@ -280,7 +268,7 @@ class WarmPrompts:
                 self._prefilled,
                 self._loads,
                 len(self._entries),
-                self._nbytes,
+                self._entries.size,
                 self.max_bytes,
             )
 
@@ -296,12 +284,7 @@ def _prefill(
     # other ones than those of a prompt that goes on.
     for start in range(0, len(tokens), prefill_step_size):
         network(mx.array(tokens[start : start + prefill_step_size])[None], cache=prompt_cache)
-        maybe_quantize_kv_cache(
-            prompt_cache,
-            quantized_kv_start=settings.quantized_kv_start,
-            kv_group_size=settings.kv_group_size,
-            kv_bits=settings.kv_bits,
-        )
+        settings.quantize(prompt_cache)
         mx.eval([layer.state for layer in prompt_cache])
         mx.clear_cache()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
@@ -292,7 +291,7 @@ def _process(dataset: Any, row: dict[str, Any], kind: str) -> tuple[list[int], i
     )
     try:
         return dataset.process(row)
-    except (TemplateError, ValueError, TypeError, LookupError) as error:
+    except Exception as error:
         what = "tokenizer" if kind == "text" else "chat template"
         reason = " ".join(str(error).split())
         raise IFPError(f"the {what} does not take this row ({reason}).") from error

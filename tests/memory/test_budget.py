@@ -13,7 +13,7 @@ from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.checkpoint.weights import load_trunk
 from mlx_ifp.convert import convert
 from mlx_ifp.llm.build import build_model
-from mlx_ifp.llm.kv_cache import Generation, kv_bytes
+from mlx_ifp.llm.kv_cache import Generation, KVSettings, kv_bytes
 from mlx_ifp.llm.modules import find_body, get_module
 from mlx_ifp.memory.budget import Estimator, Use
 from mlx_ifp.memory.table import table
@@ -119,7 +119,7 @@ def test_predictor_is_exact(variant, tmp_path):
 
 def real_peak(model, generation, **kwargs):
     """The most bytes that a real cache has while mlx-lm generates."""
-    cache = make_prompt_cache(model, generation.max_kv_size)
+    cache = make_prompt_cache(model, generation.kv.max_kv_size)
     sizes = []
 
     def look(*_):
@@ -133,9 +133,9 @@ def real_peak(model, generation, **kwargs):
         prompt_cache=cache,
         prompt_progress_callback=look,
         prefill_step_size=generation.prefill_step_size,
-        kv_bits=generation.kv_bits,
-        kv_group_size=generation.kv_group_size,
-        quantized_kv_start=generation.quantized_kv_start,
+        kv_bits=generation.kv.kv_bits,
+        kv_group_size=generation.kv.kv_group_size,
+        quantized_kv_start=generation.kv.quantized_kv_start,
     )
     for _ in steps:
         look()
@@ -146,8 +146,8 @@ GENERATIONS = [
     Generation(1, 3),
     Generation(257, 2),
     Generation(250, 12, prefill_step_size=100),
-    Generation(253, 6, kv_bits=8, quantized_kv_start=0),
-    Generation(40, 20, kv_bits=4, kv_group_size=32, quantized_kv_start=50),
+    Generation(253, 6, kv=KVSettings(kv_bits=8, quantized_kv_start=0)),
+    Generation(40, 20, kv=KVSettings(kv_bits=4, kv_group_size=32, quantized_kv_start=50)),
 ]
 
 
@@ -162,7 +162,7 @@ def test_keys_and_values_are_those_of_a_real_cache(architecture, tmp_path):
     model = load_model(path)[0]
     estimator = Estimator(checkpoint_of(path, tmp_path / "ifp"), None)
     for generation in GENERATIONS:
-        if architecture == "gemma3_text" and generation.kv_bits is not None:
+        if architecture == "gemma3_text" and generation.kv.kv_bits is not None:
             with pytest.raises(IFPError, match="RotatingKVCache Quantization NYI"):
                 estimator.kv(generation)
         else:
@@ -174,12 +174,12 @@ def test_a_window_is_heeded_where_mlx_lm_heeds_it(tmp_path):
     model = load_model(path)[0]
     estimator = Estimator(checkpoint_of(path, tmp_path / "ifp"), None)
     for generation in (
-        Generation(40, 30, max_kv_size=64),
-        Generation(200, 5, max_kv_size=64, prefill_step_size=50),
-        Generation(2, 270, max_kv_size=300),
+        Generation(40, 30, kv=KVSettings(max_kv_size=64)),
+        Generation(200, 5, prefill_step_size=50, kv=KVSettings(max_kv_size=64)),
+        Generation(2, 270, kv=KVSettings(max_kv_size=300)),
     ):
         assert estimator.kv(generation) == real_peak(model, generation)
-    longer = Generation(2, 90_000, max_kv_size=300)
+    longer = Generation(2, 90_000, kv=KVSettings(max_kv_size=300))
     assert estimator.kv(longer) == 2 * 2 * 300 * 16 * 4
 
 
@@ -242,7 +242,7 @@ def test_activations_hold_one_layer(tiny_checkpoint):
 
 def test_the_table_has_the_numbers(predictor_checkpoint):
     estimator = Estimator(open_checkpoint(predictor_checkpoint), None)
-    use = Use(64, Generation(10, 20, kv_bits=8), "predictor", 5)
+    use = Use(64, Generation(10, 20, kv=KVSettings(kv_bits=8)), "predictor", 5)
     budget = estimator.budget(use)
     text = table(estimator, use, budget.least)
     for number in (budget.trunk, budget.selector_weights, budget.network, budget.kv):

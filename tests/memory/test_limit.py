@@ -12,7 +12,7 @@ from mlx_ifp.cli.flags import parse_size
 from mlx_ifp.commands.cache_prompt import main as cache_prompt_main
 from mlx_ifp.commands.generate import main
 from mlx_ifp.convert import convert
-from mlx_ifp.llm.kv_cache import Generation
+from mlx_ifp.llm.kv_cache import Generation, KVSettings
 from mlx_ifp.memory.advice import advice, check
 from mlx_ifp.memory.budget import Estimator, Use
 from mlx_ifp.subnetwork.channels import ChannelReader
@@ -146,7 +146,7 @@ def test_quantized_keys_and_values_are_advised_where_they_suffice(wide):
     budget = wide.budget(use)
     texts = advice(wide, use, budget.least - budget.kv // 2)
     assert texts[0] == "--kv-bits 8 --quantized-kv-start 0"
-    eight = Generation(2000, 100, kv_bits=8, quantized_kv_start=0)
+    eight = Generation(2000, 100, kv=KVSettings(kv_bits=8, quantized_kv_start=0))
     check(wide, Use(448, eight, "activations", 20), budget.least - budget.kv // 2)
     # They are in 8 bits already.
     again = Use(448, eight, "activations", 20)
@@ -155,7 +155,7 @@ def test_quantized_keys_and_values_are_advised_where_they_suffice(wide):
 
 def test_measures_are_joined_if_none_suffices_alone(wide):
     use = Use(448, Generation(2000, 100), "activations", 20, networks=2)
-    eight = Generation(2000, 100, kv_bits=8, quantized_kv_start=0)
+    eight = Generation(2000, 100, kv=KVSettings(kv_bits=8, quantized_kv_start=0))
     least = wide.budget(Use(128, eight, "activations", 20)).least
     texts = advice(wide, use, least)
     assert texts == ["--cached-tasks 1 --kv-bits 8 --quantized-kv-start 0 --keep 128"]
@@ -194,7 +194,7 @@ def test_a_tight_budget_drops_the_predictor(predictor_checkpoint):
     tight, _ = load(predictor_checkpoint, cache=False, memory_limit=budget.total - 1)
     assert answers(tight, tokenizer) == expected
     assert tight.predictor_loads == 3
-    assert tight._predictor is None
+    assert tight.text_selector._predictor is None
     # A task whose selection is known needs no predictor.
     assert answers(tight, tokenizer, TASKS[-1:]) == expected[-1:]
     assert tight.predictor_loads == 3

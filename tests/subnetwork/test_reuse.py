@@ -10,8 +10,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_ifp import IFPError, Selection, generate, load, stream_generate
 from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.generation.stats import Stats
+from mlx_ifp.selection.overlap import overlap_matrix
+from mlx_ifp.selection.packed import overlap, pack
+from mlx_ifp.subnetwork import reuse as reuse_module
 from mlx_ifp.subnetwork.cache import SubnetworkCache
-from mlx_ifp.subnetwork.reuse import PackedSelection, Reuse, check_overlap
+from mlx_ifp.subnetwork.reuse import Reuse, check_overlap
 
 from ..conftest import make_predictor_checkpoint
 from ..helpers import random_selection
@@ -51,12 +54,16 @@ def loaded(checkpoint, *selections, at_least=0.75, **kwargs):
 
 
 @pytest.mark.parametrize("d_ffn", [64, 160, 163])
-def test_packed_overlap_is_selection_overlap(d_ffn):
+def test_the_overlap_is_that_of_the_lists_of_channels(d_ffn):
     for seed in range(10):
         a = random_selection(5, d_ffn, 40, seed=seed)
         b = random_selection(5, d_ffn, [1, 39, 40, 41, d_ffn], seed=100 + seed)
-        assert PackedSelection(a).overlap(PackedSelection(b)) == a.overlap(b)[0]
-        assert PackedSelection(b).overlap(PackedSelection(b)) == 1
+        shared = [len(np.intersect1d(*pair)) for pair in zip(a.layers, b.layers, strict=True)]
+        expected = np.array(shared) / np.maximum(a.ks, b.ks)
+        assert (overlap(pack(a.mask), pack(b.mask)) == expected).all()
+        assert (overlap(pack(b.mask), pack(b.mask)) == 1).all()
+        assert a.overlap(b)[0] == expected.mean()
+        assert (overlap_matrix([a, b])[0, 1] == expected).all()
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.001, float("nan"), float("inf")])
@@ -198,8 +205,8 @@ def test_a_conversation_without_a_stand_in_gets_none_later(predictor_checkpoint,
 def test_an_exact_hit_compares_nothing(predictor_checkpoint, own, monkeypatch):
     model, _ = loaded(predictor_checkpoint, *(alike(own, 40, seed=seed) for seed in range(4)))
     model.prepare(TEXT)
-    monkeypatch.setattr(PackedSelection, "__init__", lambda *_: pytest.fail("packed"))
-    monkeypatch.setattr(PackedSelection, "overlap", lambda *_: pytest.fail("compared"))
+    monkeypatch.setattr(reuse_module, "pack", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(reuse_module, "overlap", lambda *_: pytest.fail("compared"))
     ready = model.prepare(TEXT)
     assert (ready.source, ready.bytes_read) == ("memory", 0)
 

@@ -12,8 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import generation_stream, wired_limit
 
+from ...generation.steps import token_steps
 from ...llm.kv_cache import Generation, kv_bytes
 from ...model import IFPModel
 from ...selection.selection import Selection
@@ -22,7 +23,6 @@ from ...subnetwork.prepared import Prepared
 from .experts import experts_model
 from .loading import ColdFiles, cold_seconds, copy_seconds
 from .same_size import float_dtype, memory_of, same_size_model
-from .samples import sampled_steps
 from .settings import Settings
 
 ROWS = FIRST, REPEAT, SWITCH, OVERLAPPING, SAME_SIZE, FULL, EXPERTS = (
@@ -107,14 +107,6 @@ class Bench:
         """Those there are."""
         return [row for row in ROWS if row in SELECTED or row in self.networks]
 
-    def _steps(self, network: nn.Module) -> Iterator[Any]:
-        """mlx-lm's own loop, past any end of sequence; or ours, for several samples."""
-        step_size = self.settings.prefill_step_size
-        if self.settings.samples > 1:
-            samples = self.settings.samples
-            return sampled_steps(self.prompt, network, samples, prefill_step_size=step_size)
-        return generate_step(self.prompt, network, max_tokens=-1, prefill_step_size=step_size)
-
     def run(self, ready: dict[str, Prepared]) -> dict[str, Run]:
         """Let each row but the switches answer the prompt.
 
@@ -140,7 +132,13 @@ class Bench:
                 mx.clear_cache()
                 start = time.perf_counter()
                 # Each may hold a stream context: the last to enter must be the first to leave.
-                tokens[row] = stack.enter_context(closing(self._steps(ready[row].network)))
+                steps = token_steps(
+                    self.prompt,
+                    ready[row].network,
+                    samples=self.settings.samples,
+                    prefill_step_size=self.settings.prefill_step_size,
+                )
+                tokens[row] = stack.enter_context(closing(steps))
                 next(tokens[row])
                 prefill = time.perf_counter() - start
                 # The next token has been begun; that is not the next row's to wait for.

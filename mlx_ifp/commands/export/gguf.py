@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.gguf import convert_to_gguf
 
-from ...errors import IFPError
+from ...errors import IFPError, one_line
 from .options import GGUF_FILE
 
 GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx_lm.fuse --export-gguf
@@ -40,12 +40,10 @@ def write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
     weights: dict[str, mx.array] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= mx.load(str(file))
-    try:
-        # mlx-lm prints the name of a temporary directory.
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
-    except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
-        raise IFPError(f"mlx-lm's GGUF exporter cannot write this model: {error}") from error
+    # mlx-lm prints the name of a temporary directory.
+    silent = contextlib.redirect_stdout(io.StringIO())
+    with one_line("mlx-lm's GGUF exporter cannot write this model"), silent:
+        convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
     kind = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
     if kind.get("byte_fallback"):
         return []

@@ -3,135 +3,38 @@
 import argparse
 import json
 import sys
-import time
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm
-from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.directory import Checkpoint
-from ...cli.arguments import check_given, given_selection, load_model, read_prompt, task_of, use_of
-from ...errors import IFPError
+from ...cli.arguments import (
+    check_given,
+    given_selection,
+    kv_options,
+    load_model,
+    read_prompt,
+    task_of,
+    use_of,
+)
+from ...errors import IFPError, one_line
 from ...files.atomic import check_writable, new_file
-from ...generation.stats import Stats, WarmStart, parameter_counts
-from ...generation.stream import _selecting_text, _start_warm
-from ...llm.kv_cache import Generation
-from ...llm.prompt import Text, encode_prompt, shared_prefix, token_ids
+from ...generation.request import Request
+from ...generation.stream import Answer
+from ...llm.prompt import Text
 from ...memory.budget import Use
 from ...model import IFPModel
-from ...prompt_cache.files import stored_positions
 from ...selection.files import save_selection
-from ...selection.selection import Selection, digest_of
-from ...subnetwork.prepared import Prepared
+from ...selection.selection import Selection
 
 
-def _tokens(
-    args: argparse.Namespace, tokenizer: TokenizerWrapper, messages: list[dict[str, Any]]
-) -> list[int]:
-    """The prompt's tokens; with a prompt cache only those that follow what it holds."""
-    user = next(message for message in messages if message["role"] == "user")
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
-        begins = args.prompt_cache_file is None
-        return tokenizer.encode(user["content"], add_special_tokens=begins)
-    kwargs = template_kwargs(args)
-    if args.prompt_cache_file is None:
-        return encode_prompt(tokenizer, messages, **kwargs)
-    # The stored prefix ends inside the user message, so the template up to it is left out.
-    marker = "<query>"
-    content, user["content"] = user["content"], marker
-    text = encode_prompt(tokenizer, messages, tokenize=False, **kwargs)
-    if marker not in text:
-        raise IFPError(
-            "The chat template changes its messages; --prompt-cache-file cannot be used."
-        )
-    suffix = text[text.index(marker) + len(marker) :]
-    return tokenizer.encode(content + suffix, add_special_tokens=False)
-
-
-def _load_prompt_cache(args: argparse.Namespace, ready: Prepared) -> list[Any] | None:
-    if args.prompt_cache_file is None:
-        return None
-    path = args.prompt_cache_file
-    try:
-        prompt_cache, metadata = load_prompt_cache(path, return_metadata=True)
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise IFPError(f"{path} is not a prompt cache: {error}") from error
-    owner = metadata.get("ifp_selection")
-    mine = digest_of(ready.selection)
-    if owner is None:
-        raise IFPError(f"{path} was not made by mlx_ifp.cache_prompt, so its selection is unknown.")
-    if owner != mine:
-        raise IFPError(
-            f"{path} was filled under another selection than this one; "
-            "give the --task or --selection it was made with."
-        )
-    return prompt_cache
-
-
-def _load_draft_model(name: str | None, tokenizer: TokenizerWrapper) -> nn.Module | None:
-    if name is None:
-        return None
-    try:
-        draft_model, own = mlx_lm.load(name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise IFPError(f"--draft-model {name} cannot be loaded: {error}") from error
-    if own.vocab_size != tokenizer.vocab_size:
-        raise IFPError(
-            f"--draft-model {name} has another tokenizer than the model: {own.vocab_size} tokens, "
-            f"not {tokenizer.vocab_size}."
-        )
-    return draft_model
-
-
-def _plan(
-    args: argparse.Namespace,
-    messages: list[dict[str, Any]],
-    task: str | None,
-    checkpoint: Checkpoint,
-    tokenizer: TokenizerWrapper,
-) -> Use:
-    """What is going to be generated, known before any weight is read."""
-    tokens = len(_tokens(args, tokenizer, [dict(message) for message in messages]))
-    if args.prompt_cache_file is not None:
-        tokens += stored_positions(args.prompt_cache_file)
-    generation = Generation.of(tokens, **vars(args))
-    return use_of(args, checkpoint, tokenizer, generation, messages, task)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run ``mlx_ifp.generate``."""
-    prompt = read_prompt(args.prompt)
-    check_flags(args)
-    task = task_of(args)
-    messages = messages_of(args, prompt)
-    model, tokenizer = load_model(args, partial(_plan, args, messages, task))
-    if args.warm_system_prompt and not tokenizer.has_chat_template:
-        raise IFPError("--warm-system-prompt needs a chat template; this model has none.")
-    for token in args.extra_eos_token:
-        try:
-            tokenizer.add_eos_token(token)
-        except ValueError as error:
-            raise IFPError(f"--extra-eos-token: {error}.") from error
-    tokens = _tokens(args, tokenizer, [dict(message) for message in messages])
-    text = None
-    selection = given_selection(args, model.checkpoint)
-    if selection is None and not args.dense:
-        text = _selecting_text(model, tokenizer, messages, task, args.task_from)
-    ready = model.prepare(text, selection=selection, dense=args.dense)
-    if args.save_selection is not None:
-        save_selection(args.save_selection, ready.selection)
-    if args.show_selection:
-        _show_selection(model, ready.selection, text)
-    draft_model = _load_draft_model(args.draft_model, tokenizer)
-    prompt_cache = _load_prompt_cache(args, ready)
-    # Only now: making the sub-network must not move the random state of the sampler.
-    if args.seed is not None:
-        mx.random.seed(args.seed)
+def _request(
+    args: argparse.Namespace, prompt: str, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> Request:
+    """What the flags ask for."""
     sampler = make_sampler(
         args.temp,
         args.top_p,
@@ -142,44 +45,62 @@ def run(args: argparse.Namespace) -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    start = time.perf_counter()
-    first = response = warm = None
+    options = {
+        "max_tokens": args.max_tokens,
+        "sampler": sampler,
+        "draft_model": args.draft_model,
+        "num_draft_tokens": args.num_draft_tokens,
+        **kv_options(args),
+    }
+    return Request(
+        messages_of(args, prompt),
+        task_of(args),
+        args.task_from,
+        given_selection(args, checkpoint),
+        args.dense,
+        chat_template_kwargs=template_kwargs(args),
+        ignore_chat_template=args.ignore_chat_template or not tokenizer.has_chat_template,
+        warm=args.warm_system_prompt,
+        warm_on_disk=args.warm_system_prompt,
+        prompt_cache_file=args.prompt_cache_file,
+        options=options,
+    )
+
+
+def _plan(
+    args: argparse.Namespace, prompt: str, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
+) -> Use:
+    """What is going to be generated, known before any weight is read."""
+    return use_of(args, checkpoint, tokenizer, _request(args, prompt, checkpoint, tokenizer))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run ``mlx_ifp.generate``."""
+    prompt = read_prompt(args.prompt)
+    check_flags(args)
+    model, tokenizer = load_model(args, partial(_plan, args, prompt))
+    if args.warm_system_prompt and not tokenizer.has_chat_template:
+        raise IFPError("--warm-system-prompt needs a chat template; this model has none.")
+    for token in args.extra_eos_token:
+        with one_line("--extra-eos-token"):
+            tokenizer.add_eos_token(token)
+    answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
+    if args.save_selection is not None:
+        save_selection(args.save_selection, answer.ready.selection)
+    if args.show_selection:
+        _show_selection(model, answer.ready.selection, answer.text)
+    # Only now: making the sub-network must not move the random state of the sampler.
+    if args.seed is not None:
+        mx.random.seed(args.seed)
     try:
-        if args.warm_system_prompt:
-            tokens = token_ids(tokens)
-            prefix = shared_prefix(tokenizer, messages, tokens, **template_kwargs(args))
-            prompt_cache, rest = _start_warm(model, ready, tokens, prefix, vars(args), disk=True)
-            source = "prefill" if model.warm.info.prefilled else "disk"
-            warm = WarmStart(source, time.perf_counter() - start, len(tokens) - len(rest))
-            tokens = rest
-        for response in mlx_lm.stream_generate(
-            ready.network,
-            tokenizer,
-            tokens,
-            max_tokens=args.max_tokens,
-            sampler=sampler,
-            max_kv_size=args.max_kv_size,
-            prefill_step_size=args.prefill_step_size,
-            prompt_cache=prompt_cache,
-            kv_bits=args.kv_bits,
-            kv_group_size=args.kv_group_size,
-            quantized_kv_start=args.quantized_kv_start,
-            draft_model=draft_model,
-            num_draft_tokens=args.num_draft_tokens,
-        ):
-            first = first or time.perf_counter()
+        for response in answer:
             print(response.text, end="", flush=True)
     except KeyboardInterrupt:
         # The message of it begins a line.
         print(flush=True)
         raise
-    except IFPError:
-        raise
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise IFPError(f"Generation stopped: {error}") from error
     print(flush=True)
-    first_token_seconds = ready.select_seconds + ready.load_seconds + first - start
-    stats = Stats.of(ready, response, first_token_seconds, parameter_counts(model, ready), warm)
+    stats = answer.stats
     if args.verbose:
         print(stats.table(), file=sys.stderr)
     if args.stats is not None:

@@ -11,10 +11,10 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_ifp import load
 from mlx_ifp.commands.benchmark.experts import experts_model
 from mlx_ifp.commands.benchmark.loading import ColdFiles, _in_memory
-from mlx_ifp.commands.benchmark.samples import sampled_steps
 from mlx_ifp.commands.benchmark.shapes import describe, paper_shapes, write_shapes
 from mlx_ifp.convert import convert
 from mlx_ifp.errors import IFPError
+from mlx_ifp.generation.steps import sampled_steps
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import find_ffns
 

@@ -1,18 +1,39 @@
-"""Several answers to one prompt: it is processed once, then all are decoded as one batch."""
+"""Tokens of any mlx-lm model without an end: what is measured, one answer or several at once."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.generate import generation_stream
+from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from ...llm.modules import PREFILL_STEP_SIZE
+from ..llm.modules import PREFILL_STEP_SIZE
 
 # As in mlx-lm's generate_step: how often it gives freed memory back.
 _CLEAR_EVERY = 256
+
+
+def token_steps(
+    prompt: mx.array,
+    network: nn.Module,
+    *,
+    samples: int = 1,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+) -> Iterator[Any]:
+    """mlx-lm's own loop past any end of sequence; for several samples :func:`sampled_steps`.
+
+    Args:
+        prompt (mx.array): [n] token ids, n >= 1.
+        network (nn.Module): an mlx-lm model, which its caller keeps in memory.
+        samples (int): answers to the prompt.
+        prefill_step_size (int): tokens of the prompt to process at a time.
+    """
+    if samples > 1:
+        return sampled_steps(prompt, network, samples, prefill_step_size=prefill_step_size)
+    return generate_step(prompt, network, max_tokens=-1, prefill_step_size=prefill_step_size)
 
 
 def sampled_steps(
