@@ -12,12 +12,14 @@ from mlx_ifp.checkpoint.config import IFPConfig, TextConfig, text_limit
 from mlx_ifp.checkpoint.directory import HEAD_STEM, PREDICTOR_STEM
 from mlx_ifp.checkpoint.precision import Precision, quantize_config, quantize_head
 from mlx_ifp.errors import IFPError
+from mlx_ifp.llm.ffn import FFN
 from mlx_ifp.llm.modules import find_body, get_module
 from mlx_ifp.selection.keep import resolve_keep
 
 from .dense import DenseModel, dtype_of
 from .layouts.parts import TrainedModel
 from .naming import NamedModel, name_tensors
+from .shared import leave_out_embedding, same_tokens, shared_embedding
 from .sources.tokenizer import open_tokenizer
 from .streams import Tensors, split_model
 
@@ -76,7 +78,9 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
     k = resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns))
     dtype = precision.dtype or dtype_of(dense.config)
     bytes_in = sum(tensor.nbytes for tensor in dense.tensors.values())
-    config, trunk, channels, notes = _store(dense, dense.config, dense.ffns, precision, dtype)
+    precision.check()
+    config, how, notes = quantize_config(dense.config, dense.ffns, precision)
+    trunk, channels = _split(dense, dense.ffns, how, dtype)
     if text_format is None:
         text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
     ifp = IFPConfig(k=k, text=_text(dense.config, text_format), source=with_versions(dense.source))
@@ -116,6 +120,8 @@ def plan_trained(
             f"The layout {trained.layout!r} has not all that is needed; name "
             f"{', '.join(trained.missing)}."
         )
+    precision.check()
+    predictor_precision.check()
     llm = name_tensors(trained.llm_config, trained.llm, "the LLM")
     backbone = name_tensors(
         trained.backbone_config, trained.backbone, "the predictor's backbone", body_only=True
@@ -123,10 +129,20 @@ def plan_trained(
     ffns = llm.ffns
     layers, d_ffn = len(ffns), ffns[0].d_ffn
     _check_fit(trained, layers, d_ffn, backbone)
-    config, trunk, channels, notes = _store(llm, llm.config, ffns, precision, precision.dtype)
-    predictor_config, body, _, _ = _store(
-        backbone, backbone.config, [], predictor_precision, predictor_precision.dtype
-    )
+    tokenizer = open_tokenizer(trained.tokenizer, trust_remote_code)
+    predictor_tokenizer = open_tokenizer(trained.predictor_tokenizer, trust_remote_code)
+    config, how, notes = quantize_config(llm.config, ffns, precision)
+    predictor_config, predictor_how, _ = quantize_config(backbone.config, [], predictor_precision)
+    embedding = "own"
+    if precision.dtype == predictor_precision.dtype and same_tokens(tokenizer, predictor_tokenizer):
+        paths = shared_embedding(llm, backbone)
+        # An embedding that is to be stored in another precision is another one.
+        if paths is not None and how.get(paths[0]) == predictor_how.get(paths[1]):
+            leave_out_embedding(backbone, paths[1])
+            embedding, predictor_tokenizer = "llm", None
+            notes.append("The predictor uses the LLM's embedding and tokenizer: they are the same.")
+    trunk, channels = _split(llm, ffns, how, precision.dtype)
+    body, _ = _split(backbone, [], predictor_how, predictor_precision.dtype)
     head = {name: tensor.lazy() for name, tensor in trained.head.items()}
     predictor_config, head_how, head_notes = quantize_head(
         predictor_config, trained.head_config().widths, head_precision
@@ -138,6 +154,7 @@ def plan_trained(
         mask=trained.mask,
         text=_text(backbone.config, text_format or "raw"),
         head=trained.head_config(),
+        predictor_embedding=embedding,
         source=with_versions(source | {"layout": trained.layout}),
     )
     return Plan(
@@ -158,8 +175,8 @@ def plan_trained(
         ),
         layers=layers,
         d_ffn=d_ffn,
-        tokenizer=open_tokenizer(trained.tokenizer, trust_remote_code),
-        predictor_tokenizer=open_tokenizer(trained.predictor_tokenizer, trust_remote_code),
+        tokenizer=tokenizer,
+        predictor_tokenizer=predictor_tokenizer,
         extra_files=trained.extra_files,
         sources={
             "LLM": llm.mapped,
@@ -198,19 +215,13 @@ def _check_fit(trained: TrainedModel, layers: int, d_ffn: int, backbone: NamedMo
         )
 
 
-def _store(
-    model: DenseModel | NamedModel,
-    config: dict[str, Any],
-    ffns: list,
-    precision: Precision,
-    dtype: str | None,
-) -> tuple[dict[str, Any], Tensors, Tensors, list[str]]:
-    """Config, trunk, channels and notes of a model in a precision."""
-    precision.check()
-    config, how, notes = quantize_config(config, ffns, precision)
+def _split(
+    model: DenseModel | NamedModel, ffns: list[FFN], how: dict[str, Any], dtype: str | None
+) -> tuple[Tensors, Tensors]:
+    """Trunk and channels of a model, which lets go of its tensors."""
     trunk, channels = split_model(model.network, dict(model.tensors), ffns, how, dtype)
     model.tensors.clear()
-    return config, trunk, channels, notes
+    return trunk, channels
 
 
 def _text(config: dict[str, Any], text_format: str) -> TextConfig:
