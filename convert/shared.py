@@ -26,7 +26,7 @@ def shared_embedding(llm: NamedModel, backbone: NamedModel) -> tuple[str, str] |
 
 
 def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper) -> bool:
-    """Whether two tokenizers give the same ids: their ``tokenizer.json`` and chat template agree."""
+    """Whether two tokenizers give the same ids: of equal ``tokenizer.json`` and chat template."""
     backends = [getattr(each, "backend_tokenizer", None) for each in (one, other)]
     if None in backends or one.chat_template != other.chat_template:
         return False

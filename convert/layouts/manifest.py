@@ -1,6 +1,26 @@
-"""The layout "manifest": an LLM's directory with ``predictor.safetensors`` beside it."""
+"""The layout "manifest": an LLM's directory with ``predictor.safetensors`` beside it.
+
+A directory of this layout holds the LLM as transformers saves it, with its tokenizer, and:
+
+- ``predictor.safetensors``: the backbone's tensors as ``extractor.*``, by the names of its body
+  (``extractor.embed_tokens.weight``), and the head: ``mlp.0.weight`` [P, D], ``mlp.0.bias`` [P] and
+  ``mlp.2.weight`` [L * d_ffn, P]. A LayerNorm without parameters stands before the head. An
+  embedding that equals the LLM's bit for bit is converted with the LLM's, if both tokenizers are
+  equal, too.
+- ``predictor_tokenizer/``: the predictor's tokenizer.
+- ``ifpruning_config.json``: an object with the fields
+
+  - ``num_layers``, ``full_intermediate_dim``, ``target_intermediate_dim``: L, d_ffn and k;
+  - ``predictor_hidden_dim`` (optional): P;
+  - ``predictor_model`` (optional): where the backbone's ``config.json`` is: a file or a directory,
+    relative to the checkpoint or absolute, or a hub id. Without it the user names one;
+  - ``mask_temperature`` (optional, 1.0): epsilon of SoftTopK.
+
+Other fields are ignored.
+"""
 
 from pathlib import Path
+from typing import Any
 
 from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.errors import IFPError
@@ -68,13 +88,16 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
     )
 
 
-def _backbone_config(given: Given, manifest: dict, path: Path) -> dict | None:
+def _backbone_config(given: Given, manifest: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """The user's, or that of the backbone which the manifest names, if it can be found."""
     if given.predictor_config is not None:
         return read_config(given.predictor_config)
     named = manifest.get("predictor_model")
     if not isinstance(named, str) or not named:
         return None
+    # A relative path starts at the checkpoint, an absolute one stays what it is.
+    if (path / named).exists():
+        return read_config(str(path / named))
     try:
         return read_config(named)
     except IFPError:
