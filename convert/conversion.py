@@ -13,13 +13,12 @@ from tqdm import tqdm
 from mlx_ifp.checkpoint.directory import (
     ORDER_FILE,
     PREDICTOR,
-    STATIC_FILE,
     open_checkpoint,
     write_checkpoint,
 )
 from mlx_ifp.checkpoint.hub import upload_checkpoint
 from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS, expanded, source_name
-from mlx_ifp.checkpoint.precision import Precision, precision_of_head, precision_of_predictor
+from mlx_ifp.checkpoint.precision import Precision, Precisions
 from mlx_ifp.checkpoint.tokenizers import load_tokenizer_of
 from mlx_ifp.errors import IFPError, one_line
 from mlx_ifp.files.atomic import new_directory
@@ -29,11 +28,12 @@ from .calibrate import calibrate as order_channels
 from .dense import load_dense
 from .layouts import CHECKPOINT, TRAINED, detect_layout
 from .layouts.parts import Given
-from .plan import Plan, plan_dense, plan_trained
+from .plan import Plan, plan_dense
 from .prompts import add_static_scores, read_prompts
 from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
 from .requantize import plan_requantized
 from .sources.files import PICKLES
+from .trained import plan_trained
 
 # Tokenizer, configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
@@ -43,7 +43,7 @@ HUB_PATTERNS = [
     *TOKENIZER_PATTERNS,
     *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
     *("*.pt", "*.pth", "*.distcp", ".metadata", "channels*.safetensors"),
-    *(STATIC_FILE, ORDER_FILE),
+    *("static*.safetensors", ORDER_FILE),
 ]
 
 # A repository may have its weights as safetensors and as pickles: the latter only if need be.
@@ -121,12 +121,8 @@ def convert(
     prompts = read_prompts(Path(static_prompts)) if static_prompts is not None else None
     calibration = read_prompts(Path(calibrate)) if calibrate is not None else None
     precision = Precision(dtype, quantize_weights, q_bits, q_group_size, q_mode, quant_predicate)
-    precision.check()
-    predictor_precision = precision_of_predictor(
+    precisions = Precisions.of(
         precision, predictor_dtype, predictor_q_bits, predictor_q_group_size, head_q_bits
-    )
-    head_precision = precision_of_head(
-        predictor_precision, head_q_bits, predictor_q_group_size or q_group_size
     )
     given = Given(llm_config, predictor_config, tokenizer, predictor_tokenizer, keep)
 
@@ -142,9 +138,7 @@ def convert(
                     f"{model} is a checkpoint of mlx_ifp already: only its precision, k and "
                     "the order of its channels can be changed."
                 )
-            return plan_requantized(
-                path, keep, precision, predictor_precision, head_precision, dequantize_weights
-            )
+            return plan_requantized(path, keep, precisions, dequantize_weights)
         if quantize_weights and dequantize_weights:
             raise IFPError("-d is not allowed with -q, but for a checkpoint of mlx_ifp.")
         if kind == "dense" and (
@@ -167,15 +161,9 @@ def convert(
         trained = TRAINED[kind](path, given)
         if dry_run and trained.missing:
             print_missing(trained)
-        return plan_trained(
-            trained,
-            source,
-            precision,
-            predictor_precision,
-            head_precision,
-            text_format,
-            trust_remote_code,
-        )
+        if trained.predictor is None and (predictor_config or predictor_tokenizer or head_q_bits):
+            raise IFPError(f"{model} is a static run: it has no predictor.")
+        return plan_trained(trained, source, precisions, text_format, trust_remote_code)
 
     if dry_run:
         if mlx_path.exists():

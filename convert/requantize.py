@@ -19,6 +19,7 @@ from mlx_ifp.checkpoint.expected import head_quantization, quantized_modules
 from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS
 from mlx_ifp.checkpoint.precision import (
     Precision,
+    Precisions,
     name_head_modules,
     quantize_config,
     quantize_head,
@@ -42,9 +43,7 @@ _COPIED = (*TOKENIZER_PATTERNS, "*.py")
 def plan_requantized(
     path: Path,
     keep: Any,
-    precision: Precision,
-    predictor_precision: Precision,
-    head_precision: Precision,
+    precisions: Precisions,
     dequantize: bool = False,
 ) -> Plan:
     """The conversion of a checkpoint: all of it is kept but for its precision and k.
@@ -53,8 +52,7 @@ def plan_requantized(
         path (Path): the checkpoint.
         keep: k, as :func:`~mlx_ifp.selection.keep.resolve_keep` takes it; None keeps the
             checkpoint's.
-        precision, predictor_precision, head_precision: of the LLM, the predictor's backbone and
-            its head; where nothing is asked for, tensors stay as they are.
+        precisions (Precisions): where nothing is asked for, tensors stay as they are.
         dequantize (bool): undo the quantization of all three first.
 
     Raises:
@@ -63,18 +61,18 @@ def plan_requantized(
     checkpoint = open_checkpoint(path)
     ifp, layers = checkpoint.ifp, len(checkpoint.ffns)
     k = ifp.k if keep is None else resolve_keep(keep, checkpoint.d_ffn, layers)
-    config, tensors, notes = _llm(checkpoint, precision, dequantize)
+    config, tensors, notes = _llm(checkpoint, precisions.llm, dequantize)
     predictor_config, predictor_files = None, []
     infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static, checkpoint.order]
     if ifp.head is not None:
         predictor_config, predictor, more = _predictor(
-            checkpoint, predictor_precision, head_precision, dequantize
+            checkpoint, precisions.predictor, precisions.head, dequantize
         )
         tensors |= predictor
         notes += more
         infos += [checkpoint.predictor, checkpoint.head]
         predictor_files = _files(path / PREDICTOR)
-    elif head_precision.quantize:
+    elif precisions.head.quantize:
         raise IFPError(f"{path} has no predictor, so no head for --head-q-bits.")
     if checkpoint.order:
         # Rows stay where they are: precision is a matter of each row.
