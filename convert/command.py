@@ -4,13 +4,9 @@ import argparse
 import signal
 from pathlib import Path
 
-from mlx_ifp.checkpoint.directory import (
-    open_checkpoint,
-)
-from mlx_ifp.cli.dispatch import command
+from mlx_ifp.checkpoint.directory import open_checkpoint
 
 from .conversion import convert
-from .options import setup_arg_parser
 
 
 def convert_with(args: argparse.Namespace) -> Path:
@@ -25,10 +21,8 @@ def _terminated(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.convert``."""
-    args = setup_arg_parser().parse_args()
     # A kill should clean up like Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
     path = convert_with(args)

@@ -196,7 +196,7 @@ def _find(model: str, revision: str | None) -> Path:
     path = expanded(model)
     if path.exists():
         return path
-    with one_line(model):
+    with one_line(f"{model} cannot be loaded"):
         path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
         if not any(file.suffix in WEIGHTS for file in path.rglob("*")):
             patterns = [*HUB_PATTERNS, *(f"*{suffix}" for suffix in WEIGHTS)]

@@ -88,7 +88,7 @@ def load_dense(
         source = {"model": path.name, "format": "gguf"}
         return _from_network(network, gguf.config, chosen, source, dequantize)
 
-    with one_line(model):
+    with one_line(f"{model} cannot be loaded"):
         config = load_config(path) if (path / "config.json").is_file() else None
     if not path.is_dir() or config is None:
         raise IFPError(f"{model} is no model directory: it has no config.json.")
@@ -115,7 +115,7 @@ def load_dense(
     files = sorted(path.glob("model*.safetensors"))
     for file in files:
         read_any_header(file)
-    with one_line(model):
+    with one_line(f"{model} cannot be loaded"):
         network, config = load_model(path, lazy=True, model_config=config)
     chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
     dense = _from_network(network, config, chosen, source, dequantize)
@@ -153,10 +153,8 @@ def _from_network(
 
 
 def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path) -> None:
-    try:
+    with one_line(f"{path}"):
         network.load_weights(list(weights.items()), strict=True)
-    except ValueError as error:
-        raise IFPError(f"{path}: {error}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:

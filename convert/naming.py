@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ifp.errors import IFPError
+from mlx_ifp.errors import IFPError, one_line
 from mlx_ifp.files.tensor_files import DTYPES, LazyTensor
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns
@@ -64,12 +64,8 @@ def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         IFPError: if its fields are not of the kinds they should be.
     """
-    try:
+    with one_line("config.json: rope, layer_types or the like is malformed"):
         return _translated(config)
-    except (TypeError, AttributeError, LookupError, ValueError) as error:
-        raise IFPError(
-            f"config.json: rope, layer_types or the like is malformed ({error})."
-        ) from error
 
 
 def _translated(config: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +220,7 @@ def _sanitize(network: nn.Module, arrays: dict[str, mx.array], where: str) -> di
         return arrays
     try:
         return network.sanitize(dict(arrays))
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise _TensorError(
             f"{where}: these are not the tensors of a {network.model_type!r} model "
             f"({type(error).__name__}: {error}).",

@@ -3,12 +3,9 @@
 import argparse
 
 from mlx_ifp.checkpoint.config import TEXT_FORMATS
-from mlx_ifp.checkpoint.precision import DTYPES, RECIPES
+from mlx_ifp.choices import DTYPES, LAYOUTS, QUANTIZATION_MODES, RECIPES
 from mlx_ifp.cli.flags import parse_keep
-from mlx_ifp.llm.build import QUANTIZATION_MODES
-
-from .layouts import LAYOUTS
-from .plan import DEFAULT_KEEP
+from mlx_ifp.selection.keep import DEFAULT_KEEP
 
 EXAMPLES = """examples:
   mlx_ifp.convert --model mlx-community/Llama-3.2-3B-Instruct-bf16 --mlx-path llama-ifp

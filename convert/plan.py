@@ -11,13 +11,11 @@ from mlx_ifp.checkpoint.config import IFPConfig, TextConfig, text_limit
 from mlx_ifp.checkpoint.directory import CHANNELS, TRUNK
 from mlx_ifp.checkpoint.precision import Precision, quantize_config
 from mlx_ifp.llm.ffn import FFN
-from mlx_ifp.selection.keep import resolve_keep
+from mlx_ifp.selection.keep import DEFAULT_KEEP, resolve_keep
 
 from .dense import DenseModel, dtype_of
 from .naming import NamedModel
 from .streams import Tensors, split_model
-
-DEFAULT_KEEP = 0.5
 
 
 @dataclass

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a name may import the names of earlier rows only.
 LAYERS = (
-    ("errors", "device", "lru"),
+    ("errors", "choices", "device", "lru"),
     ("files",),
     ("llm",),
     ("checkpoint",),

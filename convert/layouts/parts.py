@@ -143,7 +143,7 @@ def read_config(name: str | None) -> dict[str, Any] | None:
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        with one_line(name):
+        with one_line(f"{name} cannot be loaded"):
             path = Path(hf_hub_download(name, "config.json"))
     config = read_json(path)
     if "model_type" not in config and "text_config" not in config:

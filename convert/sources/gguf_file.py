@@ -40,9 +40,6 @@ VALUES_AT_ONCE = 1 << 20
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 
-# What reading a damaged header can raise.
-DAMAGE = (struct.error, ArithmeticError, LookupError, MemoryError, TypeError, ValueError)
-
 
 @dataclass(frozen=True)
 class GGUFTensor:
@@ -103,7 +100,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple]]:
             tensors[name] = (shape, *_unpack(file, "IQ"))
         alignment = metadata.get("general.alignment", 32)
         file.seek(-(-file.tell() // alignment) * alignment)
-    except DAMAGE as error:
+    except Exception as error:
         raise IFPError("the header is truncated or damaged; get the file again.") from error
     return metadata, tensors
 

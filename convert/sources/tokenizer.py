@@ -12,5 +12,5 @@ def open_tokenizer(path: str, trust_remote_code: bool = False) -> TokenizerWrapp
     Raises:
         IFPError: if there is none.
     """
-    with one_line(path):
+    with one_line(f"{path} cannot be loaded"):
         return load_tokenizer(path, {"trust_remote_code": trust_remote_code})

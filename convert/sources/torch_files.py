@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_ifp.errors import IFPError, reason_of
+from mlx_ifp.errors import IFPError, one_line
 
 from .tensor import SourceTensor, file_rows
 
@@ -84,11 +84,8 @@ def open_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 def _check_zip(path: Path) -> None:
     """PyTorch stores its records as they are; a compressed one could unfold to any size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise IFPError(f"{path}: a damaged zip file ({error}).") from error
+    with one_line(f"{path}: a damaged zip file"), zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise IFPError(f"{path}: a compressed zip file; torch.save never writes one. Refused.")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -103,33 +100,17 @@ def _check_zip(path: Path) -> None:
 @contextlib.contextmanager
 def _one_line(path: Path) -> Iterator[None]:
     """PyTorch's errors in one line that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with one_line(f"{path}: PyTorch cannot read it"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             yield
-    except IFPError:
-        raise
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
-        what = f" (it asks for {asked[1]})" if asked else ""
-        raise IFPError(
-            f"{path}: holds more than tensors{what}, or is no PyTorch file. Unpickling it could "
-            "run code, so it is refused; save model.state_dict() alone."
-        ) from error
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        OSError,
-        AssertionError,
-        OverflowError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise IFPError(f"{path}: PyTorch cannot read it ({reason_of(error)}).") from error
+        except pickle.UnpicklingError as error:
+            asked = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
+            what = f" (it asks for {asked[1]})" if asked else ""
+            raise IFPError(
+                f"{path}: holds more than tensors{what}, or is no PyTorch file. Unpickling it "
+                "could run code, so it is refused; save model.state_dict() alone."
+            ) from error
 
 
 def _flatten(value: Any, name: str, found: dict[str, Any], torch: Any) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import IFPError
+from ..errors import one_line
 
 OPERATORS = ("topk", "sigmoid", "capped_exp")
 
@@ -141,10 +141,8 @@ class IFPConfig:
         Raises:
             IFPError: naming the file and the field.
         """
-        try:
+        with one_line(f"{path}"):
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise IFPError(f"{path}: {error}.") from error
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "IFPConfig":

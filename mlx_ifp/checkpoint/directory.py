@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import load_config, make_shards, save_config
 
-from ..errors import IFPError
+from ..errors import IFPError, reason_of
 from ..files.tensor_files import LazyTensor, TensorInfo, read_header, write_safetensors
 from ..llm.build import build_model, settle
 from ..llm.ffn import FFN, find_ffns
@@ -161,8 +161,8 @@ def _load_llm_config(path: Path) -> dict[str, Any]:
         config = load_config(path)
     except FileNotFoundError as error:
         raise IFPError(f"{path / 'config.json'}: the file is missing.") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise IFPError(f"{path / 'config.json'}: not valid JSON ({error}).") from error
+    except Exception as error:
+        raise IFPError(f"{path / 'config.json'}: not valid JSON ({reason_of(error)}).") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise IFPError(f"{path / 'config.json'}: model_type is missing.")
     return config

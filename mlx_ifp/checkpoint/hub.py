@@ -5,18 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
-import huggingface_hub.utils
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..errors import IFPError, reason_of
+from ..errors import one_line
 from .directory import open_checkpoint
 
-# The hub's client is httpx or a successor; which module has it under that name differs by version.
-_HTTPX = getattr(
-    huggingface_hub.utils, "httpx", getattr(huggingface_hub.utils._http, "httpx", None)
-)
-_NETWORK_ERRORS = (_HTTPX.TransportError,) if _HTTPX is not None else ()
 TAGS = ["mlx", "instruction-following-pruning"]
 
 
@@ -78,9 +71,5 @@ def upload_checkpoint(directory: Path, repo: str, base_model: str | None = None)
 @contextlib.contextmanager
 def uploading(directory: str | Path, repo: str) -> Iterator[None]:
     """An upload's errors in one line that says what is complete all the same."""
-    try:
+    with one_line(f"{directory} is complete, but not uploaded to {repo}"):
         yield
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError, *_NETWORK_ERRORS) as error:
-        raise IFPError(
-            f"{directory} is complete, but not uploaded to {repo}: {reason_of(error)}"
-        ) from error

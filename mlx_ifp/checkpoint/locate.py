@@ -5,12 +5,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
 )
 
-from ..errors import IFPError, reason_of
+from ..errors import IFPError, one_line
 from .config import CONFIG_FILE
 
 TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -65,17 +63,15 @@ def resolve(
             f"{path} is a file, not a checkpoint directory. "
             "Make one of it with: mlx_ifp.convert --model FILE --mlx-path OUT"
         )
-    try:
+    with one_line(
+        f"{path_or_hf_repo} is not a directory, and it could not be fetched from the "
+        "Hugging Face hub"
+    ):
         if converted:
             _require_converted(str(path_or_hf_repo), revision)
         return Path(
             snapshot_download(str(path_or_hf_repo), revision=revision, allow_patterns=HUB_PATTERNS)
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise IFPError(
-            f"{path_or_hf_repo} is not a directory, and it could not be fetched from the "
-            f"Hugging Face hub ({reason_of(error)})"
-        ) from error
 
 
 def _require_converted(repo: str, revision: str | None) -> None:

@@ -8,17 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_predicate_builder
+from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import quantize_model
 
-from ..errors import IFPError
+from ..errors import IFPError, one_line
 from ..llm.build import build_model
 from ..llm.ffn import FFN
 from ..llm.modules import get_module, linear
 from .expected import HEAD_MODULE
 
-DTYPES = tuple(MODEL_CONVERSION_DTYPES)
-RECIPES = tuple(QUANT_RECIPES)
 # mlx-lm's, of the mode affine.
 DEFAULT_GROUP_SIZE = 64
 
@@ -119,19 +117,16 @@ def quantize_config(
     if precision.recipe is not None:
         group_size = group_size or DEFAULT_GROUP_SIZE
         predicate = mixed_quant_predicate_builder(precision.recipe, network, group_size)
-    try:
-        # mlx-lm prints its summary; stdout is for results.
-        with contextlib.redirect_stdout(sys.stderr):
-            network, config = quantize_model(
-                network,
-                copy.deepcopy(config),
-                group_size,
-                precision.bits,
-                mode=precision.mode,
-                quant_predicate=predicate,
-            )
-    except (ValueError, RuntimeError) as error:
-        raise IFPError(f"The model cannot be quantized so: {error}") from error
+    # mlx-lm prints its summary; stdout is for results.
+    with one_line("The model cannot be quantized so"), contextlib.redirect_stdout(sys.stderr):
+        network, config = quantize_model(
+            network,
+            copy.deepcopy(config),
+            group_size,
+            precision.bits,
+            mode=precision.mode,
+            quant_predicate=predicate,
+        )
     plan = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         for path, module in network.named_modules()
@@ -170,10 +165,8 @@ def quantize_head(
                 f"multiple of the group size {precision.group_size}."
             )
             continue
-        try:
+        with one_line("The predictor's head cannot be quantized so"):
             mx.quantize(mx.zeros((1, width)), **one)
-        except ValueError as error:
-            raise IFPError(f"The predictor's head cannot be quantized so: {error}") from error
         how[f"linear{i}"] = one
     return name_head_modules(config, how), how, notes
 

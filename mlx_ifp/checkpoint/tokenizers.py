@@ -3,29 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from ..errors import IFPError, reason_of
+from ..errors import one_line
 from .directory import PREDICTOR, Checkpoint
 
 
 def _load_tokenizer(
     path: Path, config: dict[str, Any] | None, eos_token_ids: Any = None
 ) -> TokenizerWrapper:
-    try:
+    with one_line(f"{path}: the tokenizer cannot be loaded"):
         return load_tokenizer(path, config, eos_token_ids=eos_token_ids)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        reason = reason_of(error)
-        raise IFPError(f"{path}: the tokenizer cannot be loaded ({reason})") from error
 
 
 def load_tokenizer_of(

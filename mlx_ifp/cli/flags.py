@@ -1,16 +1,19 @@
 """Command-line options that several commands share."""
 
 import argparse
-
-# A private name, but what mlx-lm's own options of this kind are read with.
-from mlx_lm.utils import _parse_size
+import re
+from decimal import Decimal
 
 from ..checkpoint.config import SELECTORS, TEXT_SOURCES
+from ..choices import DTYPES, Q_BITS, Q_GROUP_SIZES
 from ..selection.keep import Keep
 
-# What mx.quantize takes.
-KV_BITS = (2, 3, 4, 5, 6, 8)
-KV_GROUP_SIZES = (32, 64, 128)
+_SIZES = {"": 1, "M": 10**6, "G": 10**9}
+
+
+def parse_bool(text: str) -> bool:
+    """``False`` or ``F``, in any case of letters, is false; all else is true, as in mlx-lm."""
+    return text.lower() not in ("false", "f")
 
 
 def parse_keep(text: str) -> Keep:
@@ -51,8 +54,9 @@ def parse_count(text: str) -> int:
 def parse_size(text: str) -> int:
     """``6GB``, ``800MB`` or bytes, as mlx-lm reads sizes: a GB is 10^9 bytes."""
     try:
-        size = _parse_size(text)
-    except (KeyError, ValueError, ArithmeticError):
+        digits, unit = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper()).groups()
+        size = int(Decimal(digits) * _SIZES[unit[:1]])
+    except (AttributeError, ValueError, ArithmeticError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 800MB or 800000000")
@@ -82,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=["float16", "bfloat16", "float32"],
+        choices=DTYPES,
         help="Run in this type (default: as stored; float32 on a CPU)",
     )
     group.add_argument(
@@ -130,10 +134,10 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         "--max-kv-size", type=parse_count, help="Maximum size of the key-value cache"
     )
     group.add_argument(
-        "--kv-bits", type=int, choices=KV_BITS, help="Bits for the quantized key-value cache"
+        "--kv-bits", type=int, choices=Q_BITS, help="Bits for the quantized key-value cache"
     )
     group.add_argument(
-        "--kv-group-size", type=int, choices=KV_GROUP_SIZES, default=64, help="Its group size"
+        "--kv-group-size", type=int, choices=Q_GROUP_SIZES, default=64, help="Its group size"
     )
     group.add_argument(
         "--quantized-kv-start",

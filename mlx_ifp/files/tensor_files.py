@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
 
 from ..errors import IFPError
 
@@ -65,14 +64,9 @@ def _parse(path: Path) -> tuple[dict[str, Any], int]:
         ends = [(tensor.data_offsets[1], name) for name, tensor in tensors.items()]
     except FileNotFoundError as error:
         raise IFPError(f"{path}: the file is missing.") from error
-    except (
-        SafetensorsParsingError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except OSError as error:
+        raise IFPError(f"{path}: cannot be read ({error.strerror}).") from error
+    except Exception as error:
         raise IFPError(f"{path}: not a readable safetensors file, or truncated.") from error
     end, name = max(ends, default=(0, ""))
     if start + end > size:

@@ -9,10 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes
 
-from ..errors import IFPError
-
-# mlx-lm's.
-QUANTIZATION_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+from ..errors import IFPError, one_line
 
 _QUANTIZATION_DEFAULTS = ("group_size", "bits", "mode")
 
@@ -33,16 +30,13 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
             f"The model needs code of its own ({config['model_file']}), which is not supported."
         )
     try:
-        model_class, args_class = _get_classes(config)
-        with _untouched_random_state():
-            # Some of mlx-lm's models change what they are given.
-            model = model_class(args_class.from_dict(copy.deepcopy(config)))
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise IFPError(f"mlx-lm cannot build a model of type {model_type!r}: {error}") from error
+        with one_line(f"mlx-lm cannot build a model of type {model_type!r}"):
+            model_class, args_class = _get_classes(config)
+            with _untouched_random_state():
+                # Some of mlx-lm's models change what they are given.
+                model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except SystemExit as error:  # mlx-lm's olmo, if the package it needs is missing
         raise IFPError(f"mlx-lm cannot build a model of type {model_type!r} here.") from error
-    except AssertionError as error:
-        raise IFPError(f"mlx-lm cannot build this model of type {model_type!r}.") from error
     if quantized:
         with _untouched_random_state():
             nn.quantize(

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from ..errors import IFPError, reason_of
+from ..errors import IFPError, one_line
 from .modules import PREFILL_STEP_SIZE, find_body, get_module
 
 # Tokens to add at a time to a cache of a kind that is not known here.
@@ -92,19 +92,16 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
     def step(tokens: int) -> None:
         nonlocal peak
         body(mx.zeros((1, tokens), mx.int32), cache=cache)
-        try:
+        with one_line(
+            f"mlx-lm cannot keep this model's keys and values in {generation.kv_bits} bits, "
+            f"in groups of {generation.kv_group_size}"
+        ):
             maybe_quantize_kv_cache(
                 cache,
                 generation.quantized_kv_start,
                 generation.kv_group_size,
                 generation.kv_bits,
             )
-        except (ValueError, NotImplementedError) as error:
-            reason = reason_of(error)
-            raise IFPError(
-                f"mlx-lm cannot keep this model's keys and values in {generation.kv_bits} bits, "
-                f"in groups of {generation.kv_group_size}: {reason}"
-            ) from error
         peak = max(peak, sum(layer.nbytes for layer in cache))
 
     # As generate_step does it: the prompt but its last token in steps, then a token at a time.

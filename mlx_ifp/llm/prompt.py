@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import IFPError
+from ..errors import IFPError, one_line
 
 Text = str | list[int] | mx.array
 
@@ -38,15 +37,13 @@ def encode_prompt(
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
     prefill = prompt[-1].get("role") == "assistant"
-    try:
+    with one_line("The chat template does not take these messages"):
         tokens = tokenizer.apply_chat_template(
             prompt,
             add_generation_prompt=not prefill,
             continue_final_message=prefill,
             **template_kwargs,
         )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise IFPError(f"The chat template does not take these messages: {error}.") from error
     if not tokens:
         raise IFPError("The chat template makes nothing of these messages.")
     return tokens

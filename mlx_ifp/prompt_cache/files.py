@@ -97,15 +97,7 @@ class WarmPromptFiles:
                 raise ValueError(f"{wrong[0]} is {metadata.get(wrong[0])}")
             if metadata.get("crc32") != _checksum(prompt_cache):
                 raise ValueError("its checksum is another")
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            UnicodeError,
-        ) as error:
+        except Exception as error:
             if not path.exists():
                 return None  # another process has deleted it
             reason = reason_of(error)
@@ -137,8 +129,7 @@ class WarmPromptFiles:
             with new_file(path) as temporary:
                 save_prompt_cache(str(temporary), prompt_cache, metadata)
             self._tidy()
-        # mlx raises RuntimeError where a file cannot be written.
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             if not self._warned:
                 self._warned = True
                 warnings.warn(f"The warm prompt was not kept on disk: {error}", stacklevel=2)

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from ..errors import IFPError
+from ..errors import IFPError, one_line
 from ..files.atomic import new_file
 from .selection import Selection
 
@@ -59,7 +59,7 @@ def load_selection(path: str | Path, checkpoint: str | None = None) -> Selection
     path = Path(path)
     if not path.is_file():
         raise IFPError(f"{path}: there is no such selection file.")
-    try:
+    with one_line(f"{path} is not a selection of mlx_ifp, or damaged"):
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -84,11 +84,6 @@ def load_selection(path: str | Path, checkpoint: str | None = None) -> Selection
             if not np.isfinite(values).all():
                 raise IFPError(f"{path}: soft_values are not finite.")
             soft_values = tuple(np.split(values, np.cumsum(counts)[:-1]))
-    # numpy has no bfloat16, and says so with a TypeError.
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        if isinstance(error, IFPError):
-            raise
-        raise IFPError(f"{path} is not a selection of mlx_ifp, or damaged ({error}).") from error
     if checkpoint is not None and metadata.get("checkpoint") != checkpoint:
         raise IFPError(f"{path} was made with another checkpoint; its channels mean others here.")
     return Selection(layers, soft_values, d_ffn, metadata.get("checkpoint", ""))

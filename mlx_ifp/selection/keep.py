@@ -3,6 +3,8 @@
 from ..errors import IFPError
 
 Keep = int | float | list[int]
+# Of a dense model, which does not say what it was trained for.
+DEFAULT_KEEP = 0.5
 
 # Widths that are multiples of this keep every fast Metal kernel open.
 WIDTH_MULTIPLE = 64

@@ -12,11 +12,11 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..checkpoint.directory import Checkpoint
 from ..device import default_cache_dir
-from ..errors import IFPError
+from ..errors import IFPError, one_line
 from .files import load_selection, save_selection
 from .selection import Selection, check_selection
 
@@ -92,11 +92,8 @@ def read_task(path: str | Path, checkpoint: Checkpoint) -> Task:
     if not path.is_file():
         raise IFPError(f"{path}: there is no such task file.")
     selection = load_selection(path)
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise IFPError(f"{path} is damaged ({error}).") from error
+    with one_line(f"{path} is damaged"), safe_open(path, "np") as file:
+        metadata = file.metadata() or {}
     if "content" not in metadata:
         raise IFPError(f"{path} is a selection without a name; use it with --selection.")
     if metadata["content"] != _content_digest(selection, metadata):

@@ -18,7 +18,7 @@ from ..checkpoint.locate import expanded, resolve, source_name
 from ..checkpoint.tokenizers import load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..device import default_dtype
-from ..errors import IFPError, reason_of
+from ..errors import IFPError, one_line
 from ..llm.build import build_model
 from ..llm.ffn import FFN, find_ffns
 
@@ -87,12 +87,10 @@ def load_source(
         config = dict(checkpoint.config)
         llm = _assemble(checkpoint)
     else:
-        try:
+        with one_line(f"{model} cannot be loaded"):
             llm, tokenizer, config = load_mlx_lm(
                 str(path), tokenizer_config, lazy=True, return_config=True
             )
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
-            raise IFPError(f"{model} cannot be loaded: {reason_of(error)}") from error
         llm = dequantize_model(llm)
     for name in ("quantization", "quantization_config"):
         config.pop(name, None)

@@ -16,8 +16,6 @@ from ..selectors.predictor import Predictor, PredictorHead
 from .networks import gathered, masked
 from .quantization_aware import Rounding
 
-FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")
-
 
 class Student(nn.Module):
     """LLM and predictor as one tree of parameters: ``llm``, ``backbone``, ``head``.

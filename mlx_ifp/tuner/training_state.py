@@ -89,7 +89,7 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
         arrays = mx.load(str(path / _OPTIMIZER)) if (path / _OPTIMIZER).stat().st_size > 16 else {}
         if missing := {"step", "scalars", "random", "identity"} - state.keys():
             raise ValueError(f"{_STATE} has no {', '.join(sorted(missing))}")
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         raise IFPError(
             f"{path} is damaged ({error}); delete it to resume from an older one."
         ) from error

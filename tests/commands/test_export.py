@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model
 from mlx_ifp import IFPError, load
 from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.checkpoint.directory import open_checkpoint
-from mlx_ifp.commands.export import export
+from mlx_ifp.commands.export.stock_model import export
 from mlx_ifp.convert import convert
 from mlx_ifp.selection.files import save_selection
 

@@ -15,11 +15,11 @@ import mlx_ifp.commands.generate as generate_module
 from mlx_ifp import IFPError, generate, load
 from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.cli import dispatch as cli
+from mlx_ifp.commands import benchmark as benchmark_module
 from mlx_ifp.commands import cache_prompt as cache_prompt_module
 from mlx_ifp.commands import export as export_module
 from mlx_ifp.commands import manage as manage_module
 from mlx_ifp.commands import tasks as tasks_module
-from mlx_ifp.commands.benchmark import command as benchmark_module
 from mlx_ifp.convert import convert
 from mlx_ifp.device import default_cache_dir
 from mlx_ifp.files.atomic import new_file

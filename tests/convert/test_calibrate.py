@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_ifp import IFPError, generate, load
 from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.checkpoint.weights import load_tensors
-from mlx_ifp.commands.export import export
+from mlx_ifp.commands.export.stock_model import export
 from mlx_ifp.convert import convert
 from mlx_ifp.convert.calibrate import channel_order
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-from ...errors import IFPError
 from ...llm.kv_cache import Generation, kv_bytes
 from ...model import IFPModel
 from ...selection.selection import Selection
@@ -24,6 +23,7 @@ from .experts import experts_model
 from .loading import ColdFiles, cold_seconds, copy_seconds
 from .same_size import float_dtype, memory_of, same_size_model
 from .samples import sampled_steps
+from .settings import Settings
 
 ROWS = FIRST, REPEAT, SWITCH, OVERLAPPING, SAME_SIZE, FULL, EXPERTS = (
     "sub-network, first prompt",
@@ -43,40 +43,6 @@ TURN = 8
 _STILL_COLD = 0.05
 Run = dict[str, Any]
 Trial = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The numbers of the command line."""
-
-    prompt_tokens: tuple[int, ...] = field(
-        default=(512,), metadata={"help": "Random tokens in the prompt; one table for each number"}
-    )
-    generation_tokens: int = field(default=128, metadata={"help": "Tokens to generate"})
-    num_trials: int = field(default=5, metadata={"help": "Runs of each row, after the warm-up"})
-    samples: int = field(
-        default=1,
-        metadata={
-            "help": "Answers to the prompt, decoded as one batch; more than 1 are sampled at "
-            "temperature 1"
-        },
-    )
-    prefill_step_size: int = field(
-        default=2048, metadata={"help": "Prompt tokens to process at a time"}
-    )
-    seed: int = field(default=0, metadata={"help": "PRNG seed of the prompt"})
-
-    def check(self) -> None:
-        """Raises IFPError if a number is too small."""
-        # Decoding is timed from the first token to the last, so there must be two.
-        least = {"generation_tokens": 2, "seed": 0}
-        for name, values in asdict(self).items():
-            for value in values if isinstance(values, tuple) else (values,):
-                if value < (lowest := least.get(name, 1)):
-                    option = name.replace("_", "-")
-                    raise IFPError(f"--{option} must be at least {lowest}, not {value}.")
-        if len(set(self.prompt_tokens)) < len(self.prompt_tokens):
-            raise IFPError("--prompt-tokens has a number twice.")
 
 
 class Bench:

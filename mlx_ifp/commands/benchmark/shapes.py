@@ -19,15 +19,14 @@ from ...checkpoint.directory import (
     write_checkpoint,
 )
 from ...checkpoint.expected import backbone_tensors, channel_tensors, head_tensors, trunk_tensors
+from ...choices import Q_BITS, Q_GROUP_SIZES
 from ...errors import IFPError
 from ...files.atomic import new_directory
 from ...llm.build import build_model
 from ...llm.ffn import PROJECTIONS, find_ffns
 from ...selection.keep import WIDTH_MULTIPLE, resolve_keep
+from .settings import DEFAULT_SCALE
 
-DEFAULT_SCALE = 8
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 # The 9B model that is pruned to 3B. The paper does not say how many tokens it knows.
 _LLM = {
     "hidden_size": 2048,
@@ -85,8 +84,8 @@ def paper_shapes(scale: int) -> dict[str, Any]:
 def check_quantization(bits: int, group_size: int) -> None:
     """Raises IFPError if MLX cannot quantize so."""
     for option, value, choices in (
-        ("--q-bits", bits, BITS),
-        ("--q-group-size", group_size, GROUP_SIZES),
+        ("--q-bits", bits, Q_BITS),
+        ("--q-group-size", group_size, Q_GROUP_SIZES),
     ):
         if value not in choices:
             raise IFPError(f"{option} is one of {', '.join(map(str, choices))}, not {value}.")

@@ -31,7 +31,7 @@ from mlx_lm.tuner import trainer as stock
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ...checkpoint.config import IFPConfig
-from ...cli.dispatch import command
+from ...cli.dispatch import script
 from ...cli.flags import parse_count, parse_keep
 from ...errors import IFPError
 from ...selection.keep import Keep, resolve_one_keep
@@ -253,7 +253,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@script
 def main() -> None:
     """Run the benchmark."""
     settings = Settings(**vars(setup_arg_parser().parse_args()))

@@ -1,5 +1,6 @@
 """``mlx_ifp.train``: a dense model becomes a checkpoint whose prompts select well."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -18,7 +19,6 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.utils import save_config
 
 from ...checkpoint.config import text_limit
-from ...cli.dispatch import command
 from ...errors import IFPError
 from ...tuner.data import load_examples
 from ...tuner.dense_targets import Split
@@ -31,7 +31,7 @@ from ...tuner.trainer import Trainer
 from ...tuner.training_args import TrainingArgs
 from ...tuner.training_state import latest_checkpoint
 from ...tuner.warm_start import fit_predictor
-from .options import options_of, setup_arg_parser
+from .options import options_of
 from .setup import (
     has_predictor,
     identity_of_run,
@@ -59,7 +59,7 @@ def _task_texts(path: str | None) -> dict[str, str] | None:
     return {str(name): text for name, text in texts.items()}
 
 
-def run(args: types.SimpleNamespace) -> Path:
+def train(args: types.SimpleNamespace) -> Path:
     """Train as the options say.
 
     Returns:
@@ -291,7 +291,6 @@ def _warm_start(args: types.SimpleNamespace, student: Student, train: Split, log
     )
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.train``."""
-    run(options_of(vars(setup_arg_parser().parse_args())))
+    train(options_of(vars(args)))

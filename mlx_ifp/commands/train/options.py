@@ -10,11 +10,9 @@ import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, yaml_loader
 
 from ...checkpoint.config import TEXT_FORMATS
+from ...choices import FINE_TUNE_TYPES, QUANTIZATION_MODES, STAGES
 from ...cli.flags import parse_keep
 from ...errors import IFPError
-from ...llm.build import QUANTIZATION_MODES
-from ...tuner.data import STAGES
-from ...tuner.student import FINE_TUNE_TYPES
 from ...tuner.training_args import TrainingArgs
 
 CHOICES = {

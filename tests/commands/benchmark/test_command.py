@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_ifp import load
 from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.commands.benchmark.chart import chart
-from mlx_ifp.commands.benchmark.command import benchmark, settings_of, setup_arg_parser
+from mlx_ifp.commands.benchmark.command import benchmark, settings_of
+from mlx_ifp.commands.benchmark.options import setup_arg_parser
 from mlx_ifp.commands.benchmark.runs import (
     EXPERTS,
     FIRST,
@@ -24,9 +25,9 @@ from mlx_ifp.commands.benchmark.runs import (
     SAME_SIZE,
     SWITCH,
     SWITCHES,
-    Settings,
 )
 from mlx_ifp.commands.benchmark.same_size import memory_of, same_size_model
+from mlx_ifp.commands.benchmark.settings import Settings
 from mlx_ifp.commands.benchmark.table import FIGURES, table
 from mlx_ifp.convert import convert
 from mlx_ifp.errors import IFPError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_ifp import IFPError, load
-from mlx_ifp.commands.plot import command as plot
+from mlx_ifp.commands import plot
 from mlx_ifp.commands.plot.overlap_maps import (
     default_layers,
     overlap_figure,

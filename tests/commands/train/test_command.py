@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ifp import IFPError, generate, load
 from mlx_ifp.checkpoint.directory import open_checkpoint
-from mlx_ifp.commands.train.command import run
+from mlx_ifp.commands.train.command import train
 from mlx_ifp.convert import convert
 from mlx_ifp.tuner.save import save_student
 from mlx_ifp.tuner.source import load_source
@@ -63,7 +63,7 @@ def kept(monkeypatch) -> dict:
 
 def test_the_checkpoint_is_the_student(options, kept):
     args = options(dtype="float32", warm_start_iters=2)
-    model, tokenizer = load(run(args), dtype=mx.float32)
+    model, tokenizer = load(train(args), dtype=mx.float32)
     prompt = "Write a poem about tree 3."
     selection = model.select(prompt)
     student = kept["student"]
@@ -77,7 +77,7 @@ def test_the_checkpoint_is_the_student(options, kept):
 
 def test_quantization_aware_training_trains_what_convert_makes(options, kept, tmp_path):
     args = options(quantize=True, q_bits=4, q_group_size=32, warm_start_iters=2)
-    trained = run(args)
+    trained = train(args)
     quantized = convert(str(trained), tmp_path / "4bit", quantize_weights=True, q_bits=4,
                         q_group_size=32, predictor_q_bits=0)  # fmt: skip
     student, tokens = kept["student"], mx.array([[5, 9, 200, 31, 7]])
@@ -96,23 +96,23 @@ def test_quantization_aware_training_trains_what_convert_makes(options, kept, tm
 
 def test_a_checkpoint_is_trained_on_with_its_first_teacher(options, dense_llama, tmp_path):
     common = {"val_batches": 1, "distill_weight": 1.0, "group_masks": True, "learning_rate": 0.03}
-    first = run(options(**common))
+    first = train(options(**common))
     reports = {}
     for name, teacher in (("dense", str(dense_llama)), ("itself", None)):
         args = options(**common | {"model": str(first), "run_path": str(tmp_path / name),
                                    "teacher": teacher, "iters": 0} | OWN_PREDICTOR)  # fmt: skip
-        run(args)
+        train(args)
         reports[name] = log(Path(args.run_path))[-1]
     last = log(Path(options().run_path))[-1]
     assert reports["dense"]["dense_loss"] == last["dense_loss"]
     assert reports["dense"]["val_kl"] == pytest.approx(last["val_kl"], rel=1e-3)
     assert reports["itself"]["val_kl"] < reports["dense"]["val_kl"] / 2
     with pytest.raises(IFPError, match="another run: its teacher"):
-        run(options(**common | {"model": str(first), "run_path": str(tmp_path / "dense"),
+        train(options(**common | {"model": str(first), "run_path": str(tmp_path / "dense"),
                                 "resume": True,
                                 "mlx_path": str(tmp_path / "other")} | OWN_PREDICTOR))  # fmt: skip
     with pytest.raises(IFPError, match="another run: its teacher"):
-        run(options(**common | {"model": str(first), "run_path": str(tmp_path / "itself"),
+        train(options(**common | {"model": str(first), "run_path": str(tmp_path / "itself"),
                                 "resume": True, "teacher": str(dense_llama),
                                 "mlx_path": str(tmp_path / "other")} | OWN_PREDICTOR))  # fmt: skip
 
@@ -121,14 +121,14 @@ def test_a_test_set_is_evaluated_after_training(options, data, tmp_path, capsys)
     for split, source in (("train", "train"), ("test", "valid")):
         shutil.copy(data / f"{source}.jsonl", tmp_path / f"{split}.jsonl")
     args = options(data=str(tmp_path), test=True)
-    run(args)
+    train(args)
     said = capsys.readouterr()
     assert "There is no validation set" in said.err
     assert "Test loss" in said.out
     tested = log(Path(args.run_path))[-1]
     # The same rows as a validation set.
     args = options(run_path=str(tmp_path / "again"), val_batches=-1)
-    run(args)
+    train(args)
     validated = log(Path(args.run_path))[-1]
     assert tested["test_loss"] == pytest.approx(validated["val_loss"], rel=1e-6)
     assert tested["tasks"].keys() == validated["tasks"].keys()
@@ -139,11 +139,11 @@ def test_half_precision_is_trained_in_float32(dtype, stored, options, dense_llam
     half = convert(str(dense_llama), tmp_path / "half", dtype=dtype)
     source = load_source(str(half))
     assert {array.dtype for _, array in tree_flatten(source.llm.parameters())} == {mx.float32}
-    first = run(options(model=str(half), iters=2))
+    first = train(options(model=str(half), iters=2))
     assert {tensor.dtype for tensor in open_checkpoint(first).predictor.values()} == {stored}
     # In float16 the first update would end in NaN.
     args = options(model=str(first), **OWN_PREDICTOR, run_path=str(tmp_path / "on"))
-    again = run(args)
+    again = train(args)
     assert len([line for line in log(Path(args.run_path)) if "train_loss" in line]) == 4
     assert open_checkpoint(again).digest != open_checkpoint(first).digest
 
@@ -154,10 +154,10 @@ def test_a_frozen_model_stays_as_stored_and_what_is_trained_is_float32(
 ):
     # As on a GPU.
     monkeypatch.setattr("mlx_ifp.tuner.source.default_dtype", lambda: None)
-    students, train = [], Trainer.train
-    monkeypatch.setattr(Trainer, "train", lambda self: students.append(self.student) or train(self))
+    students, run = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: students.append(self.student) or run(self))
     half = convert(str(dense_llama), tmp_path / "half", dtype="bfloat16")
-    run(options(model=str(half), fine_tune_type=kind, iters=2, val_batches=0, warm_start_iters=1))
+    train(options(model=str(half), fine_tune_type=kind, iters=2, val_batches=0, warm_start_iters=1))
     (student,) = students
     trained = dict(tree_flatten(student.trainable_parameters()))
     assert {array.dtype for array in trained.values()} == {mx.float32}
@@ -174,7 +174,7 @@ def test_the_blend_is_wide_and_ends_narrow(options, monkeypatch):
             cls,
             lambda self, *a, name=name, original=original: used.append(name) or original(self, *a),
         )
-    run(options(blend_iters=2, group_masks=True, val_batches=0, save_every=100))
+    train(options(blend_iters=2, group_masks=True, val_batches=0, save_every=100))
     # The last one is the check before the weights are kept.
     assert used == ["wide", "wide", "narrow", "narrow", "narrow"]
 
@@ -184,7 +184,7 @@ def test_two_processes_give_the_losses_of_one(options, tmp_path):
     tasks.write_text("math: You add numbers.\npoems: You write poems.\n")
     one, two = tmp_path / "one", tmp_path / "two"
     changes = {"select_by": "task", "tasks": str(tasks), "batch_size": 4, "distill_weight": 0.5}
-    run(options(run_path=str(one), **changes))
+    train(options(run_path=str(one), **changes))
     scripts = Path(sys.executable).parent
     done = subprocess.run(
         [str(scripts / "mlx.launch"), "-n", "2", "--backend", "ring", "--python", sys.executable,
@@ -201,7 +201,7 @@ def test_two_processes_give_the_losses_of_one(options, tmp_path):
 def test_what_is_trained_changes_and_nothing_else(kind, options):
     args = options(fine_tune_type=kind, iters=2, val_batches=0)
     before = dict(tree_flatten(load_source(args.model).llm.parameters()))
-    after = dict(tree_flatten(load_source(str(run(args))).llm.parameters()))
+    after = dict(tree_flatten(load_source(str(train(args))).llm.parameters()))
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
     parts = {"embed_tokens", "self_attn", "mlp"}
     found = {part for part in parts for name in changed if f".{part}." in name}
@@ -210,7 +210,7 @@ def test_what_is_trained_changes_and_nothing_else(kind, options):
 
 
 def test_one_static_mask(options):
-    path = run(options(select_by="static"))
+    path = train(options(select_by="static"))
     model, tokenizer = load(path)
     assert model.selector == "static"
     mean, _ = model.select("a").overlap(model.select("b"))
@@ -221,13 +221,13 @@ def test_a_task_description_selects(options, tmp_path):
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text("math: You add numbers.\npoems: You write poems.\n")
     args = options(select_by="task", tasks=str(tasks))
-    path = run(args)
+    path = train(args)
     assert open_checkpoint(path).ifp.selector == "predictor"
     # All prompts of a task have one mask.
     assert log(Path(args.run_path))[-1]["overlap_within"] == 1
     tasks.write_text("math: You count.\npoems: You write poems.\n")
     with pytest.raises(IFPError, match="another run: its data"):
-        run(options(select_by="task", tasks=str(tasks), resume=True,
+        train(options(select_by="task", tasks=str(tasks), resume=True,
                     mlx_path=str(tmp_path / "out")))  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def test_damaged_targets_are_made_anew(options, tmp_path):
     targets = tmp_path / "targets"
     changes = {"distill_weight": 1.0, "warm_start_iters": 2, "targets_path": str(targets)}
     args = options(run_path=str(tmp_path / "first"), **changes)
-    run(args)
+    train(args)
     damaged = [*targets.glob("*/ids.npy"), *targets.glob("*/activations-*.npy")]
     assert len(damaged) > 2
     for file in damaged:
@@ -243,13 +243,13 @@ def test_damaged_targets_are_made_anew(options, tmp_path):
     for logprobs in targets.glob("*/logprobs.npy"):
         logprobs.unlink()
     again = options(run_path=str(tmp_path / "again"), **changes)
-    run(again)
+    train(again)
     assert losses(Path(again.run_path)) == pytest.approx(losses(Path(args.run_path)), rel=1e-6)
 
 
 def test_activations_are_kept_for_the_warm_start_only(options):
     args = options(warm_start_examples=5, val_batches=0)
-    run(args)
+    train(args)
     assert len(list(Path(args.run_path).glob("targets/*/activations-*.npy"))) == 5
 
 
@@ -262,36 +262,36 @@ def test_the_dense_model_leaves_before_the_first_update(weight, options, monkeyp
         return update(self)
 
     monkeypatch.setattr(Trainer, "update", watched)
-    run(options(distill_weight=weight, iters=2, val_batches=-1))
+    train(options(distill_weight=weight, iters=2, val_batches=-1))
     assert held == [[None, None]] * 2
 
 
 def test_what_selects_is_no_longer_than_the_predictors_context(options, dense_llama, tmp_path):
     short = make_dense(tmp_path / "short", max_position_embeddings=256)
-    path = run(options(model=str(short), iters=1, val_batches=0, warm_start_iters=1))
+    path = train(options(model=str(short), iters=1, val_batches=0, warm_start_iters=1))
     assert open_checkpoint(path).ifp.text.max_tokens == 256
 
 
 def test_a_tied_gemma_is_trained_in_4_bits(options, tmp_path):
     gemma = make_dense(tmp_path / "gemma", "gemma3_text")
-    path = run(options(model=str(gemma), iters=1, val_batches=0, warm_start_iters=1,
+    path = train(options(model=str(gemma), iters=1, val_batches=0, warm_start_iters=1,
                        quantize=True, q_bits=4, q_group_size=32))  # fmt: skip
     assert generate(*load(path), "hello", max_tokens=2) is not None
 
 
 def test_a_checkpoint_of_the_hub_is_trained_on(options, tmp_path, monkeypatch):
-    first = run(options(iters=1, val_batches=0, warm_start_iters=1))
+    first = train(options(iters=1, val_batches=0, warm_start_iters=1))
     monkeypatch.setattr("mlx_ifp.checkpoint.locate.snapshot_download", lambda *_, **__: str(first))
-    on = run(options(model="someone/tiny-ifp", iters=1, val_batches=0, **OWN_PREDICTOR,
+    on = train(options(model="someone/tiny-ifp", iters=1, val_batches=0, **OWN_PREDICTOR,
                      run_path=str(tmp_path / "on")))  # fmt: skip
     assert open_checkpoint(on).ifp.head == open_checkpoint(first).ifp.head
 
 
 def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
-    first = run(options(stage="pretrain", chunk_size=8, iters=2, batch_size=1,
+    first = train(options(stage="pretrain", chunk_size=8, iters=2, batch_size=1,
                         run_path=str(tmp_path / "pretrain")))  # fmt: skip
     second = options(model=str(first), **OWN_PREDICTOR, iters=1)
-    path = run(second)
+    path = train(second)
     assert not any("warm_start_loss" in report for report in log(Path(second.run_path)))
     heads = [open_checkpoint(each).ifp.head for each in (first, path)]
     assert heads[0] == heads[1]
@@ -299,6 +299,6 @@ def test_pretraining_then_tuning_continues_the_predictor(options, tmp_path):
 
 def test_the_warm_start_makes_scores_depend_on_the_instruction(options):
     args = options(warm_start_iters=80, iters=0, val_batches=0)
-    run(args)
+    train(args)
     shares = [r["variance_explained"] for r in log(Path(args.run_path)) if "warm_start_loss" in r]
     assert shares[-1] > max(0.3, shares[0])

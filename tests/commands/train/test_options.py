@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_ifp import IFPError
-from mlx_ifp.commands.train.command import run
+from mlx_ifp.commands.train.command import train
 from mlx_ifp.commands.train.options import options_of
 
 from ...conftest import run_command
@@ -66,7 +66,7 @@ from ...conftest import run_command
 def test_bad_options_are_one_line(changes, words, options):
     args = options(**changes)
     with pytest.raises(IFPError, match=words) as error:
-        run(args)
+        train(args)
     assert "\n" not in str(error.value)
     assert not (Path(args.run_path) / "ifp").exists()
 
@@ -121,4 +121,4 @@ def test_a_contrast_needs_two_tasks(options, data, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     args = options(data=str(tmp_path), contrastive_weight=0.1, warm_start_iters=0)
     with pytest.raises(IFPError, match="--contrastive-weight needs two tasks"):
-        run(args)
+        train(args)

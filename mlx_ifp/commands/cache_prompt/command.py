@@ -13,40 +13,14 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from ..checkpoint.directory import Checkpoint
-from ..cli.arguments import check_given, given_selection, load_model, read_prompt, task_of, use_of
-from ..cli.dispatch import command
-from ..cli.flags import add_kv_options, add_memory_options, add_model_options, add_task_options
-from ..errors import IFPError
-from ..files.atomic import check_writable, new_file
-from ..llm.kv_cache import Generation
-from ..memory.budget import Use
-from ..selection.files import save_selection
-from ..selectors.text import selecting_text
-
-EXAMPLES = """examples:
-  mlx_ifp.cache_prompt --model smollm2-ifp --task "Answer questions on a text." \\
-      --prompt - --prompt-cache-file text.safetensors < text.txt
-  mlx_ifp.generate --model smollm2-ifp --task "Answer questions on a text." \\
-      --prompt-cache-file text.safetensors --prompt "Who wrote it?"
-"""
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.cache_prompt``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.cache_prompt",
-        description="Keep the keys and values of a prompt, made under one selection, in a file.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_options(parser)
-    add_task_options(parser)
-    parser.add_argument("--prompt", "-p", required=True, help="The prompt ('-' reads from stdin)")
-    parser.add_argument("--prompt-cache-file", required=True, help="The file to write")
-    add_kv_options(parser)
-    add_memory_options(parser)
-    return parser
+from ...checkpoint.directory import Checkpoint
+from ...cli.arguments import check_given, given_selection, load_model, read_prompt, task_of, use_of
+from ...errors import IFPError
+from ...files.atomic import check_writable, new_file
+from ...llm.kv_cache import Generation
+from ...memory.budget import Use
+from ...selection.files import save_selection
+from ...selectors.text import selecting_text
 
 
 def _tokens(tokenizer: TokenizerWrapper, messages: list[dict[str, Any]]) -> list[int]:
@@ -69,10 +43,8 @@ def _plan(
     return use_of(args, checkpoint, tokenizer, generation, messages, task)
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.cache_prompt``."""
-    args = setup_arg_parser().parse_args()
     check_given(args)
     prompt = read_prompt(args.prompt)
     path = Path(args.prompt_cache_file)

@@ -1,12 +1,8 @@
-"""``mlx_ifp.export``: a task's sub-network as a stock mlx-lm directory, or as GGUF."""
+"""A sub-network as a stock mlx-lm directory."""
 
-import argparse
-import contextlib
 import copy
-import io
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,39 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.gguf import convert_to_gguf
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import create_model_card, make_shards, save_config, upload_to_hub
+from mlx_lm.utils import create_model_card, make_shards, save_config
 from tqdm import tqdm
 
-from ..checkpoint.directory import Checkpoint, open_checkpoint
-from ..checkpoint.hub import uploading
-from ..checkpoint.locate import resolve
-from ..checkpoint.tokenizers import load_tokenizer_of
-from ..checkpoint.weights import load_tensors
-from ..cli.arguments import check_given, given_selection, load_model, task_of
-from ..cli.dispatch import command
-from ..cli.flags import add_model_options, add_task_options
-from ..errors import IFPError
-from ..files.atomic import new_directory
-from ..files.tensor_files import DTYPES, LazyTensor, write_safetensors
-from ..llm.build import quantization_of, with_width
-from ..llm.ffn import FFN, PROJECTIONS
-from ..llm.modules import PARTS
-from ..selection.files import save_selection
-from ..selection.selection import Selection, check_selection
-from ..subnetwork.channels import ChannelReader
-from ..subnetwork.rows import FFNRows, read_layer
+from ...checkpoint.directory import Checkpoint
+from ...checkpoint.weights import load_tensors
+from ...errors import IFPError
+from ...files.atomic import new_directory
+from ...files.tensor_files import DTYPES, LazyTensor, write_safetensors
+from ...llm.build import quantization_of, with_width
+from ...llm.ffn import FFN, PROJECTIONS
+from ...llm.modules import PARTS
+from ...selection.selection import Selection, check_selection
+from ...subnetwork.channels import ChannelReader
+from ...subnetwork.rows import FFNRows, read_layer
+from .gguf import check_gguf, write_gguf
 
-GGUF_FILE = "ggml-model-f16.gguf"  # mlx-lm's default name
-GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx_lm.fuse --export-gguf
 DOWN_BITS = 8
-
-EXAMPLES = """examples:
-  mlx_ifp.export --model qwen3-ifp --task "You are an expert Python programmer." \\
-      --save-path qwen3-python
-  mlx_lm.generate --model qwen3-python --prompt "Sort a list of dates."
-"""
 
 
 @dataclass
@@ -172,7 +153,7 @@ def export(
         for name in ("quantization", "quantization_config"):
             config.pop(name, None)
     if gguf:
-        _check_gguf(config)
+        check_gguf(config)
     notes = []
     if len(set(ks)) > 1:
         notes.append(f"k differs by layer; layers with fewer than {width} channels get zeros.")
@@ -220,7 +201,7 @@ def export(
             shutil.copy(generation, directory)
         create_model_card(directory, None)
         if gguf:
-            notes += _write_gguf(directory, config)
+            notes += write_gguf(directory, config)
     return notes
 
 
@@ -283,107 +264,3 @@ def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, An
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
     save_config(config, directory / "config.json")
-
-
-def _check_gguf(config: dict[str, Any]) -> None:
-    """mlx-lm's exporter writes other models too, but wrong ones."""
-    problem = None
-    scaling = config.get("rope_scaling") or {}
-    if config["model_type"] not in GGUF_MODELS:
-        problem = f"the architecture {config['model_type']!r}; it has {', '.join(GGUF_MODELS)}"
-    elif "quantization" in config:
-        problem = "quantized weights; add --dequantize"
-    elif (config.get("head_dim") or 0) * config["num_attention_heads"] not in (
-        0,
-        config["hidden_size"],
-    ):
-        problem = "heads whose size is not hidden_size / num_attention_heads"
-    elif config.get("attention_bias"):
-        problem = "biases of the attention"
-    elif scaling and scaling.get("type") != "linear":
-        problem = f"rope_scaling {scaling}"
-    if problem is not None:
-        raise IFPError(f"mlx-lm's GGUF exporter does not support {problem}.")
-
-
-def _write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
-    weights: dict[str, mx.array] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        weights |= mx.load(str(file))
-    try:
-        # mlx-lm prints the name of a temporary directory.
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
-    except (ValueError, LookupError, NotImplementedError, AssertionError, OSError) as error:
-        raise IFPError(f"mlx-lm's GGUF exporter cannot write this model: {error}") from error
-    kind = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")).get("model", {})
-    if kind.get("byte_fallback"):
-        return []
-    return [
-        f"mlx-lm writes every tokenizer into {GGUF_FILE} as a SentencePiece one, and this is none: "
-        "llama.cpp will split text in another way than the model was trained for."
-    ]
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.export``: those of ``mlx_lm.fuse`` where they mean the same."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.export",
-        description="Write the sub-network of a task as a model that plain mlx-lm opens.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_options(parser)
-    add_task_options(parser)
-    parser.add_argument("--dense", action="store_true", help="Export all channels")
-    parser.add_argument("--save-path", default="exported_model", help="The directory to make")
-    parser.add_argument("--dequantize", action="store_true", help="Write floats only")
-    parser.add_argument(
-        "--gguf",
-        "--export-gguf",
-        action="store_true",
-        help=f"Write {GGUF_FILE} too (llama and mistral, not quantized)",
-    )
-    parser.add_argument("--upload-repo", help="Upload the model to this hub repository")
-    return parser
-
-
-def _selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | None:
-    """The selection that the options name; None for the dense model."""
-    task = task_of(args)
-    named = [task is not None, args.selection is not None, args.task_name is not None, args.dense]
-    if args.task_from is not None or sum(named) != 1:
-        raise IFPError("Name one of --task, --task-file, --task-name, --selection and --dense.")
-    if args.dense:
-        return None
-    if task is None:
-        return given_selection(args, checkpoint)
-    model, _ = load_model(args)
-    return model.select(task)
-
-
-@command
-def main() -> None:
-    """Run ``mlx_ifp.export``."""
-    args = setup_arg_parser().parse_args()
-    check_given(args)
-    checkpoint = open_checkpoint(resolve(args.model, args.revision))
-    selection = _selection(args, checkpoint)
-    tokenizer = load_tokenizer_of(checkpoint, {"trust_remote_code": args.trust_remote_code})
-    notes = export(
-        checkpoint,
-        tokenizer,
-        args.save_path,
-        selection,
-        dequantize=args.dequantize,
-        gguf=args.gguf,
-    )
-    if args.save_selection is not None:
-        save_selection(args.save_selection, selection)
-    for note in notes:
-        print(f"[INFO] {note}", file=sys.stderr)
-    k = checkpoint.d_ffn if selection is None else selection.k
-    print(f"{args.save_path}: {checkpoint.config['model_type']}, intermediate_size {k}")
-    if args.upload_repo is not None:
-        with uploading(args.save_path, args.upload_repo):
-            upload_to_hub(args.save_path, args.upload_repo)

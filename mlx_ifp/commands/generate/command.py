@@ -1,4 +1,4 @@
-"""Text from a sub-network: the Python API, and ``mlx_ifp.generate``."""
+"""``mlx_ifp.generate``: text from the sub-network that a prompt or a task selects."""
 
 import argparse
 import json
@@ -10,40 +10,24 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.generate import str2bool
 from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..checkpoint.directory import Checkpoint
-from ..cli.arguments import check_given, given_selection, load_model, read_prompt, task_of, use_of
-from ..cli.dispatch import command
-from ..cli.flags import (
-    add_kv_options,
-    add_memory_options,
-    add_model_options,
-    add_reuse_option,
-    add_task_options,
-    parse_seed,
-)
-from ..errors import IFPError
-from ..files.atomic import check_writable, new_file
-from ..generation.stats import Stats, WarmStart, parameter_counts
-from ..generation.stream import _selecting_text, _start_warm
-from ..llm.kv_cache import Generation
-from ..llm.prompt import Text, encode_prompt, shared_prefix, token_ids
-from ..memory.budget import Use
-from ..model import IFPModel
-from ..prompt_cache.files import stored_positions
-from ..selection.files import save_selection
-from ..selection.selection import Selection, digest_of
-from ..subnetwork.prepared import Prepared
-
-EXAMPLES = """examples:
-  mlx_ifp.generate --model smollm2-ifp --prompt "Name three rivers in France."
-  mlx_ifp.generate --model smollm2-ifp --task "You are an expert Python programmer." -p "Sort a list."
-  cat question.txt | mlx_ifp.generate --model smollm2-ifp -p - --keep 0.25 --stats stats.json
-"""  # noqa: E501
+from ...checkpoint.directory import Checkpoint
+from ...cli.arguments import check_given, given_selection, load_model, read_prompt, task_of, use_of
+from ...errors import IFPError
+from ...files.atomic import check_writable, new_file
+from ...generation.stats import Stats, WarmStart, parameter_counts
+from ...generation.stream import _selecting_text, _start_warm
+from ...llm.kv_cache import Generation
+from ...llm.prompt import Text, encode_prompt, shared_prefix, token_ids
+from ...memory.budget import Use
+from ...model import IFPModel
+from ...prompt_cache.files import stored_positions
+from ...selection.files import save_selection
+from ...selection.selection import Selection, digest_of
+from ...subnetwork.prepared import Prepared
 
 
 def _tokens(
@@ -119,10 +103,8 @@ def _plan(
     return use_of(args, checkpoint, tokenizer, generation, messages, task)
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.generate``."""
-    args = setup_arg_parser().parse_args()
     prompt = read_prompt(args.prompt)
     check_flags(args)
     task = task_of(args)
@@ -221,78 +203,6 @@ def _show_selection(model: IFPModel, selection: Selection, text: Text | None) ->
         lines.append(f"{i:5d}  {len(channels):5d}  {share:.3f}  {overlap}")
     lines.append(f" mean         {selection.share:.3f}  {'-' if mean is None else f'{mean:.3f}'}")
     print("\n".join(lines), file=sys.stderr)
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.generate``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.generate",
-        description="Generate text with the sub-network that the prompt or a task selects.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_model_options(parser)
-    add_task_options(parser)
-    ours = parser.add_argument_group("sub-network")
-    ours.add_argument("--dense", action="store_true", help="Use the whole model, for comparison")
-    ours.add_argument(
-        "--show-selection",
-        action="store_true",
-        help="Show, by layer, the share kept and the overlap with the task used before this one",
-    )
-    add_reuse_option(
-        ours,
-        "Use the selection of a recent run instead of a new one that overlaps it by at least this "
-        "much, above 0 and at most 1 (default: never)",
-    )
-    ours.add_argument("--stats", metavar="FILE", help="Write the figures to a JSON file")
-    text = parser.add_argument_group("prompt")
-    text.add_argument("--prompt", "-p", default="hello", help="The prompt ('-' reads from stdin)")
-    text.add_argument("--system-prompt", help="System prompt for the chat template")
-    text.add_argument("--prefill-response", help="Start of the response, to be continued")
-    text.add_argument(
-        "--ignore-chat-template",
-        action="store_true",
-        help="Use the raw prompt without the tokenizer's chat template",
-    )
-    text.add_argument(
-        "--chat-template-config", help="Arguments for the chat template, as a JSON object"
-    )
-    text.add_argument(
-        "--prompt-cache-file",
-        help="A file of mlx_ifp.cache_prompt; the prompt continues what it holds. "
-        "It must have been made under the same selection",
-    )
-    text.add_argument(
-        "--warm-system-prompt",
-        action="store_true",
-        help="Keep the keys and values of the system prompt on disk, so that the next prompt "
-        "with it begins at its own first token",
-    )
-    text.add_argument("--extra-eos-token", nargs="+", default=(), help="More tokens that end it")
-    sampling = parser.add_argument_group("generation")
-    sampling.add_argument("--max-tokens", "-m", type=int, default=100, help="Tokens to generate")
-    sampling.add_argument("--temp", type=float, default=0.0, help="Sampling temperature")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="Sampling top-p")
-    sampling.add_argument("--min-p", type=float, default=0.0, help="Sampling min-p")
-    sampling.add_argument("--top-k", type=int, default=0, help="Sampling top-k")
-    sampling.add_argument("--xtc-probability", type=float, default=0.0, help="XTC probability")
-    sampling.add_argument("--xtc-threshold", type=float, default=0.1, help="XTC threshold")
-    sampling.add_argument(
-        "--min-tokens-to-keep", type=int, default=1, help="Minimum tokens to keep for min-p"
-    )
-    sampling.add_argument("--seed", type=parse_seed, help="PRNG seed")
-    sampling.add_argument(
-        "--verbose",
-        type=str2bool,
-        default=True,
-        help="Print a table of figures to stderr when 'True' or 'T'",
-    )
-    sampling.add_argument("--draft-model", help="A model for speculative decoding")
-    sampling.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens to draft")
-    add_kv_options(parser)
-    add_memory_options(parser)
-    return parser
 
 
 def messages_of(args: argparse.Namespace, prompt: str) -> list[dict[str, Any]]:

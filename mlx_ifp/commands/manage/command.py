@@ -7,33 +7,10 @@ from pathlib import Path
 from mlx_lm.manage import tabulate
 from safetensors import SafetensorError, safe_open
 
-from ..cli.dispatch import command
-from ..errors import IFPError
-from ..prompt_cache.files import WarmPromptFiles
-from ..selection.disk_cache import SelectionCache
-from ..selection.files import load_selection
-
-EXAMPLES = """examples:
-  mlx_ifp.manage --scan
-  mlx_ifp.manage --delete
-  mlx_ifp.manage --delete --pattern smollm2
-"""
-
-
-def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.manage``, as far as they can be like those of mlx-lm."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.manage",
-        description="List and clear the selections and warm prompts kept on disk.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--scan", action="store_true", help="List them")
-    action.add_argument("--delete", action="store_true", help="Delete them")
-    parser.add_argument("--pattern", default="", help="Only those whose model contains this")
-    parser.add_argument("--cache-dir", help="Where selections are kept on disk")
-    return parser
+from ...errors import IFPError
+from ...prompt_cache.files import WarmPromptFiles
+from ...selection.disk_cache import SelectionCache
+from ...selection.files import load_selection
 
 
 def _describe(path: Path) -> list[str | int]:
@@ -71,10 +48,8 @@ def _describe_warm(path: Path) -> list[str | int]:
     return [metadata.get("model", ""), metadata.get("tokens", ""), size, when]
 
 
-@command
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.manage``."""
-    args = setup_arg_parser().parse_args()
     cache = SelectionCache(args.cache_dir)
     rows = [(path, _describe(path)) for path in cache.entries()]
     rows = [(path, row) for path, row in rows if args.pattern in row[0]]
