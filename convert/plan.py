@@ -11,7 +11,7 @@ from mlx_ifp.checkpoint.config import IFPConfig, TextConfig, text_limit
 from mlx_ifp.checkpoint.directory import CHANNELS, TRUNK
 from mlx_ifp.checkpoint.precision import Precision, quantize_config
 from mlx_ifp.llm.ffn import FFN
-from mlx_ifp.selection.keep import DEFAULT_KEEP, resolve_keep
+from mlx_ifp.selection.keep import DEFAULT_KEEP, compact, resolve_keep
 
 from .dense import DenseModel, dtype_of
 from .naming import NamedModel
@@ -67,7 +67,7 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
         IFPError: if k or the precision does not fit the model.
     """
     d_ffn = dense.ffns[0].d_ffn
-    k = resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns))
+    k = compact(resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns)))
     dtype = precision.dtype or dtype_of(dense.config)
     bytes_in = sum(tensor.nbytes for tensor in dense.tensors.values())
     precision.check()

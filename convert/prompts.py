@@ -8,14 +8,13 @@ from tqdm import tqdm
 
 from mlx_ifp.checkpoint.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.checkpoint.directory import STATIC_FILE, open_checkpoint
-from mlx_ifp.checkpoint.weights import load_trunk
 from mlx_ifp.device import default_dtype
 from mlx_ifp.errors import IFPError
 from mlx_ifp.files.jsonl import read_jsonl, row_messages
 from mlx_ifp.files.tensor_files import write_safetensors
 from mlx_ifp.selectors.activations import activation_scores
 from mlx_ifp.selectors.text import selecting_text, selector_tokens
-from mlx_ifp.subnetwork.channels import ChannelReader
+from mlx_ifp.subnetwork.parent import Parent
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -38,15 +37,11 @@ def add_static_scores(
 ) -> None:
     """The mean over prompts of each one's activation scores, at unit norm in every layer."""
     checkpoint = open_checkpoint(directory)
-    dtype = default_dtype()
-    trunk = load_trunk(checkpoint, checkpoint.d_ffn, dtype)
-    reader = ChannelReader(checkpoint.channels)
+    parent = Parent.load(checkpoint, default_dtype())
     total = mx.zeros((len(checkpoint.ffns), checkpoint.d_ffn))
     for prompt in tqdm(prompts, desc="Static scores"):
         tokens = selector_tokens(tokenizer, prompt, ifp.text)
-        scores = activation_scores(
-            trunk, reader, checkpoint.ffns, checkpoint.config, tokens, dtype=dtype
-        )
+        scores = activation_scores(parent, tokens)
         total = total + scores / mx.linalg.norm(scores, axis=-1, keepdims=True)
         mx.eval(total)
     ifp.files[STATIC_FILE] = write_safetensors(

@@ -28,7 +28,7 @@ from mlx_ifp.errors import IFPError
 from mlx_ifp.files.tensor_files import DTYPES, TensorInfo
 from mlx_ifp.llm.build import build_model, quantization_of
 from mlx_ifp.llm.ffn import PROJECTIONS
-from mlx_ifp.selection.keep import resolve_keep
+from mlx_ifp.selection.keep import compact, resolve_keep
 
 from .layouts import CHECKPOINT
 from .plan import Plan, with_versions
@@ -60,7 +60,7 @@ def plan_requantized(
     """
     checkpoint = open_checkpoint(path)
     ifp, layers = checkpoint.ifp, len(checkpoint.ffns)
-    k = ifp.k if keep is None else resolve_keep(keep, checkpoint.d_ffn, layers)
+    k = ifp.k if keep is None else compact(resolve_keep(keep, checkpoint.d_ffn, layers))
     config, tensors, notes = _llm(checkpoint, precisions.llm, dequantize)
     predictor_config, predictor_files = None, []
     infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static, checkpoint.order]

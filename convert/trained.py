@@ -11,7 +11,7 @@ from mlx_ifp.checkpoint.precision import Precisions, quantize_config, quantize_h
 from mlx_ifp.errors import IFPError
 from mlx_ifp.files.tensor_files import LazyTensor
 from mlx_ifp.llm.modules import find_body, get_module
-from mlx_ifp.selection.keep import resolve_keep
+from mlx_ifp.selection.keep import compact, resolve_keep
 
 from .layouts.parts import TrainedModel, TrainedPredictor
 from .naming import NamedModel, name_tensors
@@ -46,7 +46,7 @@ def plan_trained(
     config, how, notes = quantize_config(llm.config, ffns, precisions.llm)
     tokenizer = open_tokenizer(trained.tokenizer, trust_remote_code)
     ifp = IFPConfig(
-        k=resolve_keep(trained.keep, d_ffn, layers),
+        k=compact(resolve_keep(trained.keep, d_ffn, layers)),
         selector="static",
         mask=trained.mask,
         text=text_of(llm.config, text_format or format_of(tokenizer)),

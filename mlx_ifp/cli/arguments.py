@@ -21,7 +21,7 @@ from ..memory.table import table
 from ..model import IFPModel, open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
-from ..selection.keep import resolve_keep
+from ..selection.keep import compact, resolve_keep
 from ..selection.selection import Selection
 from ..selection.task_library import Task, TaskLibrary
 from ..selectors.text import selecting_text, selector_tokens
@@ -66,7 +66,7 @@ def use_of(
         return Use(selection.ks, generation, networks=args.cached_tasks)
     k = checkpoint.ifp.k
     if args.keep is not None:
-        k = resolve_keep(args.keep, checkpoint.d_ffn, len(checkpoint.ffns))
+        k = compact(resolve_keep(args.keep, checkpoint.d_ffn, len(checkpoint.ffns)))
     selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))

@@ -14,8 +14,9 @@ from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.prompt import Prompt, Text, encode_prompt, is_messages, shared_prefix
 from ..model import IFPModel
 from ..prompt_cache.warm import claim
-from ..selection.keep import Keep
+from ..selection.keep import Keep, compact
 from ..selection.selection import Selection
+from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text
 from ..subnetwork.prepared import Prepared
 
@@ -117,7 +118,7 @@ def stream_generate(
         if dense:
             model.memory.expect(generation, model.checkpoint.d_ffn, dense=True)
         elif selection is None:
-            k = model.k if keep is None else model.resolve_keep(keep)
+            k = model.k if keep is None else compact(resolved_keep(model.checkpoint, keep))
             model.memory.expect(generation, k)
         else:
             model.memory.expect(generation, selection.ks)

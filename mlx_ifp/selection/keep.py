@@ -10,8 +10,18 @@ DEFAULT_KEEP = 0.5
 WIDTH_MULTIPLE = 64
 
 
-def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
-    """Channels to keep in each layer.
+def per_layer(k: int | list[int], layers: int) -> list[int]:
+    """One number for each of L layers, of one for all or a list of them."""
+    return list(k) if isinstance(k, list) else [k] * layers
+
+
+def compact(ks: list[int]) -> int | list[int]:
+    """How users and files see k: one number if every layer keeps as many, else one a layer."""
+    return ks[0] if len(set(ks)) == 1 else ks
+
+
+def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> list[int]:
+    """Channels to keep in each layer: L counts.
 
     Args:
         keep: a count, a list of L counts, or a fraction (a float) of d_ffn, which is rounded to a
@@ -26,15 +36,15 @@ def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> int | list[int]:
         if not 0 < keep <= 1:
             raise IFPError(f"The fraction of channels to keep must be in (0, 1], not {keep}.")
         if keep == 1 or d_ffn <= WIDTH_MULTIPLE:
-            return max(1, round(keep * d_ffn))
+            return [max(1, round(keep * d_ffn))] * layers
         rounded = round(keep * d_ffn / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        return min(max(rounded, WIDTH_MULTIPLE), d_ffn)
-    ks = keep if isinstance(keep, list) else [keep]
-    if isinstance(keep, list) and len(ks) != layers:
+        return [min(max(rounded, WIDTH_MULTIPLE), d_ffn)] * layers
+    ks = per_layer(keep, layers)
+    if len(ks) != layers:
         raise IFPError(f"{len(ks)} values of k were given for {layers} layers.")
     if any(not 1 <= k <= d_ffn for k in ks):
         raise IFPError(f"k must be between 1 and d_ffn = {d_ffn}, not {keep}.")
-    return keep
+    return ks
 
 
 def resolve_one_keep(keep: Keep, d_ffn: int, layers: int) -> int:
@@ -46,7 +56,7 @@ def resolve_one_keep(keep: Keep, d_ffn: int, layers: int) -> int:
     Raises:
         IFPError: if it is out of range, or a list.
     """
-    k = resolve_keep(keep, d_ffn, layers)
-    if isinstance(k, list):
+    ks = resolve_keep(keep, d_ffn, layers)
+    if isinstance(keep, list):
         raise IFPError("--keep must be one number for all layers in training.")
-    return k
+    return ks[0]

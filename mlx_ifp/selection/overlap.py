@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import IFPError
+from .packed import count, overlap, pack
 from .selection import Selection
 
 
@@ -92,19 +93,11 @@ def _overlaps(selections: Sequence[Selection]) -> tuple[np.ndarray, int]:
             "These selections are of different models: "
             f"{' and '.join(f'{layers} x {d_ffn}' for layers, d_ffn in shapes)} channels."
         )
-    ((layers, d_ffn),) = shapes
-    overlaps = np.empty((len(selections), len(selections), layers))
-    used = 0
-    # One layer at a time: the masks of all layers of a large model would take gigabytes.
-    for layer in range(layers):
-        # Counts up to 2**24 are exact in float32, and only floats have fast matrix products.
-        masks = np.zeros((len(selections), d_ffn), dtype=np.float32)
-        for row, selection in zip(masks, selections, strict=True):
-            row[selection.layers[layer]] = 1
-        k = np.array([len(selection.layers[layer]) for selection in selections])
-        overlaps[:, :, layer] = (masks @ masks.T) / np.maximum(k[:, None], k[None, :])
-        used += int(masks.any(axis=0).sum())
-    return overlaps, used
+    bits = np.stack([pack(selection.mask) for selection in selections])
+    overlaps = np.empty((len(bits), len(bits), bits.shape[1]))
+    for i in range(len(bits)):
+        overlaps[i, i:] = overlaps[i:, i] = overlap(bits[i], bits[i:])
+    return overlaps, int(count(np.bitwise_or.reduce(bits)).sum())
 
 
 def _mean(overlaps: np.ndarray, pairs: np.ndarray) -> np.ndarray | None:

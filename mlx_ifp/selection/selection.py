@@ -8,7 +8,9 @@ import numpy as np
 
 from ..errors import IFPError
 from ..llm.ffn import FFN
+from .keep import compact
 from .masks import soft_topk, topk_mask
+from .packed import overlap, pack
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Selection:
     @property
     def k(self) -> int | list[int]:
         """Channels kept: one number if every layer keeps as many, else one for each layer."""
-        return self.ks[0] if len(set(self.ks)) == 1 else self.ks
+        return compact(self.ks)
 
     @property
     def share(self) -> float:
@@ -85,12 +87,7 @@ class Selection:
                 f"These selections are of different models: {len(self.layers)} x {self.d_ffn} "
                 f"and {len(other.layers)} x {other.d_ffn} channels."
             )
-        per_layer = np.array(
-            [
-                len(np.intersect1d(mine, theirs, assume_unique=True)) / max(len(mine), len(theirs))
-                for mine, theirs in zip(self.layers, other.layers, strict=True)
-            ]
-        )
+        per_layer = overlap(pack(self.mask), pack(other.mask))
         return float(per_layer.mean()), per_layer
 
 

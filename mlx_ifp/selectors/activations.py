@@ -6,7 +6,6 @@ norm, then a channel's score is the norm of what it has over the tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..llm.ffn import FFN
 from ..llm.modules import PREFILL_STEP_SIZE, final_hidden, find_body, get_module, set_module, share
 from ..subnetwork.build import set_ffn
-from ..subnetwork.channels import ChannelReader
+from ..subnetwork.parent import Parent
 from ..subnetwork.rows import read_ffn
 
 
@@ -68,13 +67,9 @@ class _StreamedFFN(nn.Module):
 
 
 def activation_scores(
-    trunk: nn.Module,
-    reader: ChannelReader,
-    ffns: list[FFN],
-    config: dict[str, Any],
+    parent: Parent,
     tokens: list[int] | mx.array,
     *,
-    dtype: mx.Dtype | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
 ) -> mx.array:
     """GRIFFIN's statistic of every channel: ``s = || Z / ||Z||_token ||`` over the tokens.
@@ -82,25 +77,22 @@ def activation_scores(
     The dense LLM runs over the tokens with one layer's FFN in memory at a time.
 
     Args:
-        trunk (nn.Module): from :func:`~mlx_ifp.checkpoint.weights.load_trunk`.
-        reader (ChannelReader): of the same checkpoint.
-        ffns (list): its FFNs.
-        config (dict): the LLM's config.
+        parent (Parent): the dense LLM, whose channels are read.
         tokens (list or mx.array): [n] ids of the LLM's tokenizer, n >= 1.
-        dtype (mx.Dtype): cast floats to this type; None keeps them.
         prefill_step_size (int): tokens to process at a time.
 
     Returns:
         mx.array: float32 [L, d_ffn], before any mask.
     """
-    model = share(trunk)
+    model = share(parent.trunk)
     streamed = []
-    for ffn in ffns:
+    for ffn in parent.ffns:
         module = get_module(model, ffn.path)
 
         def load(ffn: FFN = ffn, module: nn.Module = module) -> nn.Module:
             whole = share(module)
-            set_ffn(whole, read_ffn(reader, ffn, None, dtype=dtype), config)
+            rows = read_ffn(parent.reader, ffn, None, dtype=parent.dtype)
+            set_ffn(whole, rows, parent.config)
             return whole
 
         streamed.append(_StreamedFFN(load))

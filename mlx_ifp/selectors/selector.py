@@ -3,24 +3,22 @@
 import hashlib
 import json
 import threading
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.directory import Checkpoint
-from ..checkpoint.tokenizers import load_predictor_tokenizer
+from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..llm.prompt import Text, token_ids
-from ..lru import Once
-from ..memory.limit import MemoryLimit
+from ..lru import LRU
 from ..selection.disk_cache import SelectionCache
-from ..selection.keep import Keep, resolve_keep
+from ..selection.keep import Keep, compact, per_layer, resolve_keep
 from ..selection.selection import Selection, select_channels
-from ..subnetwork.channels import ChannelReader
+from ..subnetwork.parent import Parent
 from .activations import activation_scores
 from .predictor import Predictor, load_predictor
 from .text import selector_tokens
@@ -28,65 +26,67 @@ from .text import selector_tokens
 _REMEMBERED_SELECTIONS = 256
 
 
-class Selecting:
-    """The half of :class:`~mlx_ifp.model.IFPModel` that knows texts. Thread-safe.
+class Selector:
+    """What a checkpoint selects for texts: its selectors, and what is remembered. Thread-safe.
+
+    ``Selector(checkpoint, Parent.load(checkpoint))`` is enough to select.
+
+    Args:
+        checkpoint (Checkpoint): an opened one.
+        parent (Parent): its trunk and channels; the predictor's floats are cast to its type too.
+        tokenizer: of the LLM; None loads it when it is needed.
+        keep: channels to keep in each layer; None for what the checkpoint says.
+        default (str): the selector that is used unless a call names one; None for what the
+            checkpoint says.
+        on_disk (SelectionCache): where selections are kept for the next process, or None.
+        tokenizer_config (dict): passed to tokenizers that are loaded, as in mlx-lm.
+        make_room (Callable): called with the selector's name and its number of tokens before it
+            runs; frees what must not be in memory meanwhile.
+        keeps_predictor (Callable): says whether the predictor may stay in memory after it ran.
 
     Attributes:
-        checkpoint: what was opened.
-        tokenizer: its LLM's.
-        dtype: the type that floats are cast to; None for as they are stored.
-        k: channels kept in each layer, unless a call says otherwise.
-        selector: the default selector.
-        selections: those on disk, or None.
-        reader: counts the bytes of channels read.
-        trunk: an mlx-lm model with all but the FFN channels.
-        memory: what keeps it within its memory limit, or None.
+        checkpoint, parent, default, on_disk: as above.
+        ks: channels kept in each of L layers, unless a call says otherwise.
         predictor_loads: how often the predictor was loaded.
-        selector_runs: how often a selector computed scores.
+        runs: how often a selector computed scores.
     """
-
-    trunk: nn.Module
-    memory: MemoryLimit | None = None
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokenizer: TokenizerWrapper,
+        parent: Parent,
+        tokenizer: TokenizerWrapper | None = None,
         *,
-        dtype: mx.Dtype | None,
-        keep: Keep | None,
-        selector: str | None,
-        selections: SelectionCache | None,
-        tokenizer_config: dict[str, Any] | None,
+        keep: Keep | None = None,
+        default: str | None = None,
+        on_disk: SelectionCache | None = None,
+        tokenizer_config: dict[str, Any] | None = None,
+        make_room: Callable[[str, int], None] | None = None,
+        keeps_predictor: Callable[[], bool] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.tokenizer = tokenizer
-        self.dtype = dtype
-        self.k = self.resolve_keep(keep)
-        self.selector = checkpoint.checked_selector(selector or checkpoint.ifp.selector)
-        self.selections = selections
-        self.reader = ChannelReader(checkpoint.channels)
-        self.predictor_loads = self.selector_runs = 0
+        self.parent = parent
+        self.ks = resolved_keep(checkpoint, keep)
+        self.default = checkpoint.checked_selector(default or checkpoint.ifp.selector)
+        self.on_disk = on_disk
+        self.predictor_loads = self.runs = 0
+        self._make_room = make_room
+        self._keeps_predictor = keeps_predictor
         self._tokenizer_config = tokenizer_config
-        # The first guards dictionaries, and is never held for long. The second lets one selector
-        # run at a time: two would need the memory of two, and be no faster.
-        self._lock = threading.Lock()
+        # One selector runs at a time: two would need the memory of two, and be no faster.
         self._selector_lock = threading.RLock()
         self._tokenizer_lock = threading.Lock()
-        self._selecting = Once(self._lock)
-        self._remembered: OrderedDict[str, Selection] = OrderedDict()
+        # Selections, and where each came from.
+        self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
         self._predictor: Predictor | None = None
+        self._tokenizer = tokenizer
         self._predictor_tokenizer: TokenizerWrapper | None = None
 
-    def resolve_keep(self, keep: Keep | None) -> int | list[int]:
-        """Channels to keep in each layer; None for what the checkpoint says."""
-        checkpoint = self.checkpoint
-        if keep is None:
-            return checkpoint.ifp.k
-        return resolve_keep(keep, checkpoint.d_ffn, len(checkpoint.ffns))
+    def _checked(self, selector: str | None) -> str:
+        return self.checkpoint.checked_selector(selector or self.default)
 
-    def _checked_selector(self, selector: str | None) -> str:
-        return self.checkpoint.checked_selector(selector or self.selector)
+    def _ks(self, keep: Keep | None) -> list[int]:
+        return self.ks if keep is None else resolved_keep(self.checkpoint, keep)
 
     def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
         """Channel scores of a text, before the mask.
@@ -101,36 +101,29 @@ class Selecting:
         Raises:
             IFPError: if the text is empty or longer than the checkpoint's selectors take.
         """
-        selector = self._checked_selector(selector)
-        checkpoint = self.checkpoint
+        selector = self._checked(selector)
         with self._selector_lock:
-            tokens = selector_tokens(self.selector_tokenizer(selector), text, checkpoint.ifp.text)
-            self.selector_runs += 1
-            if self.memory is not None:
-                self.memory.before_selecting(selector, len(tokens))
+            tokens = selector_tokens(self.tokenizer(selector), text, self.checkpoint.ifp.text)
+            self.runs += 1
+            if self._make_room is not None:
+                self._make_room(selector, len(tokens))
             if selector == "static":
-                scores = load_tensors(checkpoint.static, None)["scores"]
+                scores = load_tensors(self.checkpoint.static, None)["scores"]
                 mx.eval(scores)
                 return scores
             if selector == "predictor":
                 scores = self.predictor.scores(tokens)
-                self._release_if_tight()
+                self.release_if_tight()
                 return scores
-            return activation_scores(
-                self.trunk,
-                self.reader,
-                checkpoint.ffns,
-                checkpoint.config,
-                tokens,
-                dtype=self.dtype,
-            )
+            return activation_scores(self.parent, tokens)
 
     @property
     def predictor(self) -> Predictor:
         """The sparsity predictor, loaded at the first use."""
         with self._selector_lock:
             if self._predictor is None:
-                self._predictor = load_predictor(self.checkpoint, self.dtype, self.trunk)
+                parent = self.parent
+                self._predictor = load_predictor(self.checkpoint, parent.dtype, parent.trunk)
                 self.predictor_loads += 1
             return self._predictor
 
@@ -139,22 +132,24 @@ class Selecting:
         with self._selector_lock:
             self._predictor = None
 
-    def _release_if_tight(self) -> None:
-        if self.memory is not None and not self.memory.keeps_predictor:
+    def release_if_tight(self) -> None:
+        """Free the predictor's memory unless it may stay."""
+        if self._keeps_predictor is not None and not self._keeps_predictor():
             self.release_predictor()
             mx.clear_cache()
 
-    def selector_tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
-        """The tokenizer that a selector reads with."""
+    def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
+        """The tokenizer that a selector reads with; None for the default selector."""
         shared = self.checkpoint.ifp.predictor_embedding == "llm"
-        if self._checked_selector(selector) != "predictor" or shared:
-            return self.tokenizer
+        own = self._checked(selector) == "predictor" and not shared
         with self._tokenizer_lock:
-            if self._predictor_tokenizer is None:
+            if own and self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
                     self.checkpoint, self._tokenizer_config
                 )
-            return self._predictor_tokenizer
+            if not own and self._tokenizer is None:
+                self._tokenizer = load_tokenizer_of(self.checkpoint, self._tokenizer_config)
+            return self._predictor_tokenizer if own else self._tokenizer
 
     def select(
         self, text: Text, *, selector: str | None = None, keep: Keep | None = None
@@ -164,64 +159,58 @@ class Selecting:
         Args:
             text: a prompt or a task, or token ids of the selector's own tokenizer.
             selector (str): None for the default.
-            keep: channels to keep; None for the checkpoint's k.
+            keep: channels to keep; None for ``ks``.
         """
-        return self._select(text, selector, keep)[0]
+        return self.find(text, selector, keep)[0]
 
-    def _select(
+    def find(
         self, text: Text, selector: str | None = None, keep: Keep | None = None
     ) -> tuple[Selection, str]:
-        selector = self._checked_selector(selector)
-        k = self.k if keep is None else self.resolve_keep(keep)
-        key = self.selection_key(text, selector, k)
-
-        def remembered() -> tuple[Selection, str] | None:
-            selection = self._remembered.get(key)
-            if selection is None:
-                return None
-            self._remembered.move_to_end(key)
-            return selection, "memory"
-
-        def make() -> tuple[Selection, str]:
-            selection, source = None, "disk"
-            if self.selections is not None:
-                selection = self.selections.load(self.checkpoint.digest, key)
-            if selection is None:
-                source = selector
-                mask = asdict(self.checkpoint.ifp.mask)
-                scores = self.scores(text, selector=selector)
-                selection = select_channels(scores, k, checkpoint=self.checkpoint.digest, **mask)
-                if self.selections is not None:
-                    self.selections.store(
-                        key,
-                        selection,
-                        {"selector": selector, "model": str(self.checkpoint.path), "k": k},
-                    )
-            with self._lock:
-                self._remembered[key] = selection
-                if len(self._remembered) > _REMEMBERED_SELECTIONS:
-                    self._remembered.popitem(last=False)
-            return selection, source
-
-        (selection, source), made = self._selecting.get(key, remembered, make)
+        """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector."""
+        selector, ks = self._checked(selector), self._ks(keep)
+        key = self.key(text, selector, ks)
+        (selection, source), made = self._remembered.get_or_make(
+            key, lambda: (self._make(key, text, selector, ks), 1)
+        )
         return selection, source if made else "memory"
 
-    def selection_key(
-        self, text: Text, selector: str | None = None, k: int | list[int] | None = None
-    ) -> str:
+    def _make(self, key: str, text: Text, selector: str, ks: list[int]) -> tuple[Selection, str]:
+        """The selection from the disk, or from new scores, and where it came from."""
+        checkpoint, on_disk = self.checkpoint, self.on_disk
+        if on_disk is not None:
+            selection = on_disk.load(checkpoint.digest, key)
+            if selection is not None:
+                return selection, "disk"
+        mask = asdict(checkpoint.ifp.mask)
+        scores = self.scores(text, selector=selector)
+        selection = select_channels(scores, ks, checkpoint=checkpoint.digest, **mask)
+        if on_disk is not None:
+            metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
+            on_disk.store(key, selection, metadata)
+        return selection, selector
+
+    def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
         """What names a selection on disk: the hash of all that determines it.
 
         The mask, the text's format and the weights are part of the checkpoint's digest.
         """
         if not isinstance(text, str):
             text = token_ids(text)
-        selector = self._checked_selector(selector)
+        selector = self._checked(selector)
         settings = {
             "checkpoint": self.checkpoint.digest,
             "selector": selector,
-            "k": self.k if k is None else k,
-            "dtype": str(self.dtype),
+            "k": compact(self.ks if ks is None else ks),
+            "dtype": str(self.parent.dtype),
             # A static selection is the same for every text.
             "text": text if selector != "static" else "",
         }
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def resolved_keep(checkpoint: Checkpoint, keep: Keep | None) -> list[int]:
+    """Channels to keep in each of L layers; None for what the checkpoint says."""
+    layers = len(checkpoint.ffns)
+    if keep is None:
+        return per_layer(checkpoint.ifp.k, layers)
+    return resolve_keep(keep, checkpoint.d_ffn, layers)

@@ -1,15 +1,13 @@
 """Trunk + chosen FFN channels -> a plain mlx-lm model with a narrower FFN."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..llm.build import quantization_of
-from ..llm.ffn import FFN
 from ..llm.modules import PARTS, evaluate, get_module, linear, quantized_linear, share
-from ..selection.selection import Selection, check_selection
+from .parent import Parent
 from .rows import FFNRows
 
 
@@ -91,35 +89,17 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
             module[projection] = quantized_linear(weight, scales, biases, how, bias)
 
 
-def build_subnetwork(
-    trunk: nn.Module,
-    ffns: list[FFN],
-    config: dict[str, Any],
-    selection: Selection | None,
-    read: Callable[[int], FFNRows],
-) -> tuple[nn.Module, int, int]:
-    """The sub-network of a selection: a stock mlx-lm model, trunk shared.
+def assemble(parent: Parent, rows: list[FFNRows]) -> nn.Module:
+    """A sub-network: a stock mlx-lm model that shares the trunk.
 
     Args:
-        trunk (nn.Module): from :func:`~mlx_ifp.checkpoint.weights.load_trunk`.
-        ffns (list): the checkpoint's FFNs.
-        config (dict): the LLM's config.
-        selection (Selection): which channels; None takes all of them, the dense model.
-        read (Callable): gives the rows of a layer, as :func:`read_layer` does.
-
-    Returns:
-        tuple: the model, the bytes its own FFN takes in memory, and the bytes read for it.
+        parent (Parent): whose trunk it shares.
+        rows (list): L of them, one for each FFN.
     """
-    if selection is not None:
-        check_selection(selection, ffns)
-    model = share(trunk)
-    nbytes = bytes_read = 0
-    for i, ffn in enumerate(ffns):
-        rows = read(i)
-        module = get_module(model, ffn.path)
-        set_ffn(module, rows, config)
+    model = share(parent.trunk)
+    for layer in rows:
+        module = get_module(model, layer.ffn.path)
+        set_ffn(module, layer, parent.config)
         # The trunk is evaluated already.
         evaluate(module)
-        nbytes += rows.nbytes
-        bytes_read += rows.bytes_read
-    return model, nbytes, bytes_read
+    return model

@@ -16,6 +16,7 @@ from ..files.tensor_files import cast
 from ..llm.ffn import FFN
 from ..selection.selection import Selection, digest_of
 from .channels import ChannelReader, Part, row_bytes
+from .parent import Parent
 from .rows import FFNRows, apply_soft_values, folded_parts, parts_on_disk, read_ffn, read_layer
 
 # Comparing takes 1.5 ms a sub-network of 30 layers, and old tasks are seldom the nearest.
@@ -163,13 +164,11 @@ class Residents:
     apart from it because it is its user's to change.
 
     Args:
-        reader (ChannelReader): of the checkpoint.
-        ffns (list): its L FFNs.
-        dtype (mx.Dtype): what floats are cast to; None keeps them.
+        parent (Parent): what all of them are cut from.
     """
 
-    def __init__(self, reader: ChannelReader, ffns: list[FFN], dtype: mx.Dtype | None) -> None:
-        self._reader, self._ffns, self._dtype = reader, ffns, dtype
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         # Only whole-dictionary operations are used: the interpreter makes each in one step, and
         # a dying network may call in from any thread, a lock's owner included.
         self._layers: dict[str, tuple[weakref.ref, list[LayerRows]]] = {}
@@ -199,7 +198,7 @@ class Residents:
         self, selection: Selection | None, layer: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
         if selection is None:
-            return np.arange(self._ffns[layer].d_ffn, dtype=np.int32), None
+            return np.arange(self._parent.ffns[layer].d_ffn, dtype=np.int32), None
         soft_values = selection.soft_values
         return selection.layers[layer], None if soft_values is None else soft_values[layer]
 
@@ -229,6 +228,11 @@ class Residents:
                 best, most = layers, saved
         return best
 
+    def read_all(self, selection: Selection | None, names: list[str]) -> list[FFNRows]:
+        """The L layers' rows of a selection; None takes all channels. ``names`` as above."""
+        source = self.nearest(selection, names)
+        return [self.read(selection, i, source) for i in range(len(self._parent.ffns))]
+
     def read(
         self, selection: Selection | None, layer: int, source: list[LayerRows] | None
     ) -> FFNRows:
@@ -242,12 +246,13 @@ class Residents:
         Returns:
             FFNRows: as :func:`~mlx_ifp.subnetwork.rows.read_ffn` gives them.
         """
+        parent = self._parent
         if source is None:
-            return read_layer(self._reader, self._ffns, selection, layer, self._dtype)
+            return read_layer(parent.reader, parent.ffns, selection, layer, parent.dtype)
         return read_ffn_again(
-            self._reader,
-            self._ffns[layer],
+            parent.reader,
+            parent.ffns[layer],
             *self._wanted(selection, layer),
-            self._dtype,
+            parent.dtype,
             source[layer],
         )

@@ -1,22 +1,15 @@
-"""Which sub-network at hand stands in for a new selection that is nearly the same.
-
-Overlap is that of :meth:`~mlx_ifp.selection.selection.Selection.overlap`, on packed bits: with
-thousands of channels a layer, comparing lists of channels would take longer than a small
-sub-network's loading.
-"""
+"""Which sub-network in memory stands in for a new selection that is nearly the same."""
 
 import threading
-from collections import OrderedDict
 
 import numpy as np
 
 from ..errors import IFPError
-from ..selection.disk_cache import SelectionCache
+from ..lru import LRU
+from ..selection.packed import overlap, pack
 from ..selection.selection import Selection
 from .cache import SubnetworkCache
 
-# The system's file cache holds the rows of the last few tasks at best.
-_RECENT_ON_DISK = 8
 _REMEMBERED = 256
 
 
@@ -31,30 +24,8 @@ def check_overlap(value: float) -> float:
     return float(value)
 
 
-class PackedSelection:
-    """A selection's channels, one bit each, for fast comparing.
-
-    Attributes:
-        selection: it.
-    """
-
-    def __init__(self, selection: Selection) -> None:
-        self.selection = selection
-        packed = np.packbits(selection.mask, axis=-1)
-        words = -(-packed.shape[1] // 8)
-        padded = np.zeros((len(packed), words * 8), dtype=np.uint8)
-        padded[:, : packed.shape[1]] = packed
-        self._bits = padded.view(np.uint64)
-        self._k = np.array(selection.ks)
-
-    def overlap(self, other: "PackedSelection") -> float:
-        """The mean overlap with a selection of the same model: that of Selection.overlap."""
-        shared = np.bitwise_count(self._bits & other._bits).sum(axis=-1, dtype=np.int64)
-        return float((shared / np.maximum(self._k, other._k)).mean())
-
-
 class Reuse:
-    """Finds a stand-in for a new selection among those whose sub-networks are at hand.
+    """Finds a stand-in for a new selection among those whose sub-networks are in memory.
 
     A selection's stand-in, or that it has none, is settled when it is first asked for: keys and
     values of a conversation stay valid while sub-networks come and go. Thread-safe.
@@ -62,79 +33,50 @@ class Reuse:
     Args:
         at_least (float): the least overlap, above 0 and at most 1.
         networks (SubnetworkCache): what is in memory.
-
-    Attributes:
-        on_disk: if set, the selections used last in this cache can stand in too, if none in memory
-            does: their rows may still be in the system's file cache.
     """
 
     def __init__(self, at_least: float, networks: SubnetworkCache) -> None:
         self.at_least = check_overlap(at_least)
-        self.on_disk: SelectionCache | None = None
         self._networks = networks
         self._lock = threading.Lock()
-        self._packed: dict[str, PackedSelection] = {}
-        self._settled: OrderedDict[str, tuple[Selection, float | None]] = OrderedDict()
+        self._packed: dict[str, tuple[Selection, np.ndarray]] = {}
+        self._settled: LRU[str, tuple[Selection, float | None]] = LRU(_REMEMBERED)
 
     def add(self, selection: Selection) -> None:
         """Say that a selection's sub-network was loaded."""
         if selection.digest in self._packed:
             return
-        packed = PackedSelection(selection)
+        bits = pack(selection.mask)
         with self._lock:
             held = self._networks.digests
             self._packed = {d: p for d, p in self._packed.items() if d in held}
-            self._packed[selection.digest] = packed
+            self._packed[selection.digest] = selection, bits
 
-    def stand_in(self, selection: Selection, key: str = "") -> tuple[Selection, float | None]:
+    def stand_in(self, selection: Selection) -> tuple[Selection, float | None]:
         """What is used for a new selection.
 
         Args:
             selection (Selection): the new one.
-            key (str): its name on disk, for ``on_disk``.
 
         Returns:
             tuple: the stand-in and its overlap, or the selection itself and None.
         """
-        with self._lock:
-            settled = self._settled.get(selection.digest)
-            if settled is None:
-                settled = self._find(selection, key) or (selection, None)
-                self._settled[selection.digest] = settled
-                if len(self._settled) > _REMEMBERED:
-                    self._settled.popitem(last=False)
-            else:
-                self._settled.move_to_end(selection.digest)
-            return settled
+        settled, _ = self._settled.get_or_make(
+            selection.digest, lambda: (self._find(selection) or (selection, None), 1)
+        )
+        return settled
 
-    def _find(self, selection: Selection, key: str) -> tuple[Selection, float] | None:
+    def _find(self, selection: Selection) -> tuple[Selection, float] | None:
         held = self._networks.digests
         if selection.digest in held:
             return None
-        new = PackedSelection(selection)
-        found = None
-        # Of equals the one used last.
+        new, found = pack(selection.mask), None
+        # The one used last wins among equals.
         for digest in reversed(held):
-            packed = self._packed.get(digest)
-            if packed is None:
+            if (packed := self._packed.get(digest)) is None:
                 continue
-            overlap = packed.overlap(new)
-            if overlap >= self.at_least and (found is None or overlap > found[1]):
-                found = packed.selection, overlap
-        return found or self._find_on_disk(new, key)
-
-    def _find_on_disk(self, new: PackedSelection, key: str) -> tuple[Selection, float] | None:
-        if self.on_disk is None:
-            return None
-        checkpoint, found = new.selection.checkpoint, None
-        for other_key, selection in self.on_disk.recent(checkpoint, key, _RECENT_ON_DISK):
-            if selection.digest == new.selection.digest:
-                return None
-            overlap = PackedSelection(selection).overlap(new)
-            if overlap >= self.at_least and (found is None or overlap > found[1]):
-                found = selection, overlap, other_key
-        if found is None:
-            return None
-        self.on_disk.mark(checkpoint, key, used=False)
-        self.on_disk.mark(checkpoint, found[2], used=True)
-        return found[:2]
+            other, bits = packed
+            alike = float(overlap(bits, new).mean())
+            if alike >= self.at_least and (found is None or alike > found[1]):
+                found = other, alike
+        return found

@@ -194,7 +194,7 @@ def test_a_tight_budget_drops_the_predictor(predictor_checkpoint):
     tight, _ = load(predictor_checkpoint, cache=False, memory_limit=budget.total - 1)
     assert answers(tight, tokenizer) == expected
     assert tight.predictor_loads == 3
-    assert tight._predictor is None
+    assert tight.text_selector._predictor is None
     # A task whose selection is known needs no predictor.
     assert answers(tight, tokenizer, TASKS[-1:]) == expected[-1:]
     assert tight.predictor_loads == 3

@@ -350,7 +350,7 @@ WRITER = """
 import sys
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
-from mlx_ifp.prompt_cache_files import WarmPromptFiles
+from mlx_ifp.prompt_cache.files import WarmPromptFiles
 files, layer = WarmPromptFiles(sys.argv[1]), KVCache()
 layer.keys = layer.values = mx.full((1, 1, 4096, 8), float(sys.argv[2]))
 layer.offset = 4096
@@ -475,7 +475,7 @@ def test_what_cannot_begin_warm(checkpoint, prompt, kwargs, message):
 def command(monkeypatch, capsys, name, *args):
     """Run a command in this process; what it wrote to stdout."""
     monkeypatch.setattr(sys, "argv", [f"mlx_ifp.{name}", *map(str, args)])
-    importlib.import_module(f"mlx_ifp.{name}").main()
+    importlib.import_module(f"mlx_ifp.commands.{name}").main()
     return capsys.readouterr().out
 
 

@@ -130,8 +130,8 @@ def test_bytes_are_exact_in_each_layer(checkpoints, mode):
     model, _ = load(checkpoints["granite", mode], cache=False)
     old, new = varied([20, 64, 160], soft=True, seed=1), varied([64, 30, 64], soft=True, seed=2)
     model.subnetwork(old)
-    source = model._residents.nearest(new, model.networks.digests)
-    read = [model._residents.read(new, layer, source).bytes_read for layer in range(3)]
+    source = model.store.residents.nearest(new, model.networks.digests)
+    read = [model.store.residents.read(new, layer, source).bytes_read for layer in range(3)]
     assert read == expected_bytes(model, old, new)
     other, _ = load(checkpoints["granite", mode], cache=False)
     assert_same(model.subnetwork(new), other.subnetwork(new))
@@ -172,9 +172,11 @@ def test_only_those_used_last_are_compared(checkpoints):
     near, *others = (random_selection(3, 160, 64, seed=seed) for seed in range(9))
     networks = [model.subnetwork(selection) for selection in (near, *others[:7])]
     new = Selection((*near.layers[:2], others[7].layers[2]), None, 160)
-    assert model._residents.nearest(new, model.networks.digests)[0].channels is near.layers[0]
+    assert model.store.residents.nearest(new, model.networks.digests)[0].channels is near.layers[0]
     networks.append(model.subnetwork(others[7]))
-    assert model._residents.nearest(new, model.networks.digests)[0].channels is not near.layers[0]
+    assert (
+        model.store.residents.nearest(new, model.networks.digests)[0].channels is not near.layers[0]
+    )
     assert len(networks) == 9
 
 
@@ -218,10 +220,10 @@ def test_rows_go_with_their_network(checkpoints):
     # One that is only in use is nobody's to take from: a benchmark's first prompt stays one.
     assert model.prepare(selection=new).channels_reused == 0
     model.networks.clear()
-    assert model._residents.nearest(new, [old.digest]) is not None
+    assert model.store.residents.nearest(new, [old.digest]) is not None
     del held
     gc.collect()
-    assert model._residents.nearest(new, [old.digest]) is None
+    assert model.store.residents.nearest(new, [old.digest]) is None
     assert mx.get_active_memory() == before
 
 

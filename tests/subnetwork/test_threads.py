@@ -12,14 +12,15 @@ from contextlib import contextmanager
 import mlx_lm
 import pytest
 
-import mlx_ifp.model
 import mlx_ifp.selectors.selector
+import mlx_ifp.subnetwork.store
 from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.llm.prompt import encode_prompt, shared_prefix
 from mlx_ifp.lru import Once
 from mlx_ifp.prompt_cache.warm import WarmPrompts
 from mlx_ifp.subnetwork.cache import SubnetworkCache
+from mlx_ifp.subnetwork.store import SubnetworkStore
 
 from ..conftest import make_dense, make_predictor_checkpoint
 
@@ -79,18 +80,18 @@ class InFlight:
 def flights(monkeypatch):
     """Watches what is loaded and what selects: (loads by digest, selector runs)."""
     loads, runs = InFlight(), InFlight()
-    build, scores = mlx_ifp.model.build_subnetwork, mlx_ifp.selectors.selector.activation_scores
+    load_network, scores = SubnetworkStore._load, mlx_ifp.selectors.selector.activation_scores
 
-    def watched_build(trunk, ffns, config, selection, read):
+    def watched_load(self, selection, make_room):
         with loads("dense" if selection is None else selection.digest):
-            return build(trunk, ffns, config, selection, read)
+            return load_network(self, selection, make_room)
 
     def watched_scores(*args, **kwargs):
         with runs("any"):
             return scores(*args, **kwargs)
 
-    monkeypatch.setattr(mlx_ifp.model, "build_subnetwork", watched_build)
-    monkeypatch.setattr(mlx_ifp.selecting, "activation_scores", watched_scores)
+    monkeypatch.setattr(SubnetworkStore, "_load", watched_load)
+    monkeypatch.setattr(mlx_ifp.selectors.selector, "activation_scores", watched_scores)
     return loads, runs
 
 
@@ -98,19 +99,19 @@ def flights(monkeypatch):
 def held(monkeypatch, name):
     """A function of the model's module that waits; yields (has begun, may go on)."""
     began, go = threading.Event(), threading.Event()
-    original = getattr(mlx_ifp.selecting, name)
+    original = getattr(mlx_ifp.selectors.selector, name)
 
     def waits(*args, **kwargs):
         began.set()
         assert go.wait(SECONDS)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(mlx_ifp.selecting, name, waits)
+    monkeypatch.setattr(mlx_ifp.selectors.selector, name, waits)
     try:
         yield began, go
     finally:
         go.set()
-        monkeypatch.setattr(mlx_ifp.selecting, name, original)
+        monkeypatch.setattr(mlx_ifp.selectors.selector, name, original)
 
 
 def test_hits_do_not_wait_for_a_selection(tiny_checkpoint, monkeypatch):
@@ -217,8 +218,8 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept(tiny_checkpoint, monkeypa
             model.select(TEXTS[0])
         return caught.value
 
-    monkeypatch.setattr("mlx_ifp.once.Future", Watched)
-    monkeypatch.setattr(mlx_ifp.selecting, "selector_tokens", fails_once)
+    monkeypatch.setattr("mlx_ifp.lru.Future", Watched)
+    monkeypatch.setattr(mlx_ifp.selectors.selector, "selector_tokens", fails_once)
     with held(monkeypatch, "selector_tokens") as (began, go):
 
         def release():
@@ -390,7 +391,7 @@ def test_a_random_mix_gives_what_one_thread_gives(checkpoint, flights, monkeypat
     digests = {text: model.select(text).digest for text in TEXTS}
 
     # Two of the four fit, and no more selections are remembered: the rest is on disk.
-    monkeypatch.setattr(mlx_ifp.selecting, "_REMEMBERED_SELECTIONS", 2)
+    monkeypatch.setattr(mlx_ifp.selectors.selector, "_REMEMBERED_SELECTIONS", 2)
     model, tokenizer = load(checkpoint, cache_bytes=2 * one)
     model.warm = WarmPrompts(model.checkpoint.digest, model.dtype, model.warm.files, 30_000)
     loads, runs = flights
@@ -456,14 +457,14 @@ def test_a_random_mix_gives_what_one_thread_gives(checkpoint, flights, monkeypat
 def test_a_model_is_not_torn_by_an_interrupt(tiny_checkpoint, monkeypatch):
     """What Ctrl-C leaves behind: nothing that anybody would wait for."""
     model, _ = load(tiny_checkpoint, cache=False)
-    build = mlx_ifp.model.build_subnetwork
+    build = mlx_ifp.subnetwork.store.assemble
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mlx_ifp.model, "build_subnetwork", interrupted)
+    monkeypatch.setattr(mlx_ifp.subnetwork.store, "assemble", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.prepare(TEXTS[0])
-    monkeypatch.setattr(mlx_ifp.model, "build_subnetwork", build)
+    monkeypatch.setattr(mlx_ifp.subnetwork.store, "assemble", build)
     (ready,) = run_threads(lambda: model.prepare(TEXTS[0]))
     assert ready.bytes_read == model.networks.nbytes > 0

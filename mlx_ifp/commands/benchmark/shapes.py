@@ -74,7 +74,7 @@ def paper_shapes(scale: int) -> dict[str, Any]:
             f"--scale {scale} leaves none of the {most} attention heads; {most} is the most."
         )
     llm = _divided(_LLM, scale, _HEAD_DIM)
-    k = resolve_keep(
+    k, *_ = resolve_keep(
         _K / _LLM["intermediate_size"], llm["intermediate_size"], llm["num_hidden_layers"]
     )
     backbone = _divided(_BACKBONE, scale, _BACKBONE["hidden_size"] // most)
