@@ -7,11 +7,13 @@ from typing import Any
 
 from mlx_ifp.checkpoint.config import CONFIG_FILE
 from mlx_ifp.checkpoint.directory import (
+    CHANNELS,
     HEAD_STEM,
     ORDER_FILE,
     PREDICTOR,
     PREDICTOR_STEM,
     STATIC_FILE,
+    TRUNK,
     Checkpoint,
     open_checkpoint,
 )
@@ -24,10 +26,10 @@ from mlx_ifp.checkpoint.precision import (
     quantize_config,
     quantize_head,
 )
+from mlx_ifp.checkpoint.rows import stored_modules
 from mlx_ifp.errors import IFPError
 from mlx_ifp.files.tensor_files import DTYPES, TensorInfo
 from mlx_ifp.llm.build import build_model, quantization_of
-from mlx_ifp.llm.ffn import PROJECTIONS
 from mlx_ifp.selection.keep import compact, resolve_keep
 
 from .layouts import CHECKPOINT
@@ -101,12 +103,7 @@ def _llm(
     old, ffns = checkpoint.config, checkpoint.ffns
     _check(checkpoint, "LLM", checkpoint.trunk | checkpoint.channels, precision, dequantize)
     config, how, notes = quantize_config(_config(old, precision, dequantize), ffns, precision)
-    # A fused projection is one module in the config, but two in the channels.
-    modules = {
-        f"{ffn.path}.{projection}": ffn.module_path(projection)
-        for ffn in ffns
-        for projection in PROJECTIONS
-    }
+    modules = stored_modules(ffns)
 
     def how_of(module: str) -> dict[str, Any]:
         return quantization_of(old, modules.get(module, module))
@@ -115,8 +112,8 @@ def _llm(
     channel_how = {name: how[module] for name, module in modules.items() if module in how}
     tensors = {}
     for stem, infos, plan in (
-        ("model", checkpoint.trunk, how),
-        ("channels", checkpoint.channels, channel_how),
+        (TRUNK, checkpoint.trunk, how),
+        (CHANNELS, checkpoint.channels, channel_how),
     ):
         stored = _stored(infos, how_of, dequantize)
         # Down projections lie as rows already: for all that is left to do, it is no FFN.
