@@ -20,6 +20,11 @@ def _rows(array: mx.array, start: int, stop: int) -> mx.array:
     return array[start:stop]
 
 
+def stored_as(projection: str) -> tuple[str, ...]:
+    """The projections that one of the model's is stored as, top to bottom: a fused one is two."""
+    return ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+
+
 def stored_modules(ffns: list[FFN]) -> dict[str, str]:
     """Every projection as it is stored -> the module of the model that it is, or is a part of.
 
@@ -61,10 +66,11 @@ def to_rows(
     """
     module, _, part = name.rpartition(".")
     projection = module.rpartition(".")[2]
-    if projection == "gate_up_proj":
+    pieces = stored_as(projection)
+    if len(pieces) > 1:
         return {
-            f"{ffn.path}.gate_proj.{part}": rows(tensor, 0, ffn.d_ffn),
-            f"{ffn.path}.up_proj.{part}": rows(tensor, ffn.d_ffn, 2 * ffn.d_ffn),
+            f"{ffn.path}.{piece}.{part}": rows(tensor, i * ffn.d_ffn, (i + 1) * ffn.d_ffn)
+            for i, piece in enumerate(pieces)
         }
     if projection == "down_proj" and part == "bias":
         return {}

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..checkpoint.rows import parts_of
+from ..checkpoint.rows import parts_of, stored_as
 from ..files.tensor_files import cast
 from ..llm.ffn import FFN
 from ..selection.selection import Selection, digest_of
@@ -153,7 +153,7 @@ def _merged(
 def _folded_bytes(rows: FFNRows) -> int:
     """Bytes that soft values are folded into; half of a fused projection is gate_proj."""
     return sum(
-        rows.arrays[key].nbytes // (2 if key[0] == "gate_up_proj" else 1)
+        rows.arrays[key].nbytes // len(stored_as(key[0]))
         for key in folded_parts(rows.ffn, rows.arrays)
     )
 
