@@ -77,17 +77,7 @@ def load_dense(
         IFPError: if it is not such a model, is damaged, or cannot be pruned.
     """
     if path.is_file():
-        gguf = load_gguf(path, with_tokenizer=tokenizer is None, scratch=scratch)
-        network = build_model(
-            gguf.config,
-            {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")},
-        )
-        _load_strictly(network, gguf.weights, path)
-        own = TokenizerWrapper(gguf.tokenizer) if gguf.tokenizer is not None else None
-        chosen = own or open_tokenizer(tokenizer, trust_remote_code)
-        source = {"model": path.name, "format": "gguf"}
-        return _from_network(network, gguf.config, chosen, source, dequantize)
-
+        return _load_gguf(path, dequantize, tokenizer, trust_remote_code, scratch)
     with one_line(f"{model} cannot be loaded"):
         config = load_config(path) if (path / "config.json").is_file() else None
     if not path.is_dir() or config is None:
@@ -95,32 +85,68 @@ def load_dense(
     config = mlx_config(config)
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
-    source = {"model": source_name(model), "format": "safetensors"}
-    extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
-    if not _is_quantized(path, config):
-        named = name_tensors(config, open_tensors(path), str(model))
-        return DenseModel(
-            named.network,
-            named.config,
-            open_tokenizer(tokenizer or str(path), trust_remote_code),
-            source,
-            named.tensors,
-            named.ffns,
-            extra_files,
-            notes=named.notes,
-            mapped=named.mapped,
-            skipped=named.skipped,
-        )
-    # mlx-lm unpacks the formats of other quantizers.
-    files = sorted(path.glob("model*.safetensors"))
-    for file in files:
+    own = open_tokenizer(tokenizer or str(path), trust_remote_code)
+    if _is_quantized(path, config):
+        dense = _load_quantized(model, path, config, own, dequantize)
+    else:
+        dense = _load_floats(model, path, config, own)
+    dense.extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
+    return dense
+
+
+def _load_gguf(
+    path: Path,
+    dequantize: bool,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+    scratch: Path | None,
+) -> DenseModel:
+    gguf = load_gguf(path, with_tokenizer=tokenizer is None, scratch=scratch)
+    network = build_model(
+        gguf.config,
+        {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")},
+    )
+    _load_strictly(network, gguf.weights, path)
+    own = TokenizerWrapper(gguf.tokenizer) if gguf.tokenizer is not None else None
+    chosen = own or open_tokenizer(tokenizer, trust_remote_code)
+    source = {"model": path.name, "format": "gguf"}
+    return _from_network(network, gguf.config, chosen, source, dequantize)
+
+
+def _load_floats(
+    model: str, path: Path, config: dict[str, Any], tokenizer: TokenizerWrapper
+) -> DenseModel:
+    named = name_tensors(config, open_tensors(path), model)
+    return DenseModel(
+        named.network,
+        named.config,
+        tokenizer,
+        _source(model),
+        named.tensors,
+        named.ffns,
+        notes=named.notes,
+        mapped=named.mapped,
+        skipped=named.skipped,
+    )
+
+
+def _load_quantized(
+    model: str,
+    path: Path,
+    config: dict[str, Any],
+    tokenizer: TokenizerWrapper,
+    dequantize: bool,
+) -> DenseModel:
+    """mlx-lm unpacks the formats of other quantizers."""
+    for file in sorted(path.glob("model*.safetensors")):
         read_any_header(file)
     with one_line(f"{model} cannot be loaded"):
         network, config = load_model(path, lazy=True, model_config=config)
-    chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
-    dense = _from_network(network, config, chosen, source, dequantize)
-    dense.extra_files = extra_files
-    return dense
+    return _from_network(network, config, tokenizer, _source(model), dequantize)
+
+
+def _source(model: str) -> dict[str, Any]:
+    return {"model": source_name(model), "format": "safetensors"}
 
 
 def _is_quantized(path: Path, config: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from mlx_ifp.llm.ffn import FFN, find_ffns
 from mlx_ifp.llm.modules import find_body
 
 from .sources.tensor import SourceTensor
+from .streams import same_values
 from .support import check_support
 
 _REASONS = (
@@ -285,11 +286,7 @@ def _check_tied(name: str, sources: dict[str, SourceTensor], where: str) -> None
     """A config that ties weights which training has untied would lose one of them."""
     head = next(tensor for key, tensor in sources.items() if key.endswith(name))
     embeddings = [t for key, t in sources.items() if key.endswith("embed_tokens.weight")]
-    same = embeddings and embeddings[0].shape == head.shape
-    if same and embeddings[0].dtype == head.dtype:
-        pairs = zip(head.lazy().blocks(), embeddings[0].lazy().blocks(), strict=True)
-        same = all((a == b).all() for a, b in pairs)
-    if not same:
+    if not embeddings or not same_values(head.lazy(), embeddings[0].lazy()):
         raise IFPError(
             f"{where}: the config says that {name} is tied to the token embedding, but they "
             "differ. Set tie_word_embeddings to false in the config."

@@ -12,8 +12,8 @@ from mlx_ifp.device import default_dtype
 from mlx_ifp.errors import IFPError
 from mlx_ifp.files.jsonl import read_jsonl, row_messages
 from mlx_ifp.files.tensor_files import write_safetensors
-from mlx_ifp.selectors.activations import activation_scores
-from mlx_ifp.selectors.text import selecting_text, selector_tokens
+from mlx_ifp.selectors.selector import Selector
+from mlx_ifp.selectors.text import selecting_text
 from mlx_ifp.subnetwork.parent import Parent
 
 
@@ -37,11 +37,10 @@ def add_static_scores(
 ) -> None:
     """The mean over prompts of each one's activation scores, at unit norm in every layer."""
     checkpoint = open_checkpoint(directory)
-    parent = Parent.load(checkpoint, default_dtype())
+    selector = Selector(checkpoint, Parent.load(checkpoint, default_dtype()), tokenizer)
     total = mx.zeros((len(checkpoint.ffns), checkpoint.d_ffn))
     for prompt in tqdm(prompts, desc="Static scores"):
-        tokens = selector_tokens(tokenizer, prompt, ifp.text)
-        scores = activation_scores(parent, tokens)
+        scores = selector.scores(prompt, selector="activations")
         total = total + scores / mx.linalg.norm(scores, axis=-1, keepdims=True)
         mx.eval(total)
     ifp.files[STATIC_FILE] = write_safetensors(

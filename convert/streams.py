@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ifp.checkpoint.rows import owners_of, to_rows
 from mlx_ifp.files.tensor_files import BLOCK_BYTES, LazyTensor, len_of
-from mlx_ifp.llm.ffn import FFN, PROJECTIONS
+from mlx_ifp.llm.ffn import FFN
 
 from .sources.tensor import buffers
 
@@ -36,36 +37,53 @@ def split_model(
     keeps = getattr(network, "cast_predicate", lambda _: True)
     trunk: Tensors = {}
     channels: Tensors = {}
-    owners = {ffn.module_path(projection): ffn for ffn in ffns for projection in PROJECTIONS}
+    owners = owners_of(ffns)
     # What is quantized already has been turned: only then do its groups lie inside a row.
     turned = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
     for name in sorted(tensors):
         tensor = tensors.pop(name)
-        module, _, part = name.rpartition(".")
-        ffn = owners.get(module)
-        projection = module.rpartition(".")[2]
+        module = name.rpartition(".")[0]
         if dtype is not None and keeps(name):
             tensor = cast(tensor, getattr(mx, dtype))
-        if ffn is None or (projection == "down_proj" and part == "bias"):
-            trunk |= quantized(name, tensor, plan.get(module))
-            continue
-        pieces = {name: tensor}
-        if projection == "gate_up_proj":
-            prefix = f"{ffn.path}.{{}}.{part}"
-            pieces = {
-                prefix.format("gate_proj"): rows(tensor, 0, ffn.d_ffn),
-                prefix.format("up_proj"): rows(tensor, ffn.d_ffn, 2 * ffn.d_ffn),
-            }
-        elif projection == "down_proj" and module not in turned:
-            pieces = {name: transposed(tensor)}
-        for key, piece in pieces.items():
+        stored: Tensors = {}
+        if module in owners:
+            stored = to_rows(
+                owners[module],
+                name,
+                tensor,
+                turned=module in turned,
+                rows=rows,
+                transposed=transposed,
+            )
+        for key, piece in stored.items():
             channels |= quantized(key, piece, plan.get(module))
+        if not stored:
+            trunk |= quantized(name, tensor, plan.get(module))
     return trunk, channels
 
 
 def as_array(block: mx.array | np.ndarray, dtype: mx.Dtype) -> mx.array:
     """A block of a LazyTensor as an MLX array."""
     return block if isinstance(block, mx.array) else mx.array(block).view(dtype)
+
+
+def same_values(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors are equal, bit for bit; they are read in pieces, up to a difference."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    count = len_of(one.shape)
+    step = min(one.step or count, other.step or count) or 1
+    pieces = ((start, min(start + step, count)) for start in range(0, count, step))
+    return all(
+        np.array_equal(_bits(one.read(*piece)), _bits(other.read(*piece))) for piece in pieces
+    )
+
+
+def _bits(block: mx.array | np.ndarray) -> np.ndarray:
+    """A copy: the next read may use the same memory."""
+    if isinstance(block, mx.array):
+        return np.array(block.view(mx.uint8))
+    return np.array(block).view(np.uint8)
 
 
 def cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:

@@ -14,6 +14,7 @@ from ..llm.build import quantization_of
 from ..llm.ffn import FFN, PROJECTIONS
 from ..llm.modules import find_body, find_embedding
 from .config import HeadConfig
+from .rows import stored_modules
 
 Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 # The head's path in the predictor's config.json, where mlx-lm has the backbone's modules.
@@ -72,12 +73,13 @@ def channel_tensors(
     A projection is quantized if its ``scales`` are there; how is in the LLM's config.
     """
     expected: Expected = {}
+    modules = stored_modules(ffns)
     for ffn in ffns:
         for projection in PROJECTIONS:
             name = f"{ffn.path}.{projection}"
             how = None
             if f"{name}.scales" in found:
-                how = quantization_of(config, ffn.module_path(projection))
+                how = quantization_of(config, modules[name])
             expected |= _matrix(name, ffn.d_ffn, ffn.hidden_size, how)
             if projection in ffn.biases and projection != "down_proj":
                 expected[f"{name}.bias"] = ((ffn.d_ffn,), FLOATS)

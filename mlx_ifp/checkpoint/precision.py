@@ -51,6 +51,43 @@ class Precision:
             raise IFPError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
 
 
+@dataclass(frozen=True)
+class Precisions:
+    """How to store the parts of a checkpoint: the LLM, the predictor's backbone and its head."""
+
+    llm: Precision = Precision()
+    predictor: Precision = Precision()
+    head: Precision = Precision()
+
+    @classmethod
+    def of(
+        cls,
+        llm: Precision,
+        predictor_dtype: str | None = None,
+        predictor_bits: int | None = None,
+        predictor_group_size: int | None = None,
+        head_bits: int | None = None,
+    ) -> "Precisions":
+        """The LLM's, and the others as far as they are to differ from it.
+
+        Args:
+            llm: the LLM's.
+            predictor_dtype, predictor_bits, predictor_group_size: the backbone's; 0 bits leave it
+                unquantized.
+            head_bits: the head's, in the backbone's groups; None leaves it unquantized.
+
+        Raises:
+            IFPError: if the options contradict one another.
+        """
+        llm.check()
+        predictor = precision_of_predictor(
+            llm, predictor_dtype, predictor_bits, predictor_group_size, head_bits
+        )
+        predictor.check()
+        head = precision_of_head(predictor, head_bits, predictor_group_size or llm.group_size)
+        return cls(llm, predictor, head)
+
+
 def quantize_config(
     config: dict[str, Any], ffns: list[FFN], precision: Precision
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:

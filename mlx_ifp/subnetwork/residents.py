@@ -12,12 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.rows import parts_of, stored_as
 from ..files.tensor_files import cast
 from ..llm.ffn import FFN
 from ..selection.selection import Selection, digest_of
 from .channels import ChannelReader, Part, row_bytes
 from .parent import Parent
-from .rows import FFNRows, apply_soft_values, folded_parts, parts_on_disk, read_ffn, read_layer
+from .rows import FFNRows, apply_soft_values, folded_parts, read_ffn, read_layer
 
 # Comparing takes 1.5 ms a sub-network of 30 layers, and old tasks are seldom the nearest.
 _COMPARED = 8
@@ -94,7 +95,7 @@ def read_ffn_again(
         return read_ffn(reader, ffn, channels, soft_values, dtype)
     folded = folded_parts(ffn, resident.rows.arrays)
     plans, groups = {}, {}
-    for key, names in parts_on_disk(reader, ffn).items():
+    for key, names in parts_of(ffn, reader).items():
         slots = []
         for name in names:
             # Of a fused projection only the lower half, up_proj, has soft values in it.
@@ -152,7 +153,7 @@ def _merged(
 def _folded_bytes(rows: FFNRows) -> int:
     """Bytes that soft values are folded into; half of a fused projection is gate_proj."""
     return sum(
-        rows.arrays[key].nbytes // (2 if key[0] == "gate_up_proj" else 1)
+        rows.arrays[key].nbytes // len(stored_as(key[0]))
         for key in folded_parts(rows.ffn, rows.arrays)
     )
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoint.rows import parts_of
 from ..files.tensor_files import cast
-from ..llm.ffn import FFN, PROJECTIONS
-from ..llm.modules import PARTS
+from ..llm.ffn import FFN
 from ..selection.selection import Selection
 from .channels import ChannelReader, Part
 
@@ -58,8 +58,7 @@ def read_ffn(
         dtype (mx.Dtype): cast floats to this type; None keeps them.
     """
     wanted: dict[tuple[str, str], list[Part]] = {
-        key: [(name, channels) for name in names]
-        for key, names in parts_on_disk(reader, ffn).items()
+        key: [(name, channels) for name in names] for key, names in parts_of(ffn, reader).items()
     }
     arrays = dict(zip(wanted, reader.read(list(wanted.values())), strict=True))
     bytes_read = sum(array.nbytes for array in arrays.values())
@@ -69,18 +68,6 @@ def read_ffn(
     if soft_values is not None:
         apply_soft_values(rows, mx.array(soft_values))
     return rows
-
-
-def parts_on_disk(reader: ChannelReader, ffn: FFN) -> dict[tuple[str, str], list[str]]:
-    """(projection, part) of an FFN in memory -> the tensors that it is made of, top to bottom."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for part in PARTS:
-        for projection in PROJECTIONS:
-            name = f"{ffn.path}.{projection}.{part}"
-            if name in reader:
-                module = ffn.module_path(projection).rpartition(".")[2]
-                found.setdefault((module, part), []).append(name)
-    return found
 
 
 def folded_parts(ffn: FFN, arrays: dict[tuple[str, str], mx.array]) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from mlx_lm.utils import dequantize_model
 from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.directory import Checkpoint, open_checkpoint
 from ..checkpoint.locate import expanded, resolve, source_name
+from ..checkpoint.rows import from_rows
 from ..checkpoint.tokenizers import load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..device import default_dtype
@@ -135,14 +136,6 @@ def _assemble(checkpoint: Checkpoint) -> nn.Module:
     arrays = load_tensors(checkpoint.trunk, None)
     channels = load_tensors(checkpoint.channels, None)
     for ffn in checkpoint.ffns:
-        own = {name: channels.pop(name) for name in list(channels) if name.startswith(ffn.path)}
-        down = f"{ffn.path}.down_proj.weight"
-        own[down] = own[down].T
-        if ffn.fused:
-            for part in ("weight", "bias"):
-                pair = [own.pop(f"{ffn.path}.{p}.{part}", None) for p in ("gate_proj", "up_proj")]
-                if pair[0] is not None:
-                    own[f"{ffn.path}.gate_up_proj.{part}"] = mx.concatenate(pair)
-        arrays |= own
+        arrays |= from_rows(ffn, channels)
     model.load_weights(list(arrays.items()), strict=False)
     return model

@@ -111,10 +111,8 @@ class Student(nn.Module):
             temperature (float): epsilon of SoftTopK.
         """
         indices = self.channels(scores)
-        soft = None
-        if self._ifp.mask.operator != "topk":
-            soft = soft_topk(scores, self.k, operator=self._ifp.mask.operator,
-                             temperature=temperature)  # fmt: skip
+        soft = self._soft_mask(scores, temperature)
+        if soft is not None:
             soft = mx.take_along_axis(soft, indices, axis=-1)
         more = () if self._rounding is None else (self._rounding.rows,)
         return gathered(trunk, self._ffns, indices, soft, *more)
@@ -125,10 +123,15 @@ class Student(nn.Module):
         """The masked full network of scores [B, L, d_ffn]; the same arguments."""
         indices = self.channels(scores)
         kept = mx.put_along_axis(mx.zeros(scores.shape), indices, mx.array(1.0), axis=-1)
-        if self._ifp.mask.operator != "topk":
-            kept = kept * soft_topk(scores, self.k, operator=self._ifp.mask.operator,
-                                    temperature=temperature)  # fmt: skip
-        return self.masked(trunk, kept, blend)
+        soft = self._soft_mask(scores, temperature)
+        return self.masked(trunk, kept if soft is None else kept * soft, blend)
+
+    def _soft_mask(self, scores: mx.array, temperature: float) -> mx.array | None:
+        """SoftTopK of scores [..., d_ffn], or None if the mask is hard."""
+        operator = self._ifp.mask.operator
+        if operator == "topk":
+            return None
+        return soft_topk(scores, self.k, operator=operator, temperature=temperature)
 
     def masked(self, trunk: nn.Module, masks: mx.array, blend: float = 1.0) -> nn.Module:
         """The full network under masks [B, L, d_ffn]."""

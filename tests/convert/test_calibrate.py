@@ -212,3 +212,16 @@ def test_bad_prompts_leave_nothing(dense_llama, tmp_path):
     with pytest.raises(IFPError, match="line 1: a row has messages"):
         convert(str(dense_llama), tmp_path / "out", calibrate=tmp_path / "p.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_selecting_builds_no_model(tmp_path, prompts, monkeypatch):
+    """Selections are made from the checkpoint and its trunk."""
+    from mlx_ifp import model
+
+    def refused(*_, **__):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(model.IFPModel, "__init__", refused)
+    dense = str(make_dense(tmp_path / "dense"))
+    out = convert(dense, tmp_path / "ifp", keep=64, static_prompts=prompts, calibrate=prompts)
+    assert open_checkpoint(out).selectors == ["activations", "static"]

@@ -271,10 +271,10 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(dense_llama, 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, small_disk, monkeypatch):
     """Free space may go while we write: then the write itself fails."""
-    from mlx_ifp.convert import command
+    from mlx_ifp.convert import conversion
 
     dense = make_dense(tmp_path / "dense", intermediate_size=4096)
-    monkeypatch.setattr(command, "_check_space", lambda *_: None)
+    monkeypatch.setattr(conversion, "_check_space", lambda *_: None)
     with pytest.raises(OSError, match="No space left"):
         convert(str(dense), small_disk / "out")
     assert not list(small_disk.iterdir())

@@ -173,7 +173,7 @@ def test_mixed_recipes_are_those_of_mlx_lm(tmp_path, recipe):
 
 
 def test_a_hub_id_is_downloaded_in_the_ordinary_way(tmp_path, monkeypatch):
-    from mlx_ifp.convert import command
+    from mlx_ifp.convert import conversion
 
     asked = {}
 
@@ -181,7 +181,7 @@ def test_a_hub_id_is_downloaded_in_the_ordinary_way(tmp_path, monkeypatch):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return GOLDEN / "split"
 
-    monkeypatch.setattr(command, "snapshot_download", download)
+    monkeypatch.setattr(conversion, "snapshot_download", download)
     out = convert("someone/trained", tmp_path / "ifp", revision="v2", **options("split"))
     assert asked["name"] == "someone/trained"
     assert "llama/*" in asked["patterns"]
@@ -197,8 +197,9 @@ def test_a_hub_id_is_downloaded_in_the_ordinary_way(tmp_path, monkeypatch):
 
 def test_every_byte_is_read_once_and_in_small_pieces(tmp_path, monkeypatch):
     """Memory is bounded by construction: blocks, and one matrix at a time that is turned."""
-    from mlx_ifp.convert import streams as precision
+    from mlx_ifp.convert import streams
     from mlx_ifp.convert.sources import files as source_files
+    from mlx_ifp.convert.sources import tensor as source_tensor
 
     reads, taken = [], []
     file_rows = source_files.file_rows
@@ -213,11 +214,11 @@ def test_every_byte_is_read_once_and_in_small_pieces(tmp_path, monkeypatch):
 
         return counted
 
-    take = source_files.buffers.take
-    for module in (precision, source_files):
+    take = source_tensor.buffers.take
+    for module in (streams, source_tensor):
         monkeypatch.setattr(module, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(source_files, "file_rows", counting)
-    monkeypatch.setattr(source_files.buffers, "take", lambda n: taken.append(n) or take(n))
+    monkeypatch.setattr(source_tensor.buffers, "take", lambda n: taken.append(n) or take(n))
     out = convert(str(MODELS["module"]), tmp_path / "ifp", **options("module"))
     checkpoint = open_checkpoint(out)
     groups = (checkpoint.trunk, checkpoint.channels, checkpoint.predictor, checkpoint.head)

@@ -15,13 +15,13 @@ from mlx_lm.utils import create_model_card, make_shards, save_config
 from tqdm import tqdm
 
 from ...checkpoint.directory import Checkpoint
+from ...checkpoint.rows import parts_of, stored_as
 from ...checkpoint.weights import load_tensors
 from ...errors import IFPError
 from ...files.atomic import new_directory
 from ...files.tensor_files import DTYPES, LazyTensor, write_safetensors
 from ...llm.build import quantization_of, with_width
-from ...llm.ffn import FFN, PROJECTIONS
-from ...llm.modules import PARTS
+from ...llm.ffn import FFN
 from ...selection.selection import Selection, check_selection
 from ...subnetwork.channels import ChannelReader
 from ...subnetwork.rows import FFNRows, read_layer
@@ -68,8 +68,10 @@ class _Layer:
 
     def _make(self) -> dict[str, mx.array]:
         rows = self.read()
-        arrays = {f"{self.ffn.path}.{p}.{part}": a for (p, part), a in rows.arrays.items()}
-        arrays = {name: _padded(name, a, self.ffn, self.width) for name, a in arrays.items()}
+        arrays = {
+            f"{self.ffn.path}.{projection}.{part}": _padded(array, self.width, projection)
+            for (projection, part), array in rows.arrays.items()
+        }
         name = f"{self.ffn.path}.down_proj"
         weight = _float_weight(arrays, name, self.config, self.ffn.module_path("down_proj"))
         if rows.soft_values is not None:
@@ -84,12 +86,14 @@ class _Layer:
         return arrays
 
 
-def _padded(name: str, array: mx.array, ffn: FFN, width: int) -> mx.array:
-    """Rows of zeros below, which add nothing; a fused projection has two such parts."""
-    if ffn.fused and ".gate_up_proj." in name:
-        return mx.concatenate([_padded("", part, ffn, width) for part in mx.split(array, 2)])
-    short = width - array.shape[0]
-    return mx.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) if short else array
+def _padded(array: mx.array, width: int, projection: str) -> mx.array:
+    """Rows of zeros below, which add nothing; below each of the parts of a fused projection."""
+    count = len(stored_as(projection))
+    short = width - array.shape[0] // count
+    if not short:
+        return array
+    zeros = [(0, short)] + [(0, 0)] * (array.ndim - 1)
+    return mx.concatenate([mx.pad(part, zeros) for part in mx.split(array, count)])
 
 
 def _float_weight(
@@ -219,21 +223,22 @@ def _shapes(
     dequantize: bool,
 ) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
     """Shapes and types of a layer's tensors, from those of one channel."""
+    channels = checkpoint.channels
+    one: dict[str, dict[str, mx.array]] = {}
+    for (projection, part), names in parts_of(ffn, channels).items():
+        info = channels[names[0]]
+        row = mx.zeros((1, *info.shape[1:]), DTYPES[info.dtype])
+        one.setdefault(projection, {})[f"x.{part}"] = row
     found = {}
-    for projection in PROJECTIONS:
-        parts = {}
-        for part in PARTS:
-            info = checkpoint.channels.get(f"{ffn.path}.{projection}.{part}")
-            if info is not None:
-                parts[f"x.{part}"] = mx.zeros((1, *info.shape[1:]), DTYPES[info.dtype])
-        module = ffn.module_path(projection)
+    for projection, parts in one.items():
+        module = f"{ffn.path}.{projection}"
         if projection == "down_proj":
             weight = _float_weight(parts, "x", checkpoint.config, module)
             parts = _stored("x", mx.zeros((ffn.hidden_size, width), weight.dtype), down)
         else:
             if dequantize:
                 parts["x.weight"] = _float_weight(parts, "x", checkpoint.config, module)
-            count = 2 * width if ffn.fused else width
+            count = width * len(stored_as(projection))
             parts = {n: mx.zeros((count, *a.shape[1:]), a.dtype) for n, a in parts.items()}
         for name, array in parts.items():
             found[f"{module}{name[1:]}"] = (tuple(array.shape), array.dtype)

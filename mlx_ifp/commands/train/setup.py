@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...checkpoint.config import IFPConfig, MaskConfig, TextConfig
+from ...checkpoint.precision import Precision, quantize_config
 from ...errors import IFPError
 from ...llm.modules import find_embedding, get_module, share
 from ...selection.keep import resolve_one_keep
@@ -98,9 +99,6 @@ def rounding_of(args: types.SimpleNamespace, source: Source) -> Rounding | None:
     """What ``mlx_ifp.convert`` with the same options would quantize."""
     if not args.quantize:
         return None
-    # In a clone it stands beside this package, and is a part of it only where that is installed.
-    from ...checkpoint.precision import Precision, quantize_config
-
     precision = Precision(None, True, args.q_bits, args.q_group_size, args.q_mode)
     precision.check()
     _, plan, notes = quantize_config(source.config, source.ffns, precision)
