@@ -31,7 +31,7 @@ _BLOCK_BYTES = 1 << 20
 class ChannelReader:
     """Reads rows of channel tensors, straight to where they belong where they lie in runs.
 
-    That is MLX's buffers, or, for a device with memory of its own, the host's: then they are copied.
+    That is MLX's buffers; for a device with memory of its own the host's, and then they are copied.
 
     Files are read, not mapped: one that is truncated meanwhile gives an error, where a memory
     map would end the process. The operating system's page cache is the only cache. Thread-safe.
