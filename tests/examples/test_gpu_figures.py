@@ -48,9 +48,9 @@ def test_numbers_are_compared_and_what_is_missing_is_a_failure(script, tmp_path)
 
 @pytest.mark.slow
 def test_all_of_it_runs_small(tmp_path):
+    where = ("--output", tmp_path / "out", "--work", tmp_path / "work")
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--scale", "16", "--quick", "--seconds", "280"]
-        + ["--output", tmp_path / "out", "--work", tmp_path / "work"],
+        [sys.executable, SCRIPT, "--scale", "16", "--quick", "--seconds", "280", *where],
         capture_output=True,
         text=True,
     )
