@@ -38,7 +38,10 @@ TINY_SCALE = 16
 TINY = ("float32", "bfloat16", "4-bit")
 TOKENS = [5, 77, 130, 9, 42, 200, 31, 17, 3, 250, 61, 8, 99, 120, 54, 1]
 TEXT = "You are an expert Python programmer."
-CPU_LIMIT = 60.0
+# Seconds for one check at most.
+CHECK_LIMIT = 60.0
+# How a process ends after an error that may have left the device unusable for it.
+START_AGAIN = 75
 # What a check may differ from the CPU by, relative to the largest number of an array.
 FLOAT32 = 1e-4
 BFLOAT16 = 5e-2
@@ -142,6 +145,50 @@ class Checks:
         np.frombuffer(memoryview(array), np.uint16)[:] = 0x4000
         second = float(view.astype(mx.float32).sum())
         return {"seen": [first == 65536.0, second == 131072.0]}
+
+    def check_copies(self) -> dict[str, Any]:
+        """GB/s of ways to bring rows to the device, and of reading them there again."""
+        import mlx.core as mx
+
+        from mlx_ifp.device import copy_to_device
+
+        megabytes = 8 if self.quick else 256
+        rows = np.ones((megabytes << 8, 4096), np.uint8)
+
+        def read(array: Any) -> float:
+            start = time.perf_counter()
+            mx.eval(array.view(mx.uint32).sum())
+            return rows.nbytes / (time.perf_counter() - start) / 1e9
+
+        def written() -> Any:
+            array = mx.zeros(rows.shape, mx.uint8)
+            mx.eval(array)
+            np.frombuffer(memoryview(array), np.uint8).reshape(rows.shape)[:] = rows
+            return array
+
+        seen = {}
+        file = self.folder / "rows.safetensors"
+        mx.save_safetensors(str(file), {"rows": mx.array(rows)})
+
+        def loaded() -> Any:
+            array = mx.load(str(file))["rows"]
+            mx.eval(array)
+            return array
+
+        ways = {"mx.array": lambda: mx.array(rows), "copy_to_device": lambda: copy_to_device(rows),
+                "written in place": written, "mx.load": loaded}  # fmt: skip
+        read(mx.zeros(rows.shape, mx.uint8))
+        for name, way in ways.items():
+            for _ in range(2):
+                start = time.perf_counter()
+                array = way()
+                mx.synchronize()
+                made = rows.nbytes / (time.perf_counter() - start) / 1e9
+                seen[name] = {"made": made, "read first": read(array), "read again": read(array)}
+                del array
+            mx.clear_cache()
+        file.unlink()
+        return {"gigabytes_a_second": seen}
 
     def check_reading_rows(self) -> dict[str, Any]:
         """Rows of the reader equal those that MLX loads."""
@@ -340,41 +387,6 @@ class Checks:
                         max_tokens=24)  # fmt: skip
         return {"arrays": {"logits": np.array(logits)}, "said": said, "limit": 10 * FLOAT32}
 
-    def check_copies(self) -> dict[str, Any]:
-        """GB/s of ways to bring rows to the device, and of reading them there again."""
-        import mlx.core as mx
-
-        from mlx_ifp.device import copy_to_device
-
-        megabytes = 8 if self.quick else 256
-        rows = np.ones((megabytes << 8, 4096), np.uint8)
-
-        def read(array: Any) -> float:
-            start = time.perf_counter()
-            mx.eval(array.view(mx.uint32).sum())
-            return rows.nbytes / (time.perf_counter() - start) / 1e9
-
-        def written() -> Any:
-            array = mx.zeros(rows.shape, mx.uint8)
-            mx.eval(array)
-            np.frombuffer(memoryview(array), np.uint8).reshape(rows.shape)[:] = rows
-            return array
-
-        seen = {}
-        ways = {"mx.array": lambda: mx.array(rows), "copy_to_device": lambda: copy_to_device(rows),
-                "written in place": written}  # fmt: skip
-        read(mx.zeros(rows.shape, mx.uint8))
-        for name, way in ways.items():
-            for _ in range(2):
-                mx.clear_cache()
-                start = time.perf_counter()
-                array = way()
-                mx.synchronize()
-                made = rows.nbytes / (time.perf_counter() - start) / 1e9
-                seen[name] = {"made": made, "read first": read(array), "read again": read(array)}
-                del array
-        return {"gigabytes_a_second": seen}
-
 
 def _error(got: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, relative to the largest number expected."""
@@ -412,8 +424,13 @@ def work_checks(folder: Path, device: str, names: list[str], quick: bool) -> Non
         except Exception as error:
             seen = {"failed": f"{type(error).__name__}: {error}",
                     "traceback": traceback.format_exc(limit=-6)}  # fmt: skip
+            again = isinstance(error, RuntimeError)
+        else:
+            again = False
         seen["seconds"] = round(time.perf_counter() - start, 3)
         _append(folder / f"{device}.jsonl", {"check": name} | seen)
+        if again:
+            sys.exit(START_AGAIN)
 
 
 def work_tiny(folder: Path) -> None:
@@ -503,7 +520,6 @@ class Table:
         from mlx_ifp.commands.benchmark.experts import experts_model
         from mlx_ifp.commands.benchmark.same_size import memory_of, same_size_model
 
-        self.bandwidth()
         long, short = (48, 16) if self.quick else (4000, 512)
         settings = runs.Settings(
             (long,), 10 if self.quick else 100, self.trials, samples=4, prefill_step_size=4096
@@ -552,6 +568,10 @@ class Table:
             self.decode(bench, ready)
 
         first = alone("first prompt, the very first", bench.first)
+        # Until here the checks were running beside it.
+        while not (self.work / "go").exists() and self.left > 0:
+            time.sleep(0.1)
+        self.bandwidth()
         for _ in range(1 if self.quick else 2):
             first = alone("first prompt, from the file cache", bench.first)
         ready[runs.REPEAT] = alone(runs.REPEAT, bench.again)
@@ -662,7 +682,7 @@ def _spread(values: Iterator[float]) -> list[float]:
 
 
 def work_table(args: argparse.Namespace) -> None:
-    """The life of the process that measures; it waits until the checks are done."""
+    """The life of the process that measures. What is timed begins when the checks are done."""
     import mlx.core as mx
 
     scale = auto_scale(args.seconds, Path(args.work)) if args.scale == "auto" else int(args.scale)
@@ -671,8 +691,6 @@ def work_table(args: argparse.Namespace) -> None:
     table.say("begins", scale=scale, device=str(mx.default_device()))
     try:
         table.prepare()
-        while not (Path(args.work) / "go").exists() and table.left > 0:
-            time.sleep(0.1)
         table.run()
         table.say("ends")
     except Exception as error:
@@ -739,7 +757,8 @@ class Worker:
         running = self.process is not None and self.process.poll() is None
         if running and time.time() - self.since < self.limit:
             return False
-        if self.process is not None:
+        expected = self.process is not None and self.process.poll() == START_AGAIN
+        if self.process is not None and not expected:
             how = "no end" if running else f"the process ended ({self.process.returncode})"
             self.stop()
             # It died before its first check: that is the first one's failure.
@@ -897,7 +916,8 @@ def parent(args: argparse.Namespace, work: Path) -> int:
             tiny.wait(timeout=max(5, deadline - time.time()))
             # The table is to have most of the time.
             until = deadline if args.no_table else began + 0.4 * args.seconds
-            workers = [Worker(work, device, args.checks, quick, CPU_LIMIT)
+            limit = min(CHECK_LIMIT, 0.2 * args.seconds)
+            workers = [Worker(work, device, args.checks, quick, limit)
                        for device in ("device", "cpu")]  # fmt: skip
             while not all([worker.done() for worker in workers]) and time.time() < until:
                 time.sleep(0.1)
