@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..device import copy_to_device, shares_memory
 from ..errors import IFPError
 from ..files.tensor_files import DTYPES, TensorInfo
 
@@ -28,7 +29,9 @@ _BLOCK_BYTES = 1 << 20
 
 
 class ChannelReader:
-    """Reads rows of channel tensors, straight into MLX's buffers where they lie in runs.
+    """Reads rows of channel tensors, straight to where they belong where they lie in runs.
+
+    That is MLX's buffers; for a device with memory of its own the host's, and then they are copied.
 
     Files are read, not mapped: one that is truncated meanwhile gives an error, where a memory
     map would end the process. The operating system's page cache is the only cache. Thread-safe.
@@ -75,7 +78,7 @@ class ChannelReader:
         Raises:
             IFPError: if a file has been changed since it was opened, or cannot be read.
         """
-        arrays, counts = [], []
+        shapes, counts = [], []
         for group in groups:
             infos = [self._tensors[name] for name, _ in group]
             counts.append(
@@ -85,9 +88,18 @@ class ChannelReader:
                 ]
             )
             shape = (sum(counts[-1]), *infos[0].shape[1:])
-            arrays.append(mx.zeros(shape, DTYPES[infos[0].dtype]))
+            shapes.append((shape, DTYPES[infos[0].dtype]))
+        shared = shares_memory()
+        if shared:
+            arrays = [mx.zeros(*each) for each in shapes]
+            targets = row_bytes(arrays)
+        else:
+            targets = [
+                np.empty((shape[0], math.prod(shape[1:]) * dtype.size), np.uint8)
+                for shape, dtype in shapes
+            ]
         reads = []
-        for group, count, target in zip(groups, counts, row_bytes(arrays), strict=True):
+        for group, count, target in zip(groups, counts, targets, strict=True):
             start = 0
             for (name, rows), n in zip(group, count, strict=True):
                 info = self._tensors[name]
@@ -97,6 +109,12 @@ class ChannelReader:
         # A change before this is found now as well.
         for file in {file for file, *_ in reads}:
             file.check()
+        if not shared:
+            arrays = [
+                copy_to_device(target).view(dtype).reshape(shape)
+                for target, (shape, dtype) in zip(targets, shapes, strict=True)
+            ]
+            mx.eval(arrays)
         with self._lock:
             self._bytes_read += sum(array.nbytes for array in arrays)
         return arrays
@@ -105,8 +123,8 @@ class ChannelReader:
 def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     """The arrays' own memory, each as uint8 [rows, bytes of a row].
 
-    Whoever writes to it must be the only one who has seen the array (unified memory: on Metal
-    too). Plain bytes, because numpy has no bfloat16.
+    Only where the device :func:`~mlx_ifp.device.shares_memory`. Whoever writes to it must be the
+    only one who has seen the array. Plain bytes, because numpy has no bfloat16.
     """
     views = [array.view(mx.uint16) if array.dtype == mx.bfloat16 else array for array in arrays]
     mx.eval(arrays, views)

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint.rows import parts_of, stored_as
+from ..device import shares_memory
 from ..files.tensor_files import cast
 from ..llm.ffn import FFN
 from ..selection.selection import Selection, digest_of
@@ -128,14 +129,22 @@ def _merged(
 ) -> dict[tuple[str, str], mx.array]:
     """New arrays: rows ``positions`` of the resident ones, with fresh rows put to ``slots``."""
     merged, new = {}, []
+    shared = shares_memory()
     for key, (positions, slots) in plans.items():
         source = resident[key]
         if not len(slots) and len(positions) == len(source):
             # The very same rows: arrays are never changed, so one can be in two sub-networks.
             merged[key] = source
-        else:
+        elif shared:
             merged[key] = mx.zeros((len(positions), *source.shape[1:]), source.dtype)
             new.append(key)
+        else:
+            merged[key] = mx.take(source, mx.array(positions.astype(np.int32)), axis=0)
+            if len(slots):
+                merged[key][mx.array(slots.astype(np.int32))] = fresh[key]
+    if not shared:
+        mx.eval(list(merged.values()))
+        return merged
 
     def fill(key: tuple[str, str], source: np.ndarray, target: np.ndarray) -> None:
         positions, slots = plans[key]

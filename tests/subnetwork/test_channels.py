@@ -5,12 +5,13 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_ifp import IFPError, load
 from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.convert import convert
 from mlx_ifp.files.tensor_files import read_header
-from mlx_ifp.subnetwork import channels
+from mlx_ifp.subnetwork import channels, residents
 from mlx_ifp.subnetwork.channels import ChannelReader
 
 from ..conftest import make_dense
@@ -173,3 +174,38 @@ def test_only_short_gaps_are_read_too(copied, monkeypatch):
     # 64 floats a row: three rows, five with two of a gap among them, one.
     assert sorted(asked) == [256, 3 * 256, 5 * 256]
     assert reader.bytes_read == 7 * 256
+
+
+@pytest.fixture
+def own_memory(monkeypatch):
+    """As with a device whose memory the processor does not write to."""
+    monkeypatch.setattr(channels, "shares_memory", lambda: False)
+    monkeypatch.setattr(residents, "shares_memory", lambda: False)
+
+    def never(arrays):
+        raise AssertionError("the memory of an array was asked for")
+
+    monkeypatch.setattr(channels, "row_bytes", never)
+    monkeypatch.setattr(residents, "row_bytes", never)
+
+
+@pytest.mark.parametrize("how", [{}, {"quantize_weights": True, "q_group_size": 32}])
+def test_a_device_with_its_own_memory_gets_the_same_rows(tmp_path, request, how):
+    """Fresh rows are copied to it; those it has are gathered there, unmoved."""
+    dense = make_dense(tmp_path / "dense", "phi3")
+    checkpoint = convert(str(dense), tmp_path / "ifp", keep=64, **how)
+    first, second = (random_selection(3, 160, k, soft=True, seed=k) for k in (64, 70))
+    expected, _ = load(checkpoint, cache=False)
+    expected = [dict(tree_flatten(expected.subnetwork(s).parameters())) for s in (first, second)]
+    request.getfixturevalue("own_memory")
+    model, _ = load(checkpoint, cache=False)
+    for selection, arrays in zip((first, second), expected, strict=True):
+        prepared = model.prepare(selection=selection)
+        for name, array in tree_flatten(prepared.network.parameters()):
+            assert array.dtype == arrays[name].dtype
+            assert mx.array_equal(array, arrays[name]), name
+    assert prepared.channels_reused > 0
+    # With the whole network at hand nothing is read.
+    model.networks.clear()
+    model.dense()
+    assert model.prepare(selection=first).bytes_read == 0
