@@ -233,7 +233,7 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     runner.stage(
         "synthesize", "synthesize.py", "--model", dense, "--output", data, "--report", report,
         "--minutes", max(seconds, 5) / 60, "--seed", args.seed, *given, *flags["synthesize"],
-        timeout=seconds + max(15, 0.1 * limit),
+        timeout=seconds + max(30, 0.15 * limit),
     )  # fmt: skip
     made = read_json(report)
     names = ("rows", "valid_rows", "sampled_tokens", "tokens_per_second", "truncated", "batch_size")
