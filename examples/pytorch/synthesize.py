@@ -154,6 +154,7 @@ class Duplicates:
 
     def __init__(self, share: float = 0.8) -> None:
         self.share = share
+        self.whole: set[int] = set()  # of texts, word by word
         self.last: dict[int, int] = {}  # of a trigram: the last text that had it
         self.count = 0
 
@@ -161,9 +162,12 @@ class Duplicates:
         """Whether most trigrams of a text are those of one earlier text; if not, it is kept."""
         words = re.findall(r"\w+", text.lower())[:100]
         trigrams = {hash(tuple(words[i : i + 3])) for i in range(max(1, len(words) - 2))}
+        text_id = hash(tuple(words))
         seen = Counter(self.last[trigram] for trigram in trigrams if trigram in self.last)
-        if seen and seen.most_common(1)[0][1] >= self.share * len(trigrams):
+        most = seen.most_common(1)[0][1] if seen else 0
+        if text_id in self.whole or most >= self.share * len(trigrams):
             return True
+        self.whole.add(text_id)
         self.last.update(dict.fromkeys(trigrams, self.count))
         self.count += 1
         return False
@@ -478,7 +482,7 @@ def split_valid(train: Path, valid: Path, count: int, chance: random.Random) -> 
     }
     # A validation file that has given prompts already wants the model's own.
     has = Counter(row.get("source") for row in old)
-    given = max(0, min(count // 2 - has["given"], len(places["given"])))
+    given = 0 if has["given"] else min(count // 2, len(places["given"]))
     own = max(0, min(count - len(old) - given, len(places["own"])))
     for source, number in (("given", given), ("own", own)):
         # A train file keeps at least half of its rows.
