@@ -451,7 +451,7 @@ def test_the_default_model_in_one_command(chat_model, tmp_path):
     assert timing["stages"]["synthesize"]["tokens_per_second"] > 0
     assert timing["stages"]["train"]["trained_tokens"] > 0
     # What came home is all of it.
-    subprocess.run(f"cat part-* | tar x -C {tmp_path}", shell=True, check=True, cwd=home)
+    subprocess.run(f"cat part-* | tar xz -C {tmp_path}", shell=True, check=True, cwd=home)
     run_script("pack_model.py", "--unpack", tmp_path / "packed", tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "ifpruning_config.json").exists()
     line = run_script("default_model.py", "--output", output, fails=True)
