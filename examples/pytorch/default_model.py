@@ -22,6 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 GGUF = HERE.parent / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+MANIFEST = "ifpruning_config.json"  # of a trained checkpoint
+
 
 def fail(text: object) -> SystemExit:
     return SystemExit(f"default_model.py: {text}")
@@ -233,14 +235,17 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     runner.stage(
         "synthesize", "synthesize.py", "--model", dense, "--output", data, "--report", report,
         "--minutes", max(seconds, 5) / 60, "--seed", args.seed, *given, *flags["synthesize"],
-        timeout=seconds + max(15, 0.1 * limit),
+        timeout=seconds + max(30, 0.15 * limit),
     )  # fmt: skip
     made = read_json(report)
     names = ("rows", "valid_rows", "sampled_tokens", "tokens_per_second", "truncated", "batch_size")
     runner.note("synthesize", **{name: made[name] for name in names if name in made})
     valid = work / "train-valid.jsonl"
     if not data.exists() or data.stat().st_size == 0:
-        return False
+        if not args.prompts:
+            return False
+        print("no data was written: training on the answers of --prompts", flush=True)
+        data, valid = args.prompts, args.valid_prompts or valid
     keep_samples(data, valid, output)
 
     # What follows the training: its evaluation, and the static mask with a fifth of its time.
@@ -254,13 +259,23 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     ]  # fmt: skip
     trained = work / "prompt"
     # Nothing cuts it but the limit: without its weights all was in vain.
-    runner.stage(
+    done = runner.stage(
         "train", "train.py", *common, "--output", trained, "--minutes", seconds / 60,
         *flags["train"], timeout=max(runner.left, 60) + 30,
     )  # fmt: skip
+    again = (runner.left - after) / 1.2
+    if not done and not (trained / MANIFEST).exists() and again > 0.3 * seconds:
+        # Once more with what is left, slower and in less memory.
+        seconds, trained = again, work / "prompt-2"
+        flags["train"] = [flag for flag in flags["train"] if flag != "--compile"]
+        flags["train"] += ["--batch-tokens", 4096]
+        runner.stage(
+            "train-again", "train.py", *common, "--output", trained, "--minutes", seconds / 60,
+            *flags["train"], timeout=max(runner.left, 60) + 30,
+        )  # fmt: skip
     runner.note("train", **training_speed(trained / "log.jsonl"))
     copy_log(trained, output / "log.jsonl")
-    if not (trained / "ifpruning_config.json").exists():
+    if not (trained / MANIFEST).exists():
         return False
     packed = output / "packed"
     if not runner.stage("pack", "pack_model.py", trained, packed, timeout=120):
@@ -290,7 +305,7 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
         )  # fmt: skip
         runner.note("static", **training_speed(static / "log.jsonl"))
         copy_log(static, output / "log-static.jsonl")
-        if (static / "ifpruning_config.json").exists():
+        if (static / MANIFEST).exists():
             runner.stage(
                 "evaluate-static", "evaluate.py", *evaluation, "--static", static,
                 "--output", results[1], timeout=max(30, runner.left + 30),

@@ -7,7 +7,7 @@
 # Everything is written to --output (default: default_model in the current directory). Then it is
 # joined and cut into DIR/parts/part-00, part-01, ... of at most 15 MiB: where a borrowed machine
 # hands files back by the folder $OUT, what fits is copied there, and the last line says what is left.
-# Join them with: cat part-* | tar x
+# Join them with: cat part-* | tar xz
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
@@ -27,7 +27,7 @@ status=$?
 [ -f "$output/timing.json" ] || exit $status
 
 mkdir "$output/parts"
-tar -C "$output" --exclude ./parts -c . | split -b 15M -d - "$output/parts/part-"
+tar -C "$output" --exclude ./parts -cz . | split -b 15M -d - "$output/parts/part-"
 count=$(ls "$output/parts" | wc -l)
 echo "$output: $(du -sm "$output/parts" | cut -f1) MiB in $count parts of at most 15 MiB"
 if [ -n "${OUT:-}" ] && [ -d "$OUT" ]; then

@@ -456,8 +456,8 @@ class Generator:
         Args:
             next_requests (Callable): gives at most as many requests as it is asked for.
             on_complete (Callable): is given finished texts while the device works on the next.
-            until (float): of ``time.perf_counter()``: when to stop. Texts that are not finished then
-                are given as they are.
+            until (float): of ``time.perf_counter()``: when to stop. Unfinished texts are given as
+                they are then.
         """
         start = time.perf_counter()
         running: dict[int, Request] = {}

@@ -113,7 +113,6 @@ def pack_checkpoint(
                 shutil.copy(path, directory)
         # A tokenizer of some MB that is there twice is stored once.
         packing["same_tokenizer"] = _drop_copies(directory)
-        (directory / PACKING).write_text(json.dumps(packing))
         # The largest first, each into the first file that has room.
         bins: list[dict[str, Tensor]] = []
         sizes: list[int] = []
@@ -125,6 +124,8 @@ def pack_checkpoint(
                 sizes.append(0)
             bins[place][name] = tensors[name].contiguous()
             sizes[place] += size
+        packing["files"] = len(bins)
+        (directory / PACKING).write_text(json.dumps(packing))
         for i, part in enumerate(bins):
             save_file(part, directory / f"packed-{i:02}.safetensors")
     return sorted(output.rglob("*"))
@@ -147,6 +148,8 @@ def unpack_checkpoint(source: Path, output: Path) -> None:
         packing = json.loads((source / PACKING).read_text())
         files = sorted(source.glob("packed-*.safetensors"))
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        if len(files) != packing["files"]:
+            raise ValueError(f"{len(files)} of {packing['files']} files packed-*.safetensors")
         llm: dict[str, Tensor] = {}
         others: dict[str, dict[str, Tensor]] = {}
         bits, group_size = packing["bits"], packing["group_size"]

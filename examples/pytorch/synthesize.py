@@ -24,6 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+# Before the imports that take seconds: a time limit counts them.
+STARTED = time.perf_counter()
+# ruff: noqa: E402
+
 import numpy as np
 import torch
 import yaml
@@ -150,6 +154,7 @@ class Duplicates:
 
     def __init__(self, share: float = 0.8) -> None:
         self.share = share
+        self.whole: set[int] = set()  # of texts, word by word
         self.last: dict[int, int] = {}  # of a trigram: the last text that had it
         self.count = 0
 
@@ -157,9 +162,12 @@ class Duplicates:
         """Whether most trigrams of a text are those of one earlier text; if not, it is kept."""
         words = re.findall(r"\w+", text.lower())[:100]
         trigrams = {hash(tuple(words[i : i + 3])) for i in range(max(1, len(words) - 2))}
+        text_id = hash(tuple(words))
         seen = Counter(self.last[trigram] for trigram in trigrams if trigram in self.last)
-        if seen and seen.most_common(1)[0][1] >= self.share * len(trigrams):
+        most = seen.most_common(1)[0][1] if seen else 0
+        if text_id in self.whole or most >= self.share * len(trigrams):
             return True
+        self.whole.add(text_id)
         self.last.update(dict.fromkeys(trigrams, self.count))
         self.count += 1
         return False
@@ -474,7 +482,7 @@ def split_valid(train: Path, valid: Path, count: int, chance: random.Random) -> 
     }
     # A validation file that has given prompts already wants the model's own.
     has = Counter(row.get("source") for row in old)
-    given = max(0, min(count // 2 - has["given"], len(places["given"])))
+    given = 0 if has["given"] else min(count // 2, len(places["given"]))
     own = max(0, min(count - len(old) - given, len(places["own"])))
     for source, number in (("given", given), ("own", own)):
         # A train file keeps at least half of its rows.
@@ -611,7 +619,6 @@ def end_tokens(llm: torch.nn.Module) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    started = time.perf_counter()
     args = make_parser().parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -660,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             until = None
             if args.minutes:
-                until = started + 60 * args.minutes
+                until = STARTED + 60 * args.minutes
                 # Prompts that begin in the last seconds would get no answers.
                 synthesis.no_more_prompts_at = until - min(10, 0.1 * 60 * args.minutes)
             stats = generator.run(synthesis.next_requests, synthesis.on_complete, until)
@@ -686,7 +693,7 @@ def main(argv: list[str] | None = None) -> None:
         "prompt_tokens": stats.prompt,
         "generation_seconds": stats.seconds,
         "tokens_per_second": stats.sampled / max(stats.seconds, 1e-9),
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - STARTED,
         "notes": stats.notes,
     }
     if args.report:

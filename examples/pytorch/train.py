@@ -245,7 +245,8 @@ class Step(nn.Module):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = model.scores(batch.selecting, batch.selecting_mask)
             masks = model.masks(scores, k, temperature=temperature)
-            hidden = model.hidden(batch.tokens, masks, blend).flatten(0, 1)[batch.places]
+            hidden = model.hidden(batch.tokens, masks, blend)
+            hidden = hidden.flatten(0, 1).index_select(0, batch.places)
             dense = None
             if teacher is not None and kl:
                 with torch.no_grad():
@@ -318,6 +319,7 @@ class Trainer:
             except ValueError as error:
                 raise fail(error) from error
         self.iteration = self.trained_tokens = 0
+        self.pieces, self.compiled = 1, False
         self.now = 0.0  # the share of the run that is done
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.reserve = 5.0  # seconds that the last validation and save take
@@ -405,6 +407,7 @@ class Trainer:
             terms_of, problem = try_compile(
                 self.model, self.teacher if distils else None, self.device
             )
+            self.compiled = problem is None
             if problem and self.main:
                 print(f"[WARNING] not compiled, which is slower: {problem}", flush=True)
         step = Step(self.model, self.teacher if distils else None, self.dtype, self.block, terms_of)
@@ -496,17 +499,9 @@ class Trainer:
         temperature = start ** (1 - progress) * args.mask_temperature**progress
         blend = min(1.0, (self.iteration + 1) / (args.blend_iters + 1))
         on = args.distill_on if args.distill_weight else "answer"
-        total = torch.zeros(3, device=self.device)
+        own = batches[accelerator.process_index :: processes]
         with self._rounded(progress):
-            for i in range(each):
-                batch = self.train_data.batch(
-                    batches[i * processes + accelerator.process_index], on
-                )
-                last = i == each - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(self.step):
-                    loss, *parts = self.step(batch, k, temperature, blend, ce, kl)
-                    accelerator.backward(loss)
-                total += torch.stack([loss.detach(), *parts])
+            total = self._gradients(own, on, (k, temperature, blend, ce, kl))
         if args.max_grad_norm:
             accelerator.clip_grad_norm_(self.step.parameters(), args.max_grad_norm)
         rate = self._rate(progress)
@@ -515,6 +510,47 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, every
+
+    def _gradients(self, own: list[np.ndarray], on: str, inputs: tuple[Any, ...]) -> Tensor:
+        """Add up gradients of this process's batches; the summed loss and its parts.
+
+        A batch that does not fit the GPU is cut in two, and so are all that follow. If the first
+        one cannot be compiled, nothing is.
+        """
+        accelerator = self.accelerator
+        while True:
+            pieces = [piece for indices in own for piece in np.array_split(indices, self.pieces)]
+            pieces = [piece for piece in pieces if len(piece)]
+            total, problem = torch.zeros(3, device=self.device), ""
+            try:
+                for i, piece in enumerate(pieces):
+                    batch = self.train_data.batch(piece, on)
+                    last = i == len(pieces) - 1
+                    with contextlib.nullcontext() if last else accelerator.no_sync(self.step):
+                        loss, *parts = self.step(batch, *inputs)
+                        accelerator.backward(loss)
+                    total += torch.stack([loss.detach(), *parts])
+                return total
+            except torch.cuda.OutOfMemoryError:
+                if accelerator.num_processes > 1 or all(len(piece) == 1 for piece in pieces):
+                    raise
+                self.pieces *= 2
+                problem = f"the GPU's memory is full: batches are cut into {self.pieces} pieces"
+            except Exception as error:
+                if not self.compiled or self.iteration > 0:
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                problem = f"not compiled, which is slower: {type(error).__name__}: {reason}"
+                self._do_without_compiling()
+            # Outside of the handlers, which keep the failed step's tensors alive.
+            print(f"[WARNING] {problem}", flush=True)
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _do_without_compiling(self) -> None:
+        self.compiled = False
+        torch.compiler.set_stance("force_eager")
 
     def _rounded(self, progress: float) -> Any:
         if self.rounding is None or progress < self.args.quantize_from:

@@ -35,7 +35,7 @@ def activation_statistics(
         def record(_: nn.Module, args: tuple[Tensor, ...], weights=weights, totals=totals) -> None:
             squares = args[0].float().square()
             shares = squares / squares.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-            totals.append(torch.einsum("bsf,bs->bf", shares, weights[:, : shares.shape[1]]))
+            totals.append((shares * weights[..., None]).sum(dim=1))
 
         hooks = [down.register_forward_pre_hook(record) for down in downs]
         try:
