@@ -19,7 +19,7 @@ from mlx_ifp.subnetwork.parent import Parent
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file what selects in ``messages``, ``prompt`` or ``text``."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         prompts = read_jsonl(path, lambda row, _: selecting_text(row_messages(row)))
     else:
         try:
