@@ -1,10 +1,8 @@
 """A source of any kind -> a checkpoint directory, planned first, then written."""
 
-import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS, expanded, source_name
 from mlx_ifp.checkpoint.precision import Precisions
 from mlx_ifp.checkpoint.tokenizers import load_tokenizer_of
 from mlx_ifp.errors import IFPError, one_line
-from mlx_ifp.files.atomic import new_directory
+from mlx_ifp.files.atomic import new_directory, without_path
 
 from .calibrate import calibrate as order_channels
 from .dense import load_dense
@@ -95,7 +93,7 @@ def carry_out(request: ConversionRequest) -> Path:
             raise IFPError(f"{path} already exists. Delete it or name another path.")
         print_dry_run(_plan(request, precisions, None), path)
         return path
-    with new_directory(path) as directory, _without_path(directory, request):
+    with new_directory(path) as directory, without_path(directory, f"{request.model}"):
         plan = _plan(request, precisions, directory)
         report = report_of(plan)
         _write(plan, directory, path)
@@ -181,19 +179,6 @@ def _source(request: ConversionRequest) -> dict[str, Any]:
     if request.revision is not None and not expanded(request.model).exists():
         source["revision"] = request.revision
     return source
-
-
-@contextlib.contextmanager
-def _without_path(directory: Path, request: ConversionRequest) -> Iterator[None]:
-    """Errors do not name the temporary directory, which is gone when they are read."""
-    try:
-        yield
-    except IFPError as error:
-        message = str(error)
-        if str(directory) not in message:
-            raise
-        inside = message.replace(f"{directory}/", "").replace(str(directory), "the checkpoint")
-        raise IFPError(f"{request.model} cannot be converted: {inside}") from error
 
 
 def _find(model: str, revision: str | None) -> Path:

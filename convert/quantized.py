@@ -54,7 +54,7 @@ def load_quantized(
         read_any_header(file)
     what = f"{model} cannot be loaded"
     if method is not None:
-        what += f" (it is quantized with {method!r})"
+        what += f"; it is quantized with {method!r}, and mlx-lm does not read it so"
     with one_line(what), tempfile.TemporaryDirectory(prefix="mlx_ifp-") as name:
         view = _view(Path(name), path, files)
         try:

@@ -5,6 +5,10 @@ import sys
 from collections.abc import Iterator
 
 
+# A longer list is cut off.
+_LINES = 5
+
+
 class IFPError(Exception):
     """Something the user can mend; the message is one line that says how.
 
@@ -15,8 +19,9 @@ class IFPError(Exception):
 def reason_of(error: Exception) -> str:
     """One line of another library's error.
 
-    The first line counts, and the next one too where that ends in a colon. The hub's errors say
-    only in their last lines that a repository is gated, private or missing: they are given whole.
+    The first line counts, and the next ones too where it goes on: after a colon, and through a
+    list. The hub's errors say only in their last lines that a repository is gated, private or
+    missing: they are given whole.
     """
     hub = sys.modules.get("huggingface_hub.errors")
     if hub is not None and isinstance(error, hub.HFValidationError):
@@ -27,8 +32,11 @@ def reason_of(error: Exception) -> str:
         return repr(error)
     if hub is not None and isinstance(error, hub.HfHubHTTPError):
         return " ".join(lines)
-    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
-    return " ".join(lines[: last + 1])
+    last = next(
+        (i for i, line in enumerate(lines) if not line.endswith((":", ","))), len(lines) - 1
+    )
+    told = lines[: min(last + 1, _LINES)]
+    return " ".join(told).rstrip(",") + (" ..." if last >= _LINES else "")
 
 
 @contextlib.contextmanager

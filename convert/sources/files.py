@@ -45,7 +45,9 @@ def kind_of(path: Path) -> str | None:
     except OSError as error:
         raise IFPError(f"{path}: cannot be read ({error.strerror}).") from error
     if start == _GIT_LFS:
-        raise IFPError(f"{path}: only a pointer to the file; get the file itself with git lfs pull.")
+        raise IFPError(
+            f"{path}: only a pointer to the file; get the file itself with git lfs pull."
+        )
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _HEADER_BYTES:
         return "safetensors"
     if start.startswith(b"GGUF"):
