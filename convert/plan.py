@@ -110,8 +110,8 @@ def note_tokens(tokenizer: TokenizerWrapper, rows: int | None, what: str) -> lis
         return []
     named = ", ".join(tokens[:8]) + (f" and {len(tokens) - 8} more" if len(tokens) > 8 else "")
     return [
-        f"{what[0].upper()}{what[1:]} has tokens beyond the embedding's {rows} rows: {named}. A text with one of them "
-        "has no meaning to the model."
+        f"{what[0].upper()}{what[1:]} has tokens beyond the embedding's {rows} rows: {named}. "
+        "A text with one of them has no meaning to the model."
     ]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-
 # A longer list is cut off.
 _LINES = 5
 
@@ -32,11 +31,10 @@ def reason_of(error: Exception) -> str:
         return repr(error)
     if hub is not None and isinstance(error, hub.HfHubHTTPError):
         return " ".join(lines)
-    last = next(
-        (i for i, line in enumerate(lines) if not line.endswith((":", ","))), len(lines) - 1
-    )
-    told = lines[: min(last + 1, _LINES)]
-    return " ".join(told).rstrip(",") + (" ..." if last >= _LINES else "")
+    ends = (i for i, line in enumerate(lines, 1) if not line.endswith((":", ",")))
+    count = next(ends, len(lines))
+    cut = " ..." if count > _LINES else ""
+    return " ".join(lines[: min(count, _LINES)]).rstrip(",") + cut
 
 
 @contextlib.contextmanager
