@@ -18,16 +18,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from mlx_ifp.checkpoint.expected import parameters_of
 from mlx_ifp.cli.dispatch import script
 from mlx_ifp.files.tensor_files import LazyTensor, write_safetensors
 from mlx_ifp.llm.build import build_model
@@ -35,7 +37,7 @@ from mlx_ifp.llm.build import build_model
 from .command import convert_with
 from .options import setup_arg_parser as setup_arg_parser_of_convert
 
-_LLM = {
+_LLM: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -46,7 +48,7 @@ _LLM = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-_BACKBONE = {
+_BACKBONE: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -75,7 +77,7 @@ def make_checkpoint(directory: Path, gigabytes: float, suffix: str) -> tuple[Pat
     shapes = {
         f"{prefix}{name}": array.shape
         for prefix, config in prefixes.items()
-        for name, array in tree_flatten(build_model(config).parameters())
+        for name, array in parameters_of(build_model(config))
     }
     scores = layers * llm["intermediate_size"]
     for i, shape in enumerate(((_P, _BACKBONE["hidden_size"]), (scores, _P)), 1):
@@ -106,10 +108,11 @@ def _write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         return np.resize(pattern, shape)
 
     if path.suffix == ".safetensors":
-        lazy = {
-            name: LazyTensor(tuple(shape), mx.bfloat16, lambda _a, _b, shape=shape: values(shape))
-            for name, shape in shapes.items()
-        }
+
+        def lazy_of(shape: tuple[int, ...]) -> LazyTensor:
+            return LazyTensor(tuple(shape), mx.bfloat16, lambda *_: values(shape))
+
+        lazy = {name: lazy_of(shape) for name, shape in shapes.items()}
         write_safetensors(path, lazy)
         return
     import torch
@@ -180,7 +183,7 @@ def main() -> None:
             shutil.copyfile(path, copy)
             for _ in range(args.num_trials):
                 cp = ["cp", str(path), str(copy)]
-                copies.append(timed(lambda cp=cp: subprocess.run(cp, check=True), copy))
+                copies.append(timed(partial(subprocess.run, cp, check=True), copy))
                 seconds, peak, _ = pool.apply(convert_timed, (flags, out, copy))
                 conversions.append(seconds)
                 shutil.copyfile(path, copy)
@@ -188,7 +191,8 @@ def main() -> None:
             _end(pool)
     ratios = [cp / own for cp, own in zip(copies, conversions, strict=True)]
     largest = 2 * _LLM["vocab_size"] * _LLM["hidden_size"]
-    estimate = re.search(r"memory: +up to ([\d,]+)", plan)[1]
+    said = re.search(r"memory: +up to ([\d,]+)", plan)
+    estimate = said[1] if said else "?"
     print(f"{size / 1e9:.2f} GB, {args.suffix}, median of {args.num_trials} (min-max)")
     print(f"cp, s            {_spread(copies)}")
     print(f"convert, s       {_spread(conversions)}")

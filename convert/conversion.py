@@ -97,7 +97,8 @@ def carry_out(request: ConversionRequest) -> Path:
         plan = _plan(request, precisions, directory)
         report = report_of(plan)
         _write(plan, directory, path)
-        if static is not None:
+        # Only a dense model, which brings its tokenizer, has static prompts.
+        if static is not None and plan.tokenizer is not None:
             add_static_scores(directory, plan.ifp, plan.tokenizer, static)
         if calibration is not None:
             options = {"trust_remote_code": request.trust_remote_code}

@@ -113,8 +113,10 @@ def _load_gguf(
         {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")},
     )
     _load_strictly(network, gguf.weights, path)
-    own = TokenizerWrapper(gguf.tokenizer) if gguf.tokenizer is not None else None
-    chosen = own or open_tokenizer(tokenizer, trust_remote_code)
+    if tokenizer is not None:
+        chosen = open_tokenizer(tokenizer, trust_remote_code)
+    else:
+        chosen = TokenizerWrapper(gguf.tokenizer)
     source = {"model": path.name, "format": "gguf"}
     return _from_network(network, gguf.config, chosen, source, dequantize)
 

@@ -164,7 +164,7 @@ def _buildable(config: dict[str, Any]) -> dict[str, Any]:
     except IFPError:
         if not str(model_type).endswith("_text"):
             raise
-        wrapper = config | {"model_type": model_type.removesuffix("_text")}
+        wrapper = config | {"model_type": str(model_type).removesuffix("_text")}
         with contextlib.suppress(IFPError):
             build_model(wrapper)
             return wrapper

@@ -20,7 +20,7 @@ from mlx_ifp.subnetwork.parent import Parent
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file what selects in ``messages``, ``prompt`` or ``text``."""
     if path.suffix.lower() == ".jsonl":
-        prompts = read_jsonl(path, lambda row, _: selecting_text(row_messages(row)))
+        prompts = read_jsonl(path, lambda row, _: str(selecting_text(row_messages(row))))
     else:
         try:
             lines = [line.decode() for line in path.read_bytes().splitlines()]

@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
+from mlx_ifp.checkpoint.expected import parameters_of
 from mlx_ifp.errors import IFPError, one_line, reason_of
 from mlx_ifp.files.tensor_files import read_any_header
 from mlx_ifp.llm.build import quantization_of
@@ -102,7 +102,7 @@ def _check_unpacked(network: nn.Module, model: str, method: str | None) -> None:
                     "the original model in floats."
                 )
     prefixes = tuple(packed)
-    for name, array in tree_flatten(network.parameters(), destination={}).items():
+    for name, array in parameters_of(network):
         if not name.startswith(prefixes) and array.dtype in (mx.uint8, mx.uint32):
             how = f"with {method!r}" if method is not None else "in another way"
             raise IFPError(

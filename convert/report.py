@@ -41,7 +41,8 @@ def print_missing(trained: TrainedModel) -> None:
     """What is known of a checkpoint from which something is missing."""
     predictor = trained.predictor
     print(f"layout:      {trained.layout}")
-    configs = {"LLM": trained.llm_config, "predictor": predictor and predictor.config}
+    backbone = None if predictor is None else predictor.config
+    configs = {"LLM": trained.llm_config, "predictor": backbone}
     for what, config in configs.items():
         if config is not None:
             print(f"{what + ':':12} {config.get('model_type')}")
@@ -63,7 +64,7 @@ def print_dry_run(plan: Plan, mlx_path: Path) -> None:
     print(f"LLM:         {plan.config['model_type']}, {plan.layers} layers (L)")
     print(f"d_ffn:       {plan.d_ffn}")
     print(f"k:           {ifp.k}")
-    if backbone is not None:
+    if backbone is not None and ifp.head is not None:
         head = " -> ".join(map(str, ifp.head.widths))
         print(f"predictor:   {backbone['model_type']}, head {head}, {ifp.head.activation}")
         values = "soft values kept" if ifp.mask.keep_soft_values else "hard"

@@ -127,6 +127,7 @@ def _predictor(
     checkpoint: Checkpoint, precision: Precision, head_precision: Precision, dequantize: bool
 ) -> tuple[dict[str, Any], dict[str, Tensors], list[str]]:
     old, head = checkpoint.predictor_config, checkpoint.head
+    assert old is not None and checkpoint.ifp.head is not None  # it has a predictor
     _check(checkpoint, "predictor", checkpoint.predictor, precision, dequantize)
     _check(checkpoint, "predictor's head", head, head_precision, dequantize)
     config = old

@@ -27,10 +27,10 @@ def shared_embedding(llm: NamedModel, backbone: NamedModel) -> tuple[str, str] |
 
 def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper) -> bool:
     """Whether two tokenizers give the same ids: of equal ``tokenizer.json`` and chat template."""
-    backends = [getattr(each, "backend_tokenizer", None) for each in (one, other)]
-    if None in backends or one.chat_template != other.chat_template:
+    ours, theirs = (getattr(each, "backend_tokenizer", None) for each in (one, other))
+    if ours is None or theirs is None or one.chat_template != other.chat_template:
         return False
-    return backends[0].to_str() == backends[1].to_str()
+    return ours.to_str() == theirs.to_str()
 
 
 def leave_out_embedding(backbone: NamedModel, path: str) -> None:

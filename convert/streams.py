@@ -109,8 +109,8 @@ def dequantized(parts: Tensors, how: dict[str, Any]) -> LazyTensor:
     factor = 32 // how["bits"]
 
     def read(start: int, stop: int) -> mx.array:
-        arrays = [as_array(tensor.read(start, stop), tensor.dtype) for tensor in tensors]
-        return mx.dequantize(*arrays, **how)
+        packed, scale, *bias = [as_array(t.read(start, stop), t.dtype) for t in tensors]
+        return mx.dequantize(packed, scale, bias[0] if bias else None, **how)
 
     # MLX dequantizes the modes with 8-bit scales to bfloat16.
     dtype = scales.dtype if how["mode"] == "affine" else mx.bfloat16

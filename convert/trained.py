@@ -46,6 +46,8 @@ def plan_trained(
             f"The layout {trained.layout!r} has not all that is needed; name "
             f"{', '.join(trained.missing)}."
         )
+    # Neither is missing.
+    assert trained.llm_config is not None and trained.tokenizer is not None
     llm = name_tensors(trained.llm_config, trained.llm, "the LLM")
     ffns = llm.ffns
     layers, d_ffn = len(ffns), ffns[0].d_ffn
@@ -78,7 +80,7 @@ def plan_trained(
     if trained.predictor is not None:
         _add_predictor(plan, trained.predictor, llm, how, precisions, trust_remote_code)
         plan.ifp.text.format = text_format or "raw"
-    else:
+    elif trained.static is not None:
         plan.tensors[Path(STATIC_FILE).stem] = {"scores": _scores(trained.static, layers, d_ffn)}
         plan.sources["static"] = {trained.static.name: "scores"}
     trunk, channels = split_tensors(llm, ffns, how, precisions.llm.dtype)
@@ -95,6 +97,8 @@ def _add_predictor(
     trust_remote_code: bool,
 ) -> None:
     """Complete the plan of an LLM by the predictor that selects its channels."""
+    # plan_trained has refused what is missing.
+    assert predictor.config is not None and predictor.tokenizer is not None
     backbone = name_tensors(
         predictor.config, predictor.backbone, "the predictor's backbone", body_only=True
     )
@@ -104,7 +108,7 @@ def _add_predictor(
     own = open_tokenizer(predictor.tokenizer, trust_remote_code)
     plan.predictor_tokenizer = own
     plan.notes += note_tokens(own, token_rows(backbone.network), "the predictor's tokenizer")
-    if same_tokens(plan.tokenizer, plan.predictor_tokenizer):
+    if plan.tokenizer is not None and same_tokens(plan.tokenizer, own):
         paths = shared_embedding(llm, backbone)
         # An embedding that is to be stored in another precision is another one.
         alike = precisions.llm.dtype == precisions.predictor.dtype

@@ -82,8 +82,12 @@ def _read_model(file: BinaryIO, with_tokenizer: bool, scratch: Path | None) -> G
         tokenizer = build_tokenizer(metadata, config["vocab_size"], context)
     blocks = copy_blocks(file, tensors, scratch)
     if "rope_freqs.weight" in blocks:
-        _set_llama3_scaling(blocks["rope_freqs.weight"].flatten().tolist(), config)
+        _set_llama3_scaling(_floats(blocks["rope_freqs.weight"]), config)
     return GGUFModel(config, _read_weights(blocks, tensors, names, config), tokenizer)
+
+
+def _floats(array: mx.array) -> list[float]:
+    return np.array(array.astype(mx.float32)).flatten().tolist()
 
 
 def _check_kind(metadata: dict[str, Any]) -> None:
@@ -126,7 +130,7 @@ def _read_config(metadata: dict[str, Any], tensors: dict[str, GGUFTensor]) -> di
     # Norms are float32 whatever the matrices are; the model is to run in the type of these.
     kinds = {tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1}
     dtype = {"F32": "float32", "BF16": "bfloat16"}.get("".join(kinds), "float16")
-    config = {
+    config: dict[str, Any] = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "hidden_act": "silu",
@@ -252,7 +256,8 @@ def _read_weights(
 ) -> dict[str, mx.array]:
     """mlx-lm's names -> arrays, not evaluated; adds ``quantization`` to the config."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    weights, quantized = {}, {}
+    weights: dict[str, mx.array] = {}
+    quantized: dict[str, dict[str, Any]] = {}
     for gguf, name in names.items():
         module = name.rpartition(".")[0]
         arrays = decode(tensors[gguf], blocks[gguf])

@@ -13,7 +13,7 @@ import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
@@ -154,7 +154,7 @@ def copy_blocks(
             if copy.tell() < size:
                 raise IFPError("the file was truncated while it was read; get it again.")
             copy.flush()
-            return mx.load(copy.name, format="safetensors")
+            return cast(dict[str, mx.array], mx.load(copy.name, format="safetensors"))
     except OSError as error:
         raise IFPError(
             f"cannot be copied to {scratch or tempfile.gettempdir()} ({error.strerror}); it takes "

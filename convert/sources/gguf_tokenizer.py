@@ -57,7 +57,9 @@ def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
     count = len(metadata.get("tokenizer.ggml.tokens") or ())
     # SentencePiece's own, which old files leave out.
     own = {"unk": 0, "bos": 1, "eos": 2}
-    ids = own if metadata.get("tokenizer.ggml.model") == "llama" else {}
+    ids: dict[str, Any] = {}
+    if metadata.get("tokenizer.ggml.model") == "llama":
+        ids |= own
     keys = {name: name for name in ("bos", "eos", "eot", "eom")}
     for name, key in (keys | {"unk": "unknown", "pad": "padding"}).items():
         ids[name] = metadata.get(f"tokenizer.ggml.{key}_token_id", ids.get(name))
@@ -81,7 +83,7 @@ def build_tokenizer(
     kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind not in ("gpt2", "llama"):
         raise _refusal(f"the tokenizer {kind!r} is not supported")
-    if kind == "gpt2" and pre not in PRE_TOKENIZERS:
+    if kind == "gpt2" and (pre is None or pre not in PRE_TOKENIZERS):
         raise _refusal(f"the tokenizer's way to split text, {pre!r}, is not supported")
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
@@ -89,7 +91,7 @@ def build_tokenizer(
         raise _refusal("the tokenizer repeats tokens or has more than the embedding")
     ids = special_ids(metadata)
     try:
-        if kind == "gpt2":
+        if kind == "gpt2" and pre is not None:
             backend, add_bos = _byte_level_bpe(metadata), PRE_TOKENIZERS[pre].add_bos
         else:
             backend, add_bos = _sentencepiece_bpe(metadata, types, ids), True

@@ -103,7 +103,7 @@ def file_rows(
             file.seek(offset + start * row)
             done = 0
             # One call reads 2 GB at most.
-            while done < data.size and (count := file.readinto(memoryview(data)[done:])):
+            while done < data.size and (count := file.readinto(data.data[done:])):
                 done += count
         if done < data.size:
             raise IFPError(f"{path}: the file was truncated while it was read; get it again.")

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -166,10 +166,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def token_rows(model: nn.Module) -> int | None:
     """Rows of a model's embedding of tokens; None if it has none, or others besides."""
     try:
-        embedding = get_module(model, find_embedding(model))
+        return _embedding(model)[1][0]
     except IFPError:
         return None
-    return embedding_shape(embedding)[0]
+
+
+def _embedding(model: nn.Module) -> tuple[str, tuple[int, int]]:
+    """Where a model's embedding of tokens is, and its rows and columns."""
+    name = find_embedding(model)
+    module = get_module(model, name)
+    assert isinstance(module, nn.Embedding | nn.QuantizedEmbedding)  # as find_embedding looks for
+    return name, embedding_shape(module)
 
 
 def _load_llm_config(path: Path) -> dict[str, Any]:
@@ -238,8 +245,8 @@ def _check_predictor(
 def _check_shared_embedding(path: Path, llm: nn.Module, backbone: nn.Module) -> None:
     shapes, names = [], []
     for model in (llm, backbone):
-        name = find_embedding(model)
-        shapes.append(embedding_shape(get_module(model, name)))
+        name, shape = _embedding(model)
+        shapes.append(shape)
         names.append(f"{name}.weight")
     if shapes[0] != shapes[1]:
         raise IFPError(
@@ -272,7 +279,8 @@ def _with_places(
     """The channels' tensors, which know where each channel is."""
     shape = (len(ffns), ffns[0].d_ffn)
     check_tensors(path, order, {ORDER_TENSOR: (shape, ("U32",))})
-    stored = np.array(mx.load(str(path))[ORDER_TENSOR]).astype(np.int64)
+    arrays = cast(dict[str, mx.array], mx.load(str(path)))
+    stored = np.array(arrays[ORDER_TENSOR]).astype(np.int64)
     for layer in range(len(ffns)):
         if not np.array_equal(np.sort(stored[layer]), np.arange(shape[1])):
             raise IFPError(f"{path}: layer {layer} does not hold each channel once.")
@@ -287,7 +295,7 @@ def write_checkpoint(
     directory: Path,
     config: dict[str, Any],
     ifp: IFPConfig,
-    tensors: dict[str, dict[str, mx.array | LazyTensor]],
+    tensors: dict[str, dict[str, LazyTensor]] | dict[str, dict[str, mx.array | LazyTensor]],
     progress: Callable[[int], Any] = lambda _: None,
 ) -> None:
     """Write configs and tensors into a directory of :func:`~mlx_ifp.files.atomic.new_directory`.

@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,11 @@ def quantized_modules(tensors: dict[str, TensorInfo]) -> set[str]:
     return {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
 
 
+def parameters_of(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """Names and arrays of a model's parameters, in order."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+
+
 def trunk_tensors(model: nn.Module, ffns: list[FFN]) -> Expected:
     """What the trunk of a model is made of: name -> (shape, allowed dtypes).
 
@@ -35,7 +40,7 @@ def trunk_tensors(model: nn.Module, ffns: list[FFN]) -> Expected:
     biases = {f"{ffn.path}.down_proj.bias" for ffn in ffns if "down_proj" in ffn.biases}
     return {
         name: (tuple(array.shape), _allowed(array))
-        for name, array in tree_flatten(model.parameters())
+        for name, array in parameters_of(model)
         if not name.startswith(prefixes) or name in biases
     }
 
@@ -54,7 +59,7 @@ def backbone_tensors(model: nn.Module, own_embedding: bool = True) -> Expected:
     shared = () if own_embedding else (f"{find_embedding(model)}.",)
     return {
         name: (tuple(array.shape), _allowed(array))
-        for name, array in tree_flatten(model.parameters())
+        for name, array in parameters_of(model)
         if name.startswith(prefix) and not name.startswith(shared)
     }
 

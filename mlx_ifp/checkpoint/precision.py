@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,7 +114,7 @@ def quantize_config(
         module = get_module(network, ffn.path)
         module.down_proj = linear(module.down_proj.weight.T, module.down_proj.get("bias"))
     group_size = precision.group_size
-    predicate = None
+    predicate: Callable[..., bool | dict[str, Any]] | None = None
     if precision.recipe is not None:
         group_size = group_size or DEFAULT_GROUP_SIZE
         predicate = mixed_quant_predicate_builder(precision.recipe, network, group_size)
@@ -153,16 +154,17 @@ def quantize_head(
         precision (Precision): without ``quantize`` nothing is; the mode is affine.
     """
     how: dict[str, dict[str, Any]] = {}
-    notes = []
+    notes: list[str] = []
     if not precision.quantize:
         return config, how, notes
     precision.check()
-    one = {"group_size": precision.group_size, "bits": precision.bits, "mode": "affine"}
+    group_size = precision.group_size or DEFAULT_GROUP_SIZE
+    one: dict[str, Any] = {"group_size": group_size, "bits": precision.bits, "mode": "affine"}
     for i, width in enumerate(widths[:-1], 1):
-        if width % precision.group_size:
+        if width % group_size:
             notes.append(
                 f"linear{i} of the predictor's head stays unquantized: its input {width} is no "
-                f"multiple of the group size {precision.group_size}."
+                f"multiple of the group size {group_size}."
             )
             continue
         with one_line("The predictor's head cannot be quantized so"):

@@ -48,8 +48,9 @@ def to_rows(
     tensor: Tensor,
     *,
     turned: bool = False,
-    rows: Callable[[Tensor, int, int], Tensor] = _rows,
-    transposed: Callable[[Tensor], Tensor] = mx.transpose,
+    # mypy knows no default for one of the kinds of tensors: these two are of arrays.
+    rows: Callable[[Tensor, int, int], Tensor] = _rows,  # type: ignore[assignment]
+    transposed: Callable[[Tensor], Tensor] = mx.transpose,  # type: ignore[assignment]
 ) -> dict[str, Tensor]:
     """One tensor of an FFN as it is stored.
 

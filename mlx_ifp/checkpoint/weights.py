@@ -1,5 +1,7 @@
 """A checkpoint's tensors -> mlx-lm modules with arrays in memory; all but the channels."""
 
+import typing
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,7 +19,8 @@ def load_tensors(tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> dict
     """
     arrays: dict[str, mx.array] = {}
     for path in sorted({tensor.path for tensor in tensors.values()}):
-        arrays |= {k: v for k, v in mx.load(str(path)).items() if k in tensors}
+        loaded = typing.cast(dict[str, mx.array], mx.load(str(path)))
+        arrays |= {k: v for k, v in loaded.items() if k in tensors}
     for name, array in arrays.items():
         if (places := tensors[name].places) is not None:
             arrays[name] = mx.take(array, mx.array(places), axis=0)
@@ -30,6 +33,7 @@ def build_backbone(checkpoint: Checkpoint, trunk: nn.Module | None = None) -> nn
     Raises:
         ValueError: if it shares the trunk's embedding and there is no trunk.
     """
+    assert checkpoint.predictor_config is not None  # as a head is
     model = build_model(checkpoint.predictor_config, quantized_modules(checkpoint.predictor))
     if checkpoint.ifp.predictor_embedding == "llm":
         if trunk is None:

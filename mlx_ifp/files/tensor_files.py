@@ -164,7 +164,7 @@ def len_of(shape: tuple[int, ...]) -> int:
 
 def write_safetensors(
     path: Path,
-    tensors: dict[str, mx.array | LazyTensor],
+    tensors: dict[str, mx.array] | dict[str, LazyTensor] | dict[str, mx.array | LazyTensor],
     progress: Callable[[int], Any] = lambda _: None,
     *,
     digest: bool = True,

@@ -15,6 +15,7 @@ from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.commands.export.stock_model import export
 from mlx_ifp.convert import convert
+from mlx_ifp.llm.ffn import find_ffns
 from mlx_ifp.selection.files import save_selection
 
 from ..cli.test_bad_input import fails
@@ -187,3 +188,50 @@ def test_gguf_is_refused_where_it_would_be_wrong(tiny_checkpoint, tmp_path, valu
     with pytest.raises(IFPError, match=expected):
         export(checkpoint, tokenizer, tmp_path / "out", gguf=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "field"),
+    [
+        (
+            "recurrent_gemma",
+            {"attention_bias": False, "conv1d_width": 4, "logits_soft_cap": 30.0,
+             "attention_window_size": 32, "block_types": ["recurrent", "recurrent", "attention"],
+             "lru_width": 64, "num_key_value_heads": 1},
+            "intermediate_size",
+        ),
+        (
+            "afm7",
+            {"hidden_dim": 64, "num_layers": 3, "num_kv_reuse_layers": 1, "num_heads": 4,
+             "num_kv_heads": 2, "hidden_dim_scale_factor": 2.5},
+            "hidden_dim_scale_factor",
+        ),
+    ],
+)  # fmt: skip
+def test_an_ffn_that_is_not_as_wide_as_intermediate_size(tmp_path, architecture, values, field):
+    """The config is one of which mlx-lm builds this width, or nothing is written."""
+    config = ARCHITECTURES["llama"] | values
+    checkpoint = open_checkpoint(
+        convert(str(make_dense(tmp_path / "dense", "llama", model_type=architecture, **config)),
+                tmp_path / "ifp", keep=0.5)
+    )  # fmt: skip
+    _, tokenizer = load(checkpoint.path, cache=False)
+    layers, d_ffn = len(checkpoint.ffns), checkpoint.d_ffn
+    for k, out in ((33, "odd"), (d_ffn, "whole")):
+        notes = export(checkpoint, tokenizer, tmp_path / out, random_selection(layers, d_ffn, k))
+        assert field in " ".join(notes) or k == d_ffn
+        network, _ = mlx_lm.load(str(tmp_path / out))
+        assert find_ffns(network)[0].d_ffn == k
+
+
+def test_a_width_that_no_config_has_is_refused_before_anything_is_written(tmp_path):
+    ffn = {"ffn_mult": 2.0, "no_op": False, "replace_with_linear": False}
+    attention = {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False}
+    blocks = [{"attention": attention, "ffn": ffn}] * 3
+    dense = make_dense(tmp_path / "dense", model_type="nemotron-nas", block_configs=blocks)
+    checkpoint = open_checkpoint(convert(str(dense), tmp_path / "ifp"))
+    _, tokenizer = load(checkpoint.path, cache=False)
+    selection = random_selection(3, checkpoint.d_ffn, 100)
+    with pytest.raises(IFPError, match="100 channels cannot be a stock model"):
+        export(checkpoint, tokenizer, tmp_path / "out", selection)
+    assert not (tmp_path / "out").exists()

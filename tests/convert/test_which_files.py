@@ -106,7 +106,7 @@ def test_a_quantized_model_in_a_directory_of_any_name(tmp_path, dense_llama):
         ("module._orig_mod.model.norm.weight", "model.norm.weight"),
         ("base_model.model.model.norm.weight", "model.norm.weight"),
         ("llm._orig_mod.module.model.norm.weight", "llm.model.norm.weight"),
-        ("model.layers.0._fsdp_wrapped_module.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.layers.0._fsdp_wrapped_module.mlp.weight", "model.layers.0.mlp.weight"),
         ("model.multi_module.weight", "model.multi_module.weight"),
     ],
 )  # fmt: skip
