@@ -42,7 +42,7 @@ from model import (  # noqa: E402
     load_backbone,
     load_llm,
 )
-from rounding import Rounding  # noqa: E402
+from rounding import BITS, GROUP_SIZES, Rounding  # noqa: E402
 from save import is_checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
@@ -148,6 +148,8 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise fail(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.q_bits not in BITS or args.q_group_size not in GROUP_SIZES:
+        raise fail(f"--q-bits must be one of {BITS}, --q-group-size one of {GROUP_SIZES}")
     if args.iters is None and args.minutes is None:
         raise fail("say how long to train: --iters or --minutes")
     if len(args.keep) > 2:
@@ -227,7 +229,17 @@ class Step(nn.Module):
         self.model = model
         self.settings = (teacher, dtype, block, terms_of)
 
-    def forward(
+    def forward(self, work: str, *args: Any) -> Any:
+        """``loss`` or ``measure``: what shards a module's weights gathers them around this call."""
+        return getattr(self, work)(*args)
+
+    def measure(self, teacher: MaskedLM, data: DeviceData, batches: Any, k: int) -> dict[str, Any]:
+        """What :func:`validate.validate` says."""
+        _, dtype, block, _ = self.settings
+        with torch.autocast(data.device.type, dtype, enabled=dtype != torch.float32):
+            return validate(self.model, teacher, data, batches, k, block=block, dtype=dtype)
+
+    def loss(
         self, batch: Any, k: int, temperature: float, blend: float, ce: float, kl: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and as values its cross-entropy and KL.
@@ -309,15 +321,7 @@ class Trainer:
         self.model.k = self.valid_k
         self.train_data, self.valid_data = self._load_data()
         self.order = BatchOrder(self.train_data.lengths, args.batch_tokens, args.seed)
-        self.rounding = None
-        if args.quantize_from < 1:
-            try:
-                self.rounding = Rounding(
-                    self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
-                    DTYPES[args.save_dtype],
-                )  # fmt: skip
-            except ValueError as error:
-                raise fail(error) from error
+        self.rounding: Rounding | None = None
         self.iteration = self.trained_tokens = 0
         self.pieces, self.compiled = 1, False
         self.now = 0.0  # the share of the run that is done
@@ -413,6 +417,12 @@ class Trainer:
         step = Step(self.model, self.teacher if distils else None, self.dtype, self.block, terms_of)
         self.optimizer = self._optimizer()
         self.step, self.optimizer = self.accelerator.prepare(step, self.optimizer)
+        if args.quantize_from < 1:
+            # Of the weights as they are now: several processes may hold a part each.
+            self.rounding = Rounding(
+                self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
+                DTYPES[args.save_dtype],
+            )  # fmt: skip
         if args.resume:
             self._resume()
         elif self.valid_data is not None:
@@ -527,7 +537,7 @@ class Trainer:
                     batch = self.train_data.batch(piece, on)
                     last = i == len(pieces) - 1
                     with contextlib.nullcontext() if last else accelerator.no_sync(self.step):
-                        loss, *parts = self.step(batch, *inputs)
+                        loss, *parts = self.step("loss", batch, *inputs)
                         accelerator.backward(loss)
                     total += torch.stack([loss.detach(), *parts])
                 return total
@@ -601,36 +611,28 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Validate on the first process, and report."""
-        if self.main:
-            start = time.perf_counter()
-            batches = by_length(self.valid_data, self.args.batch_tokens, self.args.valid_examples)
-            with (
-                torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
-                # Other shapes and no gradients: compiling them would take longer than this.
-                torch.compiler.set_stance("force_eager"),
-                self._rounded(self.now),
-            ):
-                report = validate(
-                    self.model, self.teacher, self.valid_data, batches, self.valid_k,
-                    block=self.block, dtype=self.dtype,
-                )  # fmt: skip
-            report = {"iteration": self.iteration, **report}
-            between = report["overlap_between"]
-            self.log(
-                report,
-                f"Iter {self.iteration}: Val loss {report['val_loss']:.3f}, dense "
-                f"{report['dense_loss']:.3f}, KL to dense {report['val_kl']:.3f} (mean of tasks "
-                f"{report['mean_task_kl']:.3f}) at k = {self.valid_k}, same token "
-                f"{report['agreement']:.1%}, overlap between tasks "
-                f"{'-' if between is None else f'{between:.3f}'}, dead channels "
-                f"{report['dead_channels']:.1%}, Val took {report['val_time']:.1f}s",
-            )
-            share = self.valid_k / self.model.channels
-            if self.args.select_by != "static" and (warning := collapse_warning(report, share)):
-                print(f"[WARNING] {warning}", flush=True)
-            self.reserve = max(self.reserve, 5.0 + 1.5 * (time.perf_counter() - start))
-        self.accelerator.wait_for_everyone()
+        """Validate, each process alike, and report."""
+        start = time.perf_counter()
+        batches = by_length(self.valid_data, self.args.batch_tokens, self.args.valid_examples)
+        # Other shapes and no gradients: compiling them would take longer than this.
+        with torch.compiler.set_stance("force_eager"), self._rounded(self.now), torch.no_grad():
+            report = self.step("measure", self.teacher, self.valid_data, batches, self.valid_k)
+        report = {"iteration": self.iteration, **report}
+        between = report["overlap_between"]
+        self.log(
+            report,
+            f"Iter {self.iteration}: Val loss {report['val_loss']:.3f}, dense "
+            f"{report['dense_loss']:.3f}, KL to dense {report['val_kl']:.3f} (mean of tasks "
+            f"{report['mean_task_kl']:.3f}) at k = {self.valid_k}, same token "
+            f"{report['agreement']:.1%}, overlap between tasks "
+            f"{'-' if between is None else f'{between:.3f}'}, dead channels "
+            f"{report['dead_channels']:.1%}, Val took {report['val_time']:.1f}s",
+        )
+        share = self.valid_k / self.model.channels
+        warning = collapse_warning(report, share)
+        if warning and self.main and self.args.select_by != "static":
+            print(f"[WARNING] {warning}", flush=True)
+        self.reserve = max(self.reserve, 5.0 + 1.5 * (time.perf_counter() - start))
 
     def _warm_start(self) -> None:
         """Each process does the same."""
@@ -693,6 +695,8 @@ class Trainer:
     def finish(self) -> None:
         """Write the checkpoint, then validate: weights come first."""
         args = self.args
+        # Weights that are divided among processes come together on the first.
+        state = self.accelerator.get_state_dict(self.step)
         if self.main:
             save_checkpoint(
                 self.output, self.model, self.tokenizer, self.predictor_tokenizer,
@@ -708,6 +712,7 @@ class Trainer:
                     else {"bits": args.q_bits, "group_size": args.q_group_size},
                 },
                 dtype=DTYPES[args.save_dtype], shard_size=args.shard_size,
+                state={name.removeprefix("model."): tensor for name, tensor in state.items()},
             )  # fmt: skip
             print(f"Saved {self.output}", flush=True)
         if self.valid_data is not None:
