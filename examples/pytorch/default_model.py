@@ -159,7 +159,9 @@ def settings(args: argparse.Namespace, memory: float) -> dict[str, list[object]]
                        "--split-valid", 480],
         "train": [*both, "--predictor-layers", 4,
                   "--predictor-learning-rate", args.predictor_learning_rate],
-        "static": [*both, "--predictor-learning-rate", args.predictor_learning_rate],
+        # Too short to be worth a compilation.
+        "static": [*(flag for flag in both if flag != "--compile"), "--valid-examples", 64,
+                   "--predictor-learning-rate", args.predictor_learning_rate],
         "evaluate": ["--max-answer-tokens", 96],
     }  # fmt: skip
 
@@ -250,7 +252,9 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
 
     # What follows the training: its evaluation, and the static mask with a fifth of its time.
     after = min(90, 0.25 * limit)
-    seconds = (runner.left - after) / 1.2
+    # Imports, compilation and first validation come before any training.
+    before_training = min(25, 0.1 * limit)
+    seconds = (runner.left - after - before_training) / 1.2
     checked = ["--valid", valid] if valid.exists() else []
     common = [
         "--model", dense, "--data", data, *checked, "--keep", keep[0], keep[-1],
@@ -296,8 +300,8 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
         "--output", results[0], timeout=max(60, runner.left),
     )  # fmt: skip
 
-    static, before = work / "static", runner.left
-    seconds = min(seconds / 5, before - max(10, after / 4))
+    static = work / "static"
+    seconds = min(seconds / 5 + before_training, runner.left - max(10, after / 4))
     if seconds > 5 and valid.exists():
         runner.stage(
             "static", "train.py", *common, "--output", static, "--minutes", seconds / 60,
@@ -308,11 +312,15 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
         if (static / MANIFEST).exists():
             runner.stage(
                 "evaluate-static", "evaluate.py", *evaluation, "--static", static,
-                "--output", results[1], timeout=max(30, runner.left + 30),
+                "--output", results[1], timeout=max(60, runner.left + 30),
             )  # fmt: skip
     else:
         print("static: no time left for it", flush=True)
-    write_table(results, output / "table.md")
+    steps = {
+        name: runner.timing["stages"].get(stage, {})
+        for name, stage in (("prompt", "train"), ("static", "static"))
+    }
+    write_table(results, steps, output / "table.md")
     runner.write_timing()
     return True
 
@@ -331,18 +339,24 @@ def copy_log(run: Path, to: Path) -> None:
         shutil.copy(run / "log.jsonl", to)
 
 
-def write_table(results: list[Path], to: Path) -> None:
-    """The tables of all evaluations as one, printed and written."""
+def write_table(results: list[Path], steps: dict[str, dict[str, Any]], to: Path) -> None:
+    """The tables of all evaluations as one, and what each run was trained, printed and written."""
     # Imported late: until here nothing needs PyTorch in this process.
     from evaluate import table
 
     runs = {}
     for path in results:
         runs |= read_json(path).get("runs", {})
-    if runs:
-        text = table(runs)
-        to.write_text(text + "\n")
-        print(text, flush=True)
+    if not runs:
+        return
+    lines = [table(runs), ""]
+    for name in runs:
+        count, tokens = (steps[name].get(key, 0) for key in ("iterations", "trained_tokens"))
+        lines.append(f"{name}: {count:,} steps, {tokens:,} tokens")
+        if count < 100:
+            lines.append(f"[WARNING] {name} was hardly trained; its rows compare nothing.")
+    to.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
