@@ -286,12 +286,12 @@ def try_compile(
 
     One graph serves all layers, and shapes are symbols in it: one compilation a model.
     """
-    # The mask is an attribute of a module, and has as many rows as the batch.
-    torch._dynamo.config.force_nn_module_property_static_shapes = False
-    # A batch of as many rows as a head has values is no special case.
-    torch.fx.experimental._config.use_duck_shape = False
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     try:
+        # The mask is an attribute of a module, and has as many rows as the batch.
+        torch._dynamo.config.force_nn_module_property_static_shapes = False
+        # A batch of as many rows as a head has values is no special case.
+        torch.fx.experimental._config.use_duck_shape = False
+        torch._dynamo.config.cache_size_limit = 64
         # A trial: a missing compiler shows here, and not in the middle of a step.
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
