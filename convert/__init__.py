@@ -1,5 +1,21 @@
 """Make checkpoints: ``mlx_ifp.convert``. In the repository this package stands at the top."""
 
-from .command import convert, main
+from typing import TYPE_CHECKING, Any
+
+from mlx_ifp.cli.dispatch import entry_point
+
+if TYPE_CHECKING:
+    from .conversion import convert as convert
 
 __all__ = ["convert", "main"]
+
+main = entry_point(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    # MLX is imported when it is needed: help answers without it.
+    if name != "convert":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .conversion import convert
+
+    return convert

@@ -28,12 +28,12 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mlx_ifp.cli import command
-from mlx_ifp.structure import build_model
-from mlx_ifp.tensor_files import LazyTensor, write_safetensors
+from mlx_ifp.cli.dispatch import script
+from mlx_ifp.files.tensor_files import LazyTensor, write_safetensors
+from mlx_ifp.llm.build import build_model
 
 from .command import convert_with
-from .command import setup_arg_parser as setup_arg_parser_of_convert
+from .options import setup_arg_parser as setup_arg_parser_of_convert
 
 _LLM = {
     "model_type": "llama",
@@ -160,7 +160,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@script
 def main() -> None:
     """Run the benchmark."""
     args = setup_arg_parser().parse_args()

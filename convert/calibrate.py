@@ -12,12 +12,13 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from mlx_ifp.channels import ChannelReader
-from mlx_ifp.checkpoint import CHANNELS, ORDER_FILE, ORDER_TENSOR, open_checkpoint
-from mlx_ifp.config import CONFIG_FILE
+from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.directory import CHANNELS, ORDER_FILE, ORDER_TENSOR, open_checkpoint
 from mlx_ifp.device import default_dtype
-from mlx_ifp.model import IFPModel
-from mlx_ifp.tensor_files import DTYPES, LazyTensor, TensorInfo, write_safetensors
+from mlx_ifp.files.tensor_files import DTYPES, LazyTensor, TensorInfo, write_safetensors
+from mlx_ifp.selectors.selector import Selector
+from mlx_ifp.subnetwork.channels import ChannelReader
+from mlx_ifp.subnetwork.parent import Parent
 
 CLUSTERS = 16
 _ROUNDS = 20
@@ -37,10 +38,10 @@ def calibrate(directory: Path, tokenizer: TokenizerWrapper | None, prompts: list
         IFPError: if a prompt is too long for the selector.
     """
     checkpoint = open_checkpoint(directory)
-    model = IFPModel(checkpoint, tokenizer, dtype=default_dtype())
-    masks = [model.select(prompt).mask for prompt in tqdm(prompts, desc="Calibrating")]
+    selector = Selector(checkpoint, Parent.load(checkpoint, default_dtype()), tokenizer)
+    masks = [selector.select(prompt).mask for prompt in tqdm(prompts, desc="Calibrating")]
     order = channel_order(np.stack(masks))
-    del model
+    del selector
     layers = {ffn.path: i for i, ffn in enumerate(checkpoint.ffns)}
     ifp = checkpoint.ifp
     files: dict[str, dict[str, TensorInfo]] = {}

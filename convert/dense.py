@@ -1,28 +1,28 @@
 """A dense model -> an mlx-lm model and its tensors, their data unread."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, load_config, load_model
 
-from mlx_ifp.config import CONFIG_FILE
-from mlx_ifp.errors import IFPError, reason_of
-from mlx_ifp.locate import source_name
-from mlx_ifp.structure import FFN, build_model, find_ffns, get_module, linear
-from mlx_ifp.tensor_files import LazyTensor, read_any_header
+from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.locate import source_name
+from mlx_ifp.errors import IFPError, one_line
+from mlx_ifp.files.tensor_files import LazyTensor, read_any_header
+from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.modules import get_module, linear
 
-from .gguf import load_gguf
 from .naming import mlx_config, name_tensors
-from .source_files import open_tensors
+from .sources.files import open_tensors
+from .sources.gguf import load_gguf
+from .sources.tokenizer import open_tokenizer
 
 
 @dataclass
@@ -77,50 +77,76 @@ def load_dense(
         IFPError: if it is not such a model, is damaged, or cannot be pruned.
     """
     if path.is_file():
-        gguf = load_gguf(path, with_tokenizer=tokenizer is None, scratch=scratch)
-        network = build_model(
-            gguf.config,
-            {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")},
-        )
-        _load_strictly(network, gguf.weights, path)
-        own = TokenizerWrapper(gguf.tokenizer) if gguf.tokenizer is not None else None
-        chosen = own or open_tokenizer(tokenizer, trust_remote_code)
-        source = {"model": path.name, "format": "gguf"}
-        return _from_network(network, gguf.config, chosen, source, dequantize)
-
-    with one_line(model):
+        return _load_gguf(path, dequantize, tokenizer, trust_remote_code, scratch)
+    with one_line(f"{model} cannot be loaded"):
         config = load_config(path) if (path / "config.json").is_file() else None
     if not path.is_dir() or config is None:
         raise IFPError(f"{model} is no model directory: it has no config.json.")
     config = mlx_config(config)
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
-    source = {"model": source_name(model), "format": "safetensors"}
-    extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
-    if not _is_quantized(path, config):
-        named = name_tensors(config, open_tensors(path), str(model))
-        return DenseModel(
-            named.network,
-            named.config,
-            open_tokenizer(tokenizer or str(path), trust_remote_code),
-            source,
-            named.tensors,
-            named.ffns,
-            extra_files,
-            notes=named.notes,
-            mapped=named.mapped,
-            skipped=named.skipped,
-        )
-    # mlx-lm unpacks the formats of other quantizers.
-    files = sorted(path.glob("model*.safetensors"))
-    for file in files:
-        read_any_header(file)
-    with one_line(model):
-        network, config = load_model(path, lazy=True, model_config=config)
-    chosen = open_tokenizer(tokenizer or str(path), trust_remote_code)
-    dense = _from_network(network, config, chosen, source, dequantize)
-    dense.extra_files = extra_files
+    own = open_tokenizer(tokenizer or str(path), trust_remote_code)
+    if _is_quantized(path, config):
+        dense = _load_quantized(model, path, config, own, dequantize)
+    else:
+        dense = _load_floats(model, path, config, own)
+    dense.extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
     return dense
+
+
+def _load_gguf(
+    path: Path,
+    dequantize: bool,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+    scratch: Path | None,
+) -> DenseModel:
+    gguf = load_gguf(path, with_tokenizer=tokenizer is None, scratch=scratch)
+    network = build_model(
+        gguf.config,
+        {name.removesuffix(".scales") for name in gguf.weights if name.endswith(".scales")},
+    )
+    _load_strictly(network, gguf.weights, path)
+    own = TokenizerWrapper(gguf.tokenizer) if gguf.tokenizer is not None else None
+    chosen = own or open_tokenizer(tokenizer, trust_remote_code)
+    source = {"model": path.name, "format": "gguf"}
+    return _from_network(network, gguf.config, chosen, source, dequantize)
+
+
+def _load_floats(
+    model: str, path: Path, config: dict[str, Any], tokenizer: TokenizerWrapper
+) -> DenseModel:
+    named = name_tensors(config, open_tensors(path), model)
+    return DenseModel(
+        named.network,
+        named.config,
+        tokenizer,
+        _source(model),
+        named.tensors,
+        named.ffns,
+        notes=named.notes,
+        mapped=named.mapped,
+        skipped=named.skipped,
+    )
+
+
+def _load_quantized(
+    model: str,
+    path: Path,
+    config: dict[str, Any],
+    tokenizer: TokenizerWrapper,
+    dequantize: bool,
+) -> DenseModel:
+    """mlx-lm unpacks the formats of other quantizers."""
+    for file in sorted(path.glob("model*.safetensors")):
+        read_any_header(file)
+    with one_line(f"{model} cannot be loaded"):
+        network, config = load_model(path, lazy=True, model_config=config)
+    return _from_network(network, config, tokenizer, _source(model), dequantize)
+
+
+def _source(model: str) -> dict[str, Any]:
+    return {"model": source_name(model), "format": "safetensors"}
 
 
 def _is_quantized(path: Path, config: dict[str, Any]) -> bool:
@@ -153,39 +179,8 @@ def _from_network(
 
 
 def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path) -> None:
-    try:
+    with one_line(f"{path}"):
         network.load_weights(list(weights.items()), strict=True)
-    except ValueError as error:
-        raise IFPError(f"{path}: {error}") from error
-
-
-def open_tokenizer(path: str, trust_remote_code: bool = False) -> TokenizerWrapper:
-    """mlx-lm's tokenizer of a directory or hub id.
-
-    Raises:
-        IFPError: if there is none.
-    """
-    with one_line(path):
-        return load_tokenizer(path, {"trust_remote_code": trust_remote_code})
-
-
-@contextlib.contextmanager
-def one_line(model: str) -> Iterator[None]:
-    """Errors of mlx-lm, transformers and the hub, said in one line that names the model."""
-    try:
-        yield
-    except IFPError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        raise IFPError(f"{model} cannot be loaded: {reason_of(error)}") from error
 
 
 def dtype_of(config: dict[str, Any]) -> str | None:

@@ -11,11 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ifp.errors import IFPError
-from mlx_ifp.structure import FFN, build_model, find_body, find_ffns
-from mlx_ifp.tensor_files import DTYPES, LazyTensor
+from mlx_ifp.errors import IFPError, one_line
+from mlx_ifp.files.tensor_files import DTYPES, LazyTensor
+from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.modules import find_body
 
-from .source_files import SourceTensor
+from .sources.tensor import SourceTensor
+from .streams import same_values
 from .support import check_support
 
 _REASONS = (
@@ -61,12 +64,8 @@ def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         IFPError: if its fields are not of the kinds they should be.
     """
-    try:
+    with one_line("config.json: rope, layer_types or the like is malformed"):
         return _translated(config)
-    except (TypeError, AttributeError, LookupError, ValueError) as error:
-        raise IFPError(
-            f"config.json: rope, layer_types or the like is malformed ({error})."
-        ) from error
 
 
 def _translated(config: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def _sanitize(network: nn.Module, arrays: dict[str, mx.array], where: str) -> di
         return arrays
     try:
         return network.sanitize(dict(arrays))
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:
         raise _TensorError(
             f"{where}: these are not the tensors of a {network.model_type!r} model "
             f"({type(error).__name__}: {error}).",
@@ -287,11 +286,7 @@ def _check_tied(name: str, sources: dict[str, SourceTensor], where: str) -> None
     """A config that ties weights which training has untied would lose one of them."""
     head = next(tensor for key, tensor in sources.items() if key.endswith(name))
     embeddings = [t for key, t in sources.items() if key.endswith("embed_tokens.weight")]
-    same = embeddings and embeddings[0].shape == head.shape
-    if same and embeddings[0].dtype == head.dtype:
-        pairs = zip(head.lazy().blocks(), embeddings[0].lazy().blocks(), strict=True)
-        same = all((a == b).all() for a, b in pairs)
-    if not same:
+    if not embeddings or not same_values(head.lazy(), embeddings[0].lazy()):
         raise IFPError(
             f"{where}: the config says that {name} is tied to the token embedding, but they "
             "differ. Set tie_word_embeddings to false in the config."

@@ -2,13 +2,10 @@
 
 import argparse
 
-from mlx_ifp.config import TEXT_FORMATS
-from mlx_ifp.options import parse_keep
-from mlx_ifp.structure import QUANTIZATION_MODES
-
-from .layouts import LAYOUTS
-from .plan import DEFAULT_KEEP
-from .precision import DTYPES, RECIPES
+from mlx_ifp.checkpoint.config import TEXT_FORMATS
+from mlx_ifp.choices import DTYPES, LAYOUTS, QUANTIZATION_MODES, RECIPES
+from mlx_ifp.cli.flags import add_trust_option, new_parser, parse_keep
+from mlx_ifp.selection.keep import DEFAULT_KEEP
 
 EXAMPLES = """examples:
   mlx_ifp.convert --model mlx-community/Llama-3.2-3B-Instruct-bf16 --mlx-path llama-ifp
@@ -28,12 +25,11 @@ EXAMPLES = """examples:
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_ifp.convert``: mlx-lm's where they mean the same, and ours."""
-    parser = argparse.ArgumentParser(
-        prog="mlx_ifp.convert",
-        description="Make a checkpoint from a dense model, from one trained with PyTorch, or from "
+    parser = new_parser(
+        "convert",
+        "Make a checkpoint from a dense model, from one trained with PyTorch, or from "
         "a checkpoint in another precision.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     parser.add_argument(
         "--model", "--hf-path", required=True, help="A file, a directory or a hub id"
@@ -68,11 +64,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="Prompts, one a line or jsonl: channels that are selected together for them are "
         "stored side by side",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Let the tokenizer run code of the model's repository",
-    )
+    add_trust_option(parser)
     _add_source_options(parser)
     _add_precision_options(parser)
     return parser

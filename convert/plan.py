@@ -5,21 +5,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_ifp.checkpoint import HEAD_STEM, PREDICTOR_STEM
-from mlx_ifp.config import IFPConfig, TextConfig, text_limit
-from mlx_ifp.errors import IFPError
-from mlx_ifp.keep import resolve_keep
-from mlx_ifp.structure import find_body, get_module
+from mlx_ifp.checkpoint.config import IFPConfig, TextConfig, text_limit
+from mlx_ifp.checkpoint.directory import CHANNELS, TRUNK
+from mlx_ifp.checkpoint.precision import Precision, quantize_config
+from mlx_ifp.llm.ffn import FFN
+from mlx_ifp.selection.keep import DEFAULT_KEEP, compact, resolve_keep
 
-from .dense import DenseModel, dtype_of, open_tokenizer
-from .layouts.parts import TrainedModel
-from .naming import NamedModel, name_tensors
-from .precision import Precision, Tensors, quantize_config, quantize_head, split_model
-
-DEFAULT_KEEP = 0.5
+from .dense import DenseModel, dtype_of
+from .naming import NamedModel
+from .streams import Tensors, split_model
 
 
 @dataclass
@@ -71,19 +67,20 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
         IFPError: if k or the precision does not fit the model.
     """
     d_ffn = dense.ffns[0].d_ffn
-    k = resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns))
+    k = compact(resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns)))
     dtype = precision.dtype or dtype_of(dense.config)
     bytes_in = sum(tensor.nbytes for tensor in dense.tensors.values())
-    config, trunk, channels, notes = _store(dense, dense.config, dense.ffns, precision, dtype)
-    if text_format is None:
-        text_format = "chat_template" if dense.tokenizer.has_chat_template else "raw"
-    ifp = IFPConfig(k=k, text=_text(dense.config, text_format), source=with_versions(dense.source))
+    precision.check()
+    config, how, notes = quantize_config(dense.config, dense.ffns, precision)
+    trunk, channels = split_tensors(dense, dense.ffns, how, dtype)
+    text = text_of(dense.config, text_format or format_of(dense.tokenizer))
+    ifp = IFPConfig(k=k, text=text, source=with_versions(dense.source))
     return Plan(
         layout="dense",
         config=config,
         predictor_config=None,
         ifp=ifp,
-        tensors={"model": trunk, "channels": channels},
+        tensors={TRUNK: trunk, CHANNELS: channels},
         bytes_in=bytes_in,
         layers=len(dense.ffns),
         d_ffn=d_ffn,
@@ -95,123 +92,22 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
     )
 
 
-def plan_trained(
-    trained: TrainedModel,
-    source: dict[str, Any],
-    precision: Precision,
-    predictor_precision: Precision,
-    head_precision: Precision,
-    text_format: str | None,
-    trust_remote_code: bool,
-) -> Plan:
-    """A trained checkpoint's conversion.
-
-    Raises:
-        IFPError: if something is missing, or LLM, predictor, head and k do not fit together.
-    """
-    if trained.missing:
-        raise IFPError(
-            f"The layout {trained.layout!r} has not all that is needed; name "
-            f"{', '.join(trained.missing)}."
-        )
-    llm = name_tensors(trained.llm_config, trained.llm, "the LLM")
-    backbone = name_tensors(
-        trained.backbone_config, trained.backbone, "the predictor's backbone", body_only=True
-    )
-    ffns = llm.ffns
-    layers, d_ffn = len(ffns), ffns[0].d_ffn
-    _check_fit(trained, layers, d_ffn, backbone)
-    config, trunk, channels, notes = _store(llm, llm.config, ffns, precision, precision.dtype)
-    predictor_config, body, _, _ = _store(
-        backbone, backbone.config, [], predictor_precision, predictor_precision.dtype
-    )
-    head = {name: tensor.lazy() for name, tensor in trained.head.items()}
-    predictor_config, head_how, head_notes = quantize_head(
-        predictor_config, trained.head_config().widths, head_precision
-    )
-    head, _ = split_model(backbone.network, head, [], head_how, head_precision.dtype)
-    ifp = IFPConfig(
-        k=resolve_keep(trained.keep, d_ffn, layers),
-        selector="predictor",
-        mask=trained.mask,
-        text=_text(backbone.config, text_format or "raw"),
-        head=trained.head_config(),
-        source=with_versions(source | {"layout": trained.layout}),
-    )
-    return Plan(
-        layout=trained.layout,
-        config=config,
-        predictor_config=predictor_config,
-        ifp=ifp,
-        tensors={
-            "model": trunk,
-            "channels": channels,
-            PREDICTOR_STEM: body,
-            HEAD_STEM: head,
-        },
-        bytes_in=sum(
-            tensor.nbytes
-            for tensors in (trained.llm, trained.backbone, trained.head)
-            for tensor in tensors.values()
-        ),
-        layers=layers,
-        d_ffn=d_ffn,
-        tokenizer=open_tokenizer(trained.tokenizer, trust_remote_code),
-        predictor_tokenizer=open_tokenizer(trained.predictor_tokenizer, trust_remote_code),
-        extra_files=trained.extra_files,
-        sources={
-            "LLM": llm.mapped,
-            "backbone": backbone.mapped,
-            "head": {tensor.name: name for name, tensor in trained.head.items()},
-        },
-        skipped={"LLM": llm.skipped, "backbone": backbone.skipped, "others": trained.others},
-        notes=trained.notes + llm.notes + backbone.notes + notes + head_notes,
-    )
-
-
-def _check_fit(trained: TrainedModel, layers: int, d_ffn: int, backbone: NamedModel) -> None:
-    for name, said, found in (
-        ("layers", trained.layers, layers),
-        ("FFN channels a layer", trained.d_ffn, d_ffn),
-    ):
-        if said is not None and said != found:
-            raise IFPError(
-                f"The predictor was trained for {said} {name}, but the LLM has {found}; "
-                "they are not of one checkpoint."
-            )
-    widths = trained.head_config().widths
-    last = trained.head["linear2.weight"]
-    if widths[-1] != layers * d_ffn:
-        raise IFPError(
-            f"{last.path}: {last.name} gives {widths[-1]} scores, but {layers} layers of {d_ffn} "
-            f"channels need {layers * d_ffn}."
-        )
-    first = trained.head["linear1.weight"]
-    body = get_module(backbone.network, find_body(backbone.network))
-    embedding = next(m for _, m in body.named_modules() if isinstance(m, nn.Embedding))
-    if widths[0] != embedding.weight.shape[-1]:
-        raise IFPError(
-            f"{first.path}: {first.name} takes {widths[0]} values, but the backbone gives "
-            f"{embedding.weight.shape[-1]}."
-        )
-
-
-def _store(
-    model: DenseModel | NamedModel,
-    config: dict[str, Any],
-    ffns: list,
-    precision: Precision,
-    dtype: str | None,
-) -> tuple[dict[str, Any], Tensors, Tensors, list[str]]:
-    """Config, trunk, channels and notes of a model in a precision."""
-    precision.check()
-    config, how, notes = quantize_config(config, ffns, precision)
+def split_tensors(
+    model: DenseModel | NamedModel, ffns: list[FFN], how: dict[str, Any], dtype: str | None
+) -> tuple[Tensors, Tensors]:
+    """Trunk and channels of a model, which lets go of its tensors."""
     trunk, channels = split_model(model.network, dict(model.tensors), ffns, how, dtype)
     model.tensors.clear()
-    return config, trunk, channels, notes
+    return trunk, channels
 
 
-def _text(config: dict[str, Any], text_format: str) -> TextConfig:
+def format_of(tokenizer: TokenizerWrapper) -> str:
+    """How the text that selects is tokenized without a predictor: as the LLM's prompts are."""
+    return "chat_template" if tokenizer.has_chat_template else "raw"
+
+
+def text_of(config: dict[str, Any], text_format: str) -> TextConfig:
+    """How the text that selects is tokenized for a selector with this config."""
     return TextConfig(format=text_format, max_tokens=text_limit(config))
 
 

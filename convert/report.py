@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.tensor_files import LazyTensor
+from mlx_ifp.files.tensor_files import LazyTensor
 
 from .layouts import CHECKPOINT
 from .layouts.parts import TrainedModel
@@ -39,17 +39,19 @@ def print_report(report: dict[str, Any]) -> None:
 
 def print_missing(trained: TrainedModel) -> None:
     """What is known of a checkpoint from which something is missing."""
-    tensors = trained.llm | {f"p.{k}": v for k, v in (trained.backbone | trained.head).items()}
-    last = trained.head["linear2.weight"]
+    predictor = trained.predictor
     print(f"layout:      {trained.layout}")
-    for what, config in (("LLM", trained.llm_config), ("predictor", trained.backbone_config)):
+    configs = {"LLM": trained.llm_config, "predictor": predictor and predictor.config}
+    for what, config in configs.items():
         if config is not None:
             print(f"{what + ':':12} {config.get('model_type')}")
     for what, value in (("L", trained.layers), ("d_ffn", trained.d_ffn), ("k", trained.keep)):
         if value is not None:
             print(f"{what + ':':12} {value}")
-    print(f"tensors in:  {len(tensors)}, {_mb(sum(t.nbytes for t in tensors.values()))}")
-    print(f"head:        {last.shape[0]} scores (L * d_ffn)")
+    sources = trained.sources
+    print(f"tensors in:  {len(sources)}, {_mb(sum(tensor.nbytes for tensor in sources))}")
+    if predictor is not None:
+        print(f"head:        {predictor.head['linear2.weight'].shape[0]} scores (L * d_ffn)")
     sys.stdout.flush()
 
 

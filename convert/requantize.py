@@ -5,35 +5,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.checkpoint import (
+from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.directory import (
+    CHANNELS,
     HEAD_STEM,
     ORDER_FILE,
     PREDICTOR,
     PREDICTOR_STEM,
     STATIC_FILE,
+    TRUNK,
     Checkpoint,
     open_checkpoint,
 )
-from mlx_ifp.config import CONFIG_FILE
-from mlx_ifp.errors import IFPError
-from mlx_ifp.expected import head_quantization, quantized_modules
-from mlx_ifp.keep import resolve_keep
-from mlx_ifp.locate import TOKENIZER_PATTERNS
-from mlx_ifp.structure import PROJECTIONS, build_model, quantization_of
-from mlx_ifp.tensor_files import DTYPES, TensorInfo
-
-from .layouts import CHECKPOINT
-from .plan import Plan, with_versions
-from .precision import (
+from mlx_ifp.checkpoint.expected import head_quantization, quantized_modules
+from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS
+from mlx_ifp.checkpoint.precision import (
     Precision,
-    Tensors,
-    dequantized,
+    Precisions,
     name_head_modules,
     quantize_config,
     quantize_head,
-    split_model,
 )
-from .source_files import SourceTensor, file_rows
+from mlx_ifp.checkpoint.rows import stored_modules
+from mlx_ifp.errors import IFPError
+from mlx_ifp.files.tensor_files import DTYPES, TensorInfo
+from mlx_ifp.llm.build import build_model, quantization_of
+from mlx_ifp.selection.keep import compact, resolve_keep
+
+from .layouts import CHECKPOINT
+from .plan import Plan, with_versions
+from .sources.tensor import SourceTensor, file_rows
+from .streams import Tensors, dequantized, split_model
 
 # Written anew, or of a directory that mlx-lm would read.
 _NOT_COPIED = {"config.json", CONFIG_FILE, "model.safetensors.index.json"}
@@ -43,18 +45,16 @@ _COPIED = (*TOKENIZER_PATTERNS, "*.py")
 def plan_requantized(
     path: Path,
     keep: Any,
-    precision: Precision,
-    predictor_precision: Precision,
-    head_precision: Precision,
+    precisions: Precisions,
     dequantize: bool = False,
 ) -> Plan:
     """The conversion of a checkpoint: all of it is kept but for its precision and k.
 
     Args:
         path (Path): the checkpoint.
-        keep: k, as :func:`~mlx_ifp.keep.resolve_keep` takes it; None keeps the checkpoint's.
-        precision, predictor_precision, head_precision: of the LLM, the predictor's backbone and
-            its head; where nothing is asked for, tensors stay as they are.
+        keep: k, as :func:`~mlx_ifp.selection.keep.resolve_keep` takes it; None keeps the
+            checkpoint's.
+        precisions (Precisions): where nothing is asked for, tensors stay as they are.
         dequantize (bool): undo the quantization of all three first.
 
     Raises:
@@ -62,19 +62,19 @@ def plan_requantized(
     """
     checkpoint = open_checkpoint(path)
     ifp, layers = checkpoint.ifp, len(checkpoint.ffns)
-    k = ifp.k if keep is None else resolve_keep(keep, checkpoint.d_ffn, layers)
-    config, tensors, notes = _llm(checkpoint, precision, dequantize)
+    k = ifp.k if keep is None else compact(resolve_keep(keep, checkpoint.d_ffn, layers))
+    config, tensors, notes = _llm(checkpoint, precisions.llm, dequantize)
     predictor_config, predictor_files = None, []
     infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static, checkpoint.order]
     if ifp.head is not None:
         predictor_config, predictor, more = _predictor(
-            checkpoint, predictor_precision, head_precision, dequantize
+            checkpoint, precisions.predictor, precisions.head, dequantize
         )
         tensors |= predictor
         notes += more
         infos += [checkpoint.predictor, checkpoint.head]
         predictor_files = _files(path / PREDICTOR)
-    elif head_precision.quantize:
+    elif precisions.head.quantize:
         raise IFPError(f"{path} has no predictor, so no head for --head-q-bits.")
     if checkpoint.order:
         # Rows stay where they are: precision is a matter of each row.
@@ -103,12 +103,7 @@ def _llm(
     old, ffns = checkpoint.config, checkpoint.ffns
     _check(checkpoint, "LLM", checkpoint.trunk | checkpoint.channels, precision, dequantize)
     config, how, notes = quantize_config(_config(old, precision, dequantize), ffns, precision)
-    # A fused projection is one module in the config, but two in the channels.
-    modules = {
-        f"{ffn.path}.{projection}": ffn.module_path(projection)
-        for ffn in ffns
-        for projection in PROJECTIONS
-    }
+    modules = stored_modules(ffns)
 
     def how_of(module: str) -> dict[str, Any]:
         return quantization_of(old, modules.get(module, module))
@@ -117,8 +112,8 @@ def _llm(
     channel_how = {name: how[module] for name, module in modules.items() if module in how}
     tensors = {}
     for stem, infos, plan in (
-        ("model", checkpoint.trunk, how),
-        ("channels", checkpoint.channels, channel_how),
+        (TRUNK, checkpoint.trunk, how),
+        (CHANNELS, checkpoint.channels, channel_how),
     ):
         stored = _stored(infos, how_of, dequantize)
         # Down projections lie as rows already: for all that is left to do, it is no FFN.

@@ -7,7 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ifp.errors import IFPError
-from mlx_ifp.structure import FFN, find_ffns, get_module, linear
+from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.modules import get_module, linear
 
 # transformers' names of the activations.
 _ACTIVATIONS = {

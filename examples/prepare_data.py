@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.cli import command
+from mlx_ifp.cli.dispatch import script
 from mlx_ifp.errors import IFPError
-from mlx_ifp.jsonl import read_jsonl
+from mlx_ifp.files.jsonl import read_jsonl
 
 
 def balanced(path: Path, per_task: int, skip: int = 0) -> list[str]:
@@ -34,7 +34,7 @@ def balanced(path: Path, per_task: int, skip: int = 0) -> list[str]:
     return [line for turn in turns for line in turn if line is not None]
 
 
-@command
+@script
 def main() -> None:
     """Write the two files."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fetch_smollm2 import FOLDER, fetch
 
-from mlx_ifp.cli import command
+from mlx_ifp.cli.dispatch import script
 
 CHECKPOINT = FOLDER / "ifp"
 PROGRAMMER = "You are an expert Python programmer. Write the function, with a short explanation."
@@ -33,7 +33,7 @@ def run(command: str, *args: str) -> None:
         sys.exit(done.returncode)
 
 
-@command
+@script
 def main() -> None:
     """Fetch, convert, and generate under two tasks; the second task twice."""
     gguf = os.path.relpath(fetch())

@@ -1,10 +1,14 @@
 """Instruction-Following Pruning on MLX: a prompt selects the sub-network that answers it."""
 
-from .errors import IFPError
-from .generate import generate, stream_generate
-from .masks import Selection
-from .model import IFPModel, load
-from .prompt_cache import KVSettings
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import IFPError
+    from .generation.stream import generate, stream_generate
+    from .llm.kv_cache import KVSettings
+    from .model import IFPModel, load
+    from .selection.selection import Selection
 
 __all__ = [
     "IFPError",
@@ -15,3 +19,26 @@ __all__ = [
     "load",
     "stream_generate",
 ]
+
+# Name -> module. They are imported when they are asked for, so that a command's help needs no MLX.
+_HOMES = {
+    "IFPError": "errors",
+    "IFPModel": "model",
+    "KVSettings": "llm.kv_cache",
+    "Selection": "selection.selection",
+    "generate": "generation.stream",
+    "load": "model",
+    "stream_generate": "generation.stream",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
 """``python -m mlx_ifp COMMAND``."""
 
-from .cli import main
+from .cli.dispatch import main
 
 main()

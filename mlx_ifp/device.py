@@ -1,8 +1,11 @@
 """What depends on the machine: the type to run in, and how much memory there is."""
 
 import os
+import sys
+from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -11,9 +14,43 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def default_cache_bytes() -> int:
-    """Half of the memory MLX may use."""
+    """Half of the memory MLX may use: Metal says how much that is, CUDA what the card has."""
     info = mx.device_info()
-    limit = info.get("max_recommended_working_set_size") or (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = (
+        info.get("max_recommended_working_set_size")
+        or info.get("total_memory")
+        or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
     return int(limit) // 2
+
+
+def shares_memory() -> bool:
+    """Whether the processor may write to arrays in place, as with Metal and on the CPU.
+
+    A CUDA card has memory of its own. MLX moves an array out of it as soon as the processor asks
+    for its address: the array is slow from then on, and others may be using it while it moves.
+    """
+    return not (mx.cuda.is_available() and mx.default_device().type == mx.DeviceType.gpu)
+
+
+def copy_to_device(rows: np.ndarray) -> mx.array:
+    """Bytes [n, width] in the device's own memory, evaluated.
+
+    ``mx.array`` alone leaves them where both sides can reach them. What an operation of the device
+    makes lies with the device, unless the operation may reuse its input's memory: therefore the
+    input is still held when it runs.
+    """
+    shared = mx.array(rows)
+    copied = shared | mx.array(0, mx.uint8)
+    mx.eval(copied)
+    return copied
+
+
+def default_cache_dir() -> Path:
+    """``$MLX_IFP_CACHE``, or the platform's place for caches."""
+    if own := os.environ.get("MLX_IFP_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_ifp"
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mlx_ifp"

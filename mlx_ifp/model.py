@@ -2,46 +2,52 @@
 
 import time
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .budget import Estimator, Use
-from .cache import SubnetworkCache
-from .checkpoint import Checkpoint, open_checkpoint
-from .delta import Residents
+from .checkpoint.directory import Checkpoint, open_checkpoint
+from .checkpoint.locate import resolve
+from .checkpoint.tokenizers import load_tokenizer_of
+from .checkpoint.weights import load_trunk
 from .device import default_cache_bytes, default_dtype
 from .errors import IFPError
-from .keep import Keep
-from .kv_size import Generation
-from .locate import resolve
-from .masks import Selection, digest_of
-from .memory_limit import MemoryLimit
-from .prepared import Prepared
-from .prompt_cache import KVSettings, WarmPrompts
-from .prompt_cache_files import WarmPromptFiles
-from .reuse import Reuse, check_overlap
-from .selecting import Selecting
-from .selections import SelectionCache
-from .structure import get_module
-from .subnetwork import FFNRows, build_subnetwork
-from .task_library import TaskLibrary
-from .text import Text
-from .tokenizers import load_tokenizer_of
-from .weights import load_trunk
+from .llm.kv_cache import Generation, KVSettings
+from .llm.prompt import Text
+from .memory.budget import Estimator, Use
+from .memory.limit import MemoryLimit
+from .prompt_cache.files import WarmPromptFiles
+from .prompt_cache.warm import WarmPrompts
+from .selection.disk_cache import SelectionCache
+from .selection.keep import Keep, compact
+from .selection.selection import Selection
+from .selection.task_library import TaskLibrary
+from .selectors.predictor import Predictor
+from .selectors.selector import Selector, resolved_keep
+from .subnetwork.cache import SubnetworkCache
+from .subnetwork.channels import ChannelReader
+from .subnetwork.parent import Parent
+from .subnetwork.prepared import Prepared
+from .subnetwork.reuse import Reuse, check_overlap
+from .subnetwork.store import Loaded, SubnetworkStore
 
 
-class IFPModel(Selecting):
+class IFPModel:
     """A checkpoint in use: trunk in memory, sub-networks made and cached as texts ask for them.
 
-    Made by :func:`load`. Thread-safe. What it knows of texts is in :class:`Selecting`.
+    Made by :func:`load`. Thread-safe.
 
     Attributes:
+        checkpoint: what was opened.
+        tokenizer: its LLM's.
+        dtype: the type that floats are cast to; None for as they are stored.
+        memory: what keeps it within its memory limit, or None.
+        parent: the trunk, and the reader of the channels.
+        text_selector: text -> selection.
+        store: selection -> network.
         networks: the sub-networks in memory.
         reuse: what stands in for a new selection that is nearly the same, or None.
         tasks: the named tasks of this checkpoint: ``model.tasks.load("python").selection``.
@@ -64,18 +70,32 @@ class IFPModel(Selecting):
         memory_limit: int | None = None,
         use: Use | None = None,
     ) -> None:
-        super().__init__(
-            checkpoint,
-            tokenizer,
-            dtype=dtype,
-            keep=keep,
-            selector=selector,
-            selections=selection_cache,
-            tokenizer_config=tokenizer_config,
-        )
-        self.networks = SubnetworkCache(
+        self.checkpoint, self.tokenizer, self.dtype = checkpoint, tokenizer, dtype
+        ks = resolved_keep(checkpoint, keep)
+        default = checkpoint.checked_selector(selector or checkpoint.ifp.selector)
+        self.networks: SubnetworkCache[Loaded] = SubnetworkCache(
             default_cache_bytes() if cache_bytes is None else cache_bytes
         )
+        memory = None
+        if memory_limit is not None:
+            # Before the first weight is read.
+            use = use or Use(compact(ks), Generation(1), default)
+            memory = MemoryLimit(memory_limit, Estimator(checkpoint, dtype), self.networks, use)
+        self.memory = memory
+        self.parent = Parent.of(checkpoint, load_trunk(checkpoint, max(ks), dtype), dtype)
+        self.text_selector = Selector(
+            checkpoint,
+            self.parent,
+            tokenizer,
+            keep=keep,
+            default=default,
+            on_disk=selection_cache,
+            tokenizer_config=tokenizer_config,
+            # Not methods of this object: a cycle would keep its memory until it is collected.
+            make_room=None if memory is None else memory.before_selecting,
+            keeps_predictor=None if memory is None else lambda: memory.keeps_predictor,
+        )
+        self.store = SubnetworkStore(self.parent, self.networks)
         self.reuse = None if reuse_overlap is None else Reuse(reuse_overlap, self.networks)
         self.tasks = task_library or TaskLibrary(checkpoint)
         files = None
@@ -85,15 +105,81 @@ class IFPModel(Selecting):
         if memory_limit is not None:
             # They are not part of the estimate; on disk they may be kept.
             self.warm.max_bytes = 0
-        self._residents = Residents(self.reader, checkpoint.ffns, dtype)
-        if memory_limit is not None:
-            # Before the first weight is read.
-            use = use or Use(self.k, Generation(1), self.selector)
-            self.memory = MemoryLimit(
-                memory_limit, Estimator(checkpoint, dtype), self.networks, use
-            )
-        width = self.k if isinstance(self.k, int) else max(self.k)
-        self.trunk = load_trunk(checkpoint, width, dtype)
+
+    # Text -> selection.
+
+    @property
+    def k(self) -> int | list[int]:
+        """Channels kept unless a call says otherwise: one number, or one for each layer."""
+        return compact(self.text_selector.ks)
+
+    @property
+    def selector(self) -> str:
+        """The default selector."""
+        return self.text_selector.default
+
+    @property
+    def selections(self) -> SelectionCache | None:
+        """The selections on disk, or None."""
+        return self.text_selector.on_disk
+
+    @property
+    def trunk(self) -> nn.Module:
+        """An mlx-lm model with all but the FFN channels."""
+        return self.parent.trunk
+
+    @property
+    def reader(self) -> ChannelReader:
+        """What reads channels, and counts their bytes."""
+        return self.parent.reader
+
+    @property
+    def predictor(self) -> Predictor:
+        """The sparsity predictor, loaded at the first use."""
+        return self.text_selector.predictor
+
+    @property
+    def predictor_loads(self) -> int:
+        """How often the predictor was loaded."""
+        return self.text_selector.predictor_loads
+
+    @property
+    def selector_runs(self) -> int:
+        """How often a selector computed scores."""
+        return self.text_selector.runs
+
+    def release_predictor(self) -> None:
+        """Free the predictor's memory; it is loaded again when it is needed."""
+        self.text_selector.release_predictor()
+
+    def selector_tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
+        """The tokenizer that a selector reads with; None for the default selector."""
+        return self.text_selector.tokenizer(selector)
+
+    def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
+        """Channel scores of a text, float32 [L, d_ffn]: see :meth:`Selector.scores`."""
+        return self.text_selector.scores(text, selector=selector)
+
+    def select(
+        self, text: Text, *, selector: str | None = None, keep: Keep | None = None
+    ) -> Selection:
+        """The selection of a text, from the caches if it was made before.
+
+        Args:
+            text: a prompt or a task, or token ids of the selector's own tokenizer.
+            selector (str): None for the default.
+            keep: channels to keep; None for the checkpoint's k.
+        """
+        return self.text_selector.select(text, selector=selector, keep=keep)
+
+    def selection_key(
+        self, text: Text, selector: str | None = None, keep: Keep | None = None
+    ) -> str:
+        """What names a text's selection on disk: see :meth:`Selector.key`."""
+        ks = None if keep is None else resolved_keep(self.checkpoint, keep)
+        return self.text_selector.key(text, selector, ks)
+
+    # Selection -> network.
 
     def subnetwork(self, selection: Selection) -> nn.Module:
         """The sub-network of a selection: a stock mlx-lm model that shares the trunk.
@@ -101,43 +187,24 @@ class IFPModel(Selecting):
         Raises:
             IFPError: if the selection is of another model.
         """
-        return self._subnetwork(selection)[0]
-
-    def _subnetwork(self, selection: Selection | None) -> tuple[nn.Module, int, int]:
-        """The network (None: the dense one), bytes of channels read now, and channels reused."""
-        if selection is not None and selection.checkpoint not in ("", self.checkpoint.digest):
-            raise IFPError("The selection was made with another checkpoint.")
-        bytes_read = 0
-        rows: list[FFNRows] = []
-
-        def load() -> tuple[nn.Module, int]:
-            nonlocal bytes_read
-            checkpoint = self.checkpoint
-            if self.memory is not None:
-                self.memory.before_loading(selection)
-                self._release_if_tight()
-            # Of what is still there.
-            nearest = self._residents.nearest(selection, self.networks.digests)
-
-            def read(layer: int) -> FFNRows:
-                rows.append(self._residents.read(selection, layer, nearest))
-                return rows[-1]
-
-            network, nbytes, bytes_read = build_subnetwork(
-                self.trunk, checkpoint.ffns, checkpoint.config, selection, read
-            )
-            self._residents.add(network, selection, rows)
-            _set_width(network, checkpoint.d_ffn if selection is None else selection.k)
-            return network, nbytes
-
-        network, _ = self.networks.get(digest_of(selection), load)
-        if self.reuse is not None and selection is not None:
-            self.reuse.add(selection)
-        return network, bytes_read, sum(layer.channels_reused for layer in rows)
+        return self._load(selection).network
 
     def dense(self) -> nn.Module:
         """The whole model, for comparison: an mlx-lm model with all d_ffn channels."""
-        return self._subnetwork(None)[0]
+        return self._load(None).network
+
+    def _make_room(self, selection: Selection | None) -> None:
+        if self.memory is not None:
+            self.memory.before_loading(selection)
+            self.text_selector.release_if_tight()
+
+    def _load(self, selection: Selection | None) -> Loaded:
+        if selection is not None and selection.checkpoint not in ("", self.checkpoint.digest):
+            raise IFPError("The selection was made with another checkpoint.")
+        loaded = self.store.get(selection, self._make_room)
+        if self.reuse is not None and selection is not None:
+            self.reuse.add(selection)
+        return loaded
 
     def prepare(
         self,
@@ -160,31 +227,23 @@ class IFPModel(Selecting):
         start = time.perf_counter()
         source = "dense" if dense else "given"
         if selection is None and not dense:
-            selection, source = self._select(text, selector, keep)
+            selection, source = self.text_selector.find(text, selector, keep)
         selected = time.perf_counter()
         overlap = None
         # A selection that was given is used as it is.
         if self.reuse is not None and source not in ("given", "dense"):
-            key = self._key_on_disk(text, selector, keep)
-            selection, overlap = self.reuse.stand_in(selection, key)
-        network, bytes_read, channels_reused = self._subnetwork(selection)
-        loaded = time.perf_counter()
+            selection, overlap = self.reuse.stand_in(selection)
+        loaded = self._load(selection)
         return Prepared(
-            network=network,
+            network=loaded.network,
             selection=selection,
             source=source,
             select_seconds=selected - start,
-            load_seconds=loaded - selected,
-            bytes_read=bytes_read,
-            channels_reused=channels_reused,
+            load_seconds=time.perf_counter() - selected,
+            bytes_read=loaded.bytes_read,
+            channels_reused=loaded.channels_reused,
             reuse_overlap=overlap,
         )
-
-    def _key_on_disk(self, text: Text, selector: str | None, keep: Keep | None) -> str:
-        if self.reuse.on_disk is None:
-            return ""
-        k = self.k if keep is None else self.resolve_keep(keep)
-        return self.selection_key(text, selector, k)
 
     def using(self, prepared: Prepared) -> AbstractContextManager[nn.Module]:
         """``with model.using(prepared) as network``: keep it in memory while the block runs.
@@ -196,10 +255,7 @@ class IFPModel(Selecting):
         Args:
             prepared (Prepared): from :meth:`prepare`.
         """
-        network = prepared.network
-        return self.networks.using(
-            digest_of(prepared.selection), network, partial(_ffn_bytes, network, self.checkpoint)
-        )
+        return self.store.using(prepared.selection, prepared.network)
 
     def warm_prompt(
         self,
@@ -218,19 +274,6 @@ class IFPModel(Selecting):
         """
         with self.using(prepared):
             return self.warm.warm(prepared, tokens, settings, **kwargs)
-
-
-def _ffn_bytes(network: nn.Module, checkpoint: Checkpoint) -> int:
-    """Bytes of a sub-network's own channels."""
-    modules = (get_module(network, ffn.path) for ffn in checkpoint.ffns)
-    return sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
-
-
-def _set_width(network: nn.Module, k: int | list[int]) -> None:
-    """The sub-network's own arguments tell its width, for those who look there."""
-    args = getattr(network, "args", None)
-    if hasattr(args, "intermediate_size"):
-        args.intermediate_size = k
 
 
 def open_model(

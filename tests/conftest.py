@@ -12,14 +12,15 @@ from mlx_lm.utils import load_model, save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_ifp.atomic import new_directory
-from mlx_ifp.checkpoint import write_checkpoint
-from mlx_ifp.config import HeadConfig, IFPConfig, MaskConfig, TextConfig
+from mlx_ifp.checkpoint.config import HeadConfig, IFPConfig, MaskConfig, TextConfig
+from mlx_ifp.checkpoint.directory import write_checkpoint
+from mlx_ifp.checkpoint.precision import Precision
 from mlx_ifp.convert import convert
 from mlx_ifp.convert.dense import load_dense
 from mlx_ifp.convert.plan import plan_dense
-from mlx_ifp.convert.precision import Precision
-from mlx_ifp.structure import build_model, find_body
+from mlx_ifp.files.atomic import new_directory
+from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.modules import find_body
 
 # Fixtures are found here.
 from .training import data, options  # noqa: F401

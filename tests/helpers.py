@@ -9,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_ifp.masks import Selection
-from mlx_ifp.structure import FFN, find_ffns, get_module
+from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.modules import get_module
+from mlx_ifp.selection.selection import Selection
 
 
 class MaskedInput(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import mlx_ifp.locate
+import mlx_ifp.checkpoint.locate
 from mlx_ifp import IFPError, load
 
 from .conftest import run_command
@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def default_model(predictor_checkpoint, monkeypatch):
     """A tiny one in the place of the real one."""
-    monkeypatch.setattr(mlx_ifp.locate, "DEFAULT_MODEL", predictor_checkpoint)
+    monkeypatch.setattr(mlx_ifp.checkpoint.locate, "DEFAULT_MODEL", predictor_checkpoint)
     return predictor_checkpoint
 
 
 def run_main(monkeypatch, name, *args):
     """A command in this process, where the default can be replaced."""
     monkeypatch.setattr(sys, "argv", [f"mlx_ifp.{name}", *map(str, args)])
-    importlib.import_module(f"mlx_ifp.{name}").main()
+    importlib.import_module(f"mlx_ifp.commands.{name}").main()
 
 
 def test_load_without_a_name(default_model):
@@ -50,12 +50,12 @@ def test_the_other_commands(default_model, monkeypatch, tmp_path):
     assert file.exists()
     run_main(monkeypatch, "export", "--dense", "--save-path", tmp_path / "dense")
     assert (tmp_path / "dense" / "model.safetensors").exists()
-    benchmark = importlib.import_module("mlx_ifp.benchmark")
+    benchmark = importlib.import_module("mlx_ifp.commands.benchmark.options")
     assert benchmark.setup_arg_parser().parse_args([]).model is None
 
 
 def test_one_line_if_it_is_missing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(mlx_ifp.locate, "DEFAULT_MODEL", tmp_path / "default_model")
+    monkeypatch.setattr(mlx_ifp.checkpoint.locate, "DEFAULT_MODEL", tmp_path / "default_model")
     with pytest.raises(IFPError, match=r"default_model, the default, is missing. Name one with"):
         load()
     for name, *args in (("generate", "-p", "Hello"), ("export", "--dense")):
@@ -94,7 +94,7 @@ def test_the_real_one_answers(tmp_path):
 
 
 def test_the_real_one_is_small_and_selects_by_the_prompt():
-    files = [file for file in mlx_ifp.locate.DEFAULT_MODEL.rglob("*") if file.is_file()]
+    files = [file for file in mlx_ifp.checkpoint.locate.DEFAULT_MODEL.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 95e6
     model, _ = load(cache=False)
     assert 2 * model.checkpoint.ifp.k <= model.checkpoint.d_ffn

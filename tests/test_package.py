@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ifp.cli import COMMANDS
+from mlx_ifp.cli.dispatch import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,7 +74,7 @@ def check_installed(python: Path, where: Path) -> None:
 
 def test_the_wheel_in_a_fresh_environment(built, tmp_path):
     names = zipfile.ZipFile(built[1]).namelist()
-    assert "mlx_ifp/convert/gguf.py" in names
+    assert "mlx_ifp/convert/sources/gguf.py" in names
     assert not [name for name in names if name.startswith(("convert/", "tests/"))]
     check_installed(install(tmp_path, str(built[1])), tmp_path / "env")
 
@@ -82,7 +82,7 @@ def test_the_wheel_in_a_fresh_environment(built, tmp_path):
 def test_the_sdist_carries_the_license_and_the_sources(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "convert/gguf.py"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml", "convert/sources/gguf.py"} <= names
 
 
 def test_the_editable_install(tmp_path):
@@ -93,7 +93,7 @@ def test_requirements_are_the_platforms(built):
     with zipfile.ZipFile(built[1]) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith("METADATA"))
         text = wheel.read(name).decode()
-    assert 'Requires-Dist: mlx>=0.31.2; platform_system == "Darwin"' in text
-    assert 'Requires-Dist: mlx[cpu]>=0.31.2; platform_system == "Linux"' in text
+    assert 'Requires-Dist: mlx>=0.32.2; platform_system == "Darwin"' in text
+    assert 'Requires-Dist: mlx[cpu]>=0.32.2; platform_system == "Linux"' in text
     assert "License-Expression: Apache-2.0" in text
     assert "torch" not in text.split("Provides-Extra")[0]

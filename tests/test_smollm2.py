@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_ifp import generate, load
-from mlx_ifp.convert.gguf import load_gguf
-from mlx_ifp.structure import build_model
-from mlx_ifp.tensor_files import cast
+from mlx_ifp.convert.sources.gguf import load_gguf
+from mlx_ifp.files.tensor_files import cast
+from mlx_ifp.llm.build import build_model
 
 from .conftest import run_command
 from .helpers import mask_model, relative_error
@@ -69,7 +69,7 @@ def test_tasks_select_differently_and_repeats_are_free(smollm2, tmp_path):
         sources.append(json.loads(stats.read_text()))
     assert [s["selection"]["source"] for s in sources] == ["activations", "activations", "disk"]
     assert sources[0]["total_parameters"] == 134_515_008
-    from mlx_ifp.selections import load_selection
+    from mlx_ifp.selection.files import load_selection
 
     one, two, again = (load_selection(tmp_path / f"{i}.selection") for i in range(3))
     assert 0.75 < one.overlap(two)[0] < 0.98

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_ifp.train_options import DEFAULTS, options_of
+from mlx_ifp.commands.train.given import options_of
+from mlx_ifp.commands.train.options import defaults
 
 K = 64
 # Of a run that goes on from a checkpoint: its predictor is trained on, not a new one.
@@ -59,6 +60,6 @@ def losses(path: Path) -> dict[int, float]:
 
 def flags(args: SimpleNamespace) -> list[str]:
     """The options that differ from the defaults, as a command line."""
-    given = {name: value for name, value in vars(args).items() if value != DEFAULTS[name]}
+    given = {name: value for name, value in vars(args).items() if value != defaults()[name]}
     return [text for name, value in given.items()
             for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip

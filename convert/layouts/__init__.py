@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_ifp.config import CONFIG_FILE
+from mlx_ifp.checkpoint.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError
 
 from . import manifest, module, split
@@ -14,7 +14,6 @@ TRAINED: dict[str, Callable[[Path, Given], TrainedModel]] = {
     "module": module.open_module,
     "manifest": manifest.open_manifest,
 }
-LAYOUTS = (*TRAINED, "dense")
 # Our own, which is found out and never named.
 CHECKPOINT = "checkpoint"
 
@@ -23,8 +22,8 @@ def detect_layout(path: Path) -> str:
     """Which layout a file or directory has, or looks most like.
 
     Returns:
-        str: one of ``LAYOUTS``; ``dense`` for a model without a predictor, ``checkpoint`` for
-        what is converted already.
+        str: one of ``mlx_ifp.choices.LAYOUTS``; ``dense`` for a model without a predictor,
+        ``checkpoint`` for what is converted already.
 
     Raises:
         IFPError: if it holds several checkpoints.

@@ -3,11 +3,19 @@
 import contextlib
 from pathlib import Path
 
-from mlx_ifp.config import MaskConfig
+from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
-from ..source_files import SourceTensor, below, open_tensors
-from .parts import Given, TrainedModel, generation_config, read_config, take_head
+from ..sources.files import below, open_tensors
+from ..sources.tensor import SourceTensor
+from .parts import (
+    Given,
+    TrainedModel,
+    TrainedPredictor,
+    generation_config,
+    read_config,
+    take_head,
+)
 
 _LLM = "llm."
 _PREDICTOR = "sparsity_predictor."
@@ -63,18 +71,20 @@ def open_module(path: Path, given: Given) -> TrainedModel:
     return TrainedModel(
         layout="module",
         llm=below(own, _LLM),
-        backbone=below(own, _BACKBONE),
         llm_config=read_config(given.llm_config),
-        backbone_config=read_config(given.predictor_config),
-        head=take_head(head, _HEAD, f"{path}: {prefix}{_PREDICTOR[:-1]}"),
-        activation="none",
-        feature_norm="none",
+        predictor=TrainedPredictor(
+            backbone=below(own, _BACKBONE),
+            config=read_config(given.predictor_config),
+            head=take_head(head, _HEAD, f"{path}: {prefix}{_PREDICTOR[:-1]}"),
+            activation="none",
+            feature_norm="none",
+            tokenizer=given.predictor_tokenizer,
+        ),
         mask=MaskConfig("topk"),
         keep=given.keep,
         layers=None,
         d_ffn=None,
         tokenizer=given.tokenizer,
-        predictor_tokenizer=given.predictor_tokenizer,
         extra_files=generation_config(given.llm_config),
         others=others,
     )

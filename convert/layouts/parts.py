@@ -6,12 +6,12 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from mlx_ifp.config import HeadConfig, MaskConfig
-from mlx_ifp.errors import IFPError
-from mlx_ifp.locate import expanded
+from mlx_ifp.checkpoint.config import HeadConfig, MaskConfig
+from mlx_ifp.checkpoint.locate import expanded
+from mlx_ifp.errors import IFPError, one_line
 
-from ..dense import one_line
-from ..source_files import SourceTensor, read_json
+from ..sources.files import read_json
+from ..sources.tensor import SourceTensor
 
 
 @dataclass(frozen=True)
@@ -32,53 +32,23 @@ class Given:
 
 
 @dataclass
-class TrainedModel:
-    """A trained checkpoint, its data unread.
+class TrainedPredictor:
+    """A predictor, its data unread.
 
     Attributes:
-        layout: its name.
-        llm, backbone: tensors by the names that Hugging Face's classes give them.
-        llm_config, backbone_config: Hugging Face's configs.
+        backbone: tensors by the names that Hugging Face's classes give them.
+        config: Hugging Face's, of the backbone; None if the user has to name it.
         head: ``linear1.weight`` [P, D], ``linear1.bias``, ``linear2.weight`` [L * d_ffn, P], ...
         activation, feature_norm: of the head, as in ``ifp_config.json``.
-        mask: what inference does with the scores.
-        keep: k.
-        layers, d_ffn: what the layout says of the LLM, or None.
-        tokenizer, predictor_tokenizer: where they are.
-        extra_files: of the LLM, to be copied as they are.
-        others: source tensors that belong to neither, and why they are not used.
-        missing: what the user has to name, as ``--flag (what it is)``.
-        notes: what the user should know.
+        tokenizer: where it is; None if the user has to name it.
     """
 
-    layout: str
-    llm: dict[str, SourceTensor]
     backbone: dict[str, SourceTensor]
-    llm_config: dict[str, Any] | None
-    backbone_config: dict[str, Any] | None
+    config: dict[str, Any] | None
     head: dict[str, SourceTensor]
     activation: str
     feature_norm: str
-    mask: MaskConfig
-    keep: Any
-    layers: int | None
-    d_ffn: int | None
     tokenizer: str | None
-    predictor_tokenizer: str | None
-    extra_files: list[Path] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        needed = {
-            "--llm-config": (self.llm_config, "the LLM's config.json"),
-            "--predictor-config": (self.backbone_config, "the config.json of its backbone"),
-            "--tokenizer": (self.tokenizer, "the LLM's tokenizer"),
-            "--predictor-tokenizer": (self.predictor_tokenizer, "the predictor's tokenizer"),
-            "--keep": (self.keep, "k, the channels kept in each layer"),
-        }
-        self.missing += [f"{flag} ({what})" for flag, (it, what) in needed.items() if it is None]
 
     def head_config(self) -> HeadConfig:
         """The head's shape, checked.
@@ -109,6 +79,62 @@ class TrainedModel:
         return HeadConfig(widths, biases, self.activation, self.feature_norm)
 
 
+@dataclass
+class TrainedModel:
+    """A trained checkpoint, its data unread.
+
+    Attributes:
+        layout: its name.
+        llm: tensors by the names that Hugging Face's classes give them.
+        llm_config: Hugging Face's config.
+        predictor: what gives the scores; None if ``static`` does.
+        mask: what inference does with the scores.
+        keep: k.
+        layers, d_ffn: what the layout says of the LLM, or None.
+        tokenizer: where the LLM's is.
+        static: scores float32 [L, d_ffn] that are the same for every text.
+        extra_files: of the LLM, to be copied as they are.
+        others: source tensors that belong to neither, and why they are not used.
+        missing: what the user has to name, as ``--flag (what it is)``.
+        notes: what the user should know.
+    """
+
+    layout: str
+    llm: dict[str, SourceTensor]
+    llm_config: dict[str, Any] | None
+    predictor: TrainedPredictor | None
+    mask: MaskConfig
+    keep: Any
+    layers: int | None
+    d_ffn: int | None
+    tokenizer: str | None
+    static: SourceTensor | None = None
+    extra_files: list[Path] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        needed = {
+            "--llm-config": (self.llm_config, "the LLM's config.json"),
+            "--tokenizer": (self.tokenizer, "the LLM's tokenizer"),
+            "--keep": (self.keep, "k, the channels kept in each layer"),
+        }
+        if (own := self.predictor) is not None:
+            needed["--predictor-config"] = (own.config, "the config.json of its backbone")
+            needed["--predictor-tokenizer"] = (own.tokenizer, "the predictor's tokenizer")
+        self.missing += [f"{flag} ({what})" for flag, (it, what) in needed.items() if it is None]
+
+    @property
+    def sources(self) -> list[SourceTensor]:
+        """All tensors that are used."""
+        groups = [self.llm]
+        if self.predictor is not None:
+            groups += [self.predictor.backbone, self.predictor.head]
+        static = [] if self.static is None else [self.static]
+        return [tensor for group in groups for tensor in group.values()] + static
+
+
 def read_config(name: str | None) -> dict[str, Any] | None:
     """A ``config.json``: a file, or that of a directory or hub id."""
     if name is None:
@@ -117,7 +143,7 @@ def read_config(name: str | None) -> dict[str, Any] | None:
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        with one_line(name):
+        with one_line(f"{name} cannot be loaded"):
             path = Path(hf_hub_download(name, "config.json"))
     config = read_json(path)
     if "model_type" not in config and "text_config" not in config:

@@ -2,11 +2,19 @@
 
 from pathlib import Path
 
-from mlx_ifp.config import MaskConfig
+from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.errors import IFPError
 
-from ..source_files import PICKLES, open_tensors, read_json
-from .parts import Given, TrainedModel, generation_config, has_tokenizer, read_config, take_head
+from ..sources.files import PICKLES, open_tensors, read_json
+from .parts import (
+    Given,
+    TrainedModel,
+    TrainedPredictor,
+    generation_config,
+    has_tokenizer,
+    read_config,
+    take_head,
+)
 
 _HEAD = {
     "0.weight": "linear1.weight",
@@ -70,19 +78,21 @@ def open_split(path: Path, given: Given) -> TrainedModel:
     return TrainedModel(
         layout="split",
         llm=open_tensors(llm),
-        backbone=open_tensors(_file(path, "extractor")),
         llm_config=read_config(given.llm_config or str(llm)),
-        backbone_config=read_config(given.predictor_config)
-        or {"model_type": "llama"} | meta["extractor_config"],
-        head=take_head(open_tensors(head_file), _HEAD, str(head_file)),
-        activation="gelu",
-        feature_norm="none",
+        predictor=TrainedPredictor(
+            backbone=open_tensors(_file(path, "extractor")),
+            config=read_config(given.predictor_config)
+            or {"model_type": "llama"} | meta["extractor_config"],
+            head=take_head(open_tensors(head_file), _HEAD, str(head_file)),
+            activation="gelu",
+            feature_norm="none",
+            tokenizer=given.predictor_tokenizer,
+        ),
         mask=_MASKS[method],
         keep=keep,
         layers=meta["num_layers"],
         d_ffn=meta["intermediate_size"],
         tokenizer=given.tokenizer or own_tokenizer,
-        predictor_tokenizer=given.predictor_tokenizer,
         extra_files=generation_config(llm),
         notes=notes,
     )

@@ -23,10 +23,10 @@ import yaml
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ifp import IFPModel, load
-from mlx_ifp.cli import command
-from mlx_ifp.masks import Selection
-from mlx_ifp.overlap import overlap_summary
-from mlx_ifp.prepared import Prepared
+from mlx_ifp.cli.dispatch import script
+from mlx_ifp.selection.overlap import overlap_summary
+from mlx_ifp.selection.selection import Selection
+from mlx_ifp.subnetwork.prepared import Prepared
 from mlx_ifp.tuner.data import Example, load_examples
 
 HERE = Path(__file__).parent
@@ -165,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@command
+@script
 def main() -> None:
     """Evaluate what is not in the output yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)

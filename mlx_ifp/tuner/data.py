@@ -9,17 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
-from ..config import TextConfig
+from ..checkpoint.config import TextConfig
+from ..choices import STAGES
 from ..errors import IFPError
-from ..jsonl import read_jsonl
-from ..text import selecting_text, selector_tokens
+from ..files.jsonl import read_jsonl
+from ..selectors.text import selecting_text, selector_tokens
 
 SPLITS = ("train", "valid", "test")
-STAGES = ("pretrain", "sft")
 
 
 @dataclass(frozen=True)
@@ -292,7 +291,7 @@ def _process(dataset: Any, row: dict[str, Any], kind: str) -> tuple[list[int], i
     )
     try:
         return dataset.process(row)
-    except (TemplateError, ValueError, TypeError, LookupError) as error:
+    except Exception as error:
         what = "tokenizer" if kind == "text" else "chat template"
         reason = " ".join(str(error).split())
         raise IFPError(f"the {what} does not take this row ({reason}).") from error

@@ -10,17 +10,18 @@ for each example, as only some examples' are wanted. Several runs may share a di
 import contextlib
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..activations import ActivationRecorder
-from ..atomic import new_file
 from ..errors import IFPError
-from ..structure import FFN, get_module
-from ..subnetwork import share
+from ..files.atomic import new_file
+from ..llm.ffn import FFN
+from ..llm.modules import get_module, share
+from ..selectors.activations import ActivationRecorder
 from .batches import Batch, make_batch
 from .data import Example
 from .networks import hidden_states, output_layer
@@ -259,3 +260,11 @@ def _write_zeros(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
                 f"{path} could not be written ({error.strerror}); make room, or name another "
                 "--targets-path."
             ) from error
+
+
+@dataclass
+class Split:
+    """A list of examples and what the dense model does on them."""
+
+    examples: list[Example]
+    targets: DenseTargets

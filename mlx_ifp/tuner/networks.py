@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from ..structure import FFN, find_body, get_module, linear, set_module
-from ..subnetwork import share
+from ..llm.ffn import FFN
+from ..llm.modules import find_body, get_module, linear, set_module, share
 
 # (path of a module, rows of its weight) -> what its quantized checkpoint will have.
 RoundRows = Callable[[str, mx.array], mx.array]

@@ -9,12 +9,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import HeadConfig
+from ..checkpoint.config import HeadConfig
+from ..checkpoint.tokenizers import load_predictor_tokenizer
 from ..errors import IFPError
-from ..predictor import PredictorHead, load_predictor
-from ..structure import build_model, find_body, find_embedding, get_module, set_module
-from ..tokenizers import load_predictor_tokenizer
-from .student import TRAINED_IN, Source, load_source
+from ..llm.build import build_model
+from ..llm.modules import find_body, find_embedding, get_module, set_module
+from ..selectors.predictor import PredictorHead, load_predictor
+from .source import TRAINED_IN, Source, load_source
 
 HEAD_WIDTH = 128  # the paper's, section 3.1
 
@@ -47,7 +48,7 @@ def from_layers(
         source (Source): of the LLM.
         layers (int): how many.
         head_width (int): P, width of the head's hidden layer.
-        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.student.TRAINED_IN`.
+        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.source.TRAINED_IN`.
 
     Raises:
         IFPError: if the LLM has fewer layers.
@@ -146,7 +147,7 @@ def from_checkpoint(
 
     Args:
         source (Source): of the checkpoint.
-        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.student.TRAINED_IN`.
+        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.source.TRAINED_IN`.
         trust_remote_code (bool): let its tokenizer run code of its repository.
 
     Raises:

@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..structure import FFN, get_module, linear, set_module
-from ..subnetwork import share
+from ..checkpoint.rows import owners_of
+from ..llm.ffn import FFN
+from ..llm.modules import get_module, linear, set_module, share
 from .networks import wide_weight
 
 # Module path -> group_size, bits and mode, as convert plans it.
@@ -48,10 +49,7 @@ class Rounding:
 
     def __init__(self, plan: QuantizationPlan, ffns: list[FFN], dtype: mx.Dtype) -> None:
         self.plan, self.ffns, self.dtype = plan, ffns, dtype
-        self._of_ffns = {
-            ffn.module_path(name) for ffn in ffns
-            for name in ("gate_proj", "up_proj", "down_proj")
-        }  # fmt: skip
+        self._of_ffns = owners_of(ffns).keys()
         # What is not trained is rounded once.
         self._frozen: dict[str, mx.array] = {}
 
@@ -82,11 +80,11 @@ class Rounding:
         copy = share(trunk)
         for ffn in self.ffns:
             module = get_module(copy, ffn.path)
-            names = ("gate_up_proj",) if ffn.fused else ("gate_proj", "up_proj")
-            for name in names:
+            for path in owners_of([ffn]):
+                name = path.rpartition(".")[2]
                 weight, bias = wide_weight(module[name])
-                module[name] = linear(self.rows(ffn.module_path(name), weight), bias)
-            weight, bias = wide_weight(module.down_proj)
-            weight = self.rows(ffn.module_path("down_proj"), weight.T).T
-            module.down_proj = linear(weight, bias)
+                # A channel is a row where it is stored.
+                turned = name == "down_proj"
+                weight = self.rows(path, weight.T if turned else weight)
+                module[name] = linear(weight.T if turned else weight, bias)
         return copy

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_lm.tuner.callbacks import TrainingCallback
+if TYPE_CHECKING:
+    from mlx_lm.tuner.callbacks import TrainingCallback
 
 LOG_FILE = "log.jsonl"
 
@@ -17,7 +18,7 @@ class RunLog:
         callback (TrainingCallback): mlx-lm's, or None.
     """
 
-    def __init__(self, run: Path | None, callback: TrainingCallback | None = None) -> None:
+    def __init__(self, run: Path | None, callback: "TrainingCallback | None" = None) -> None:
         self.run, self.callback = run, callback
         if run is not None and (run / LOG_FILE).exists():
             # A process that was killed may have left half a line; the next one begins a new one.

@@ -12,8 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import save_config
 
-from ..atomic import new_directory
-from ..checkpoint import (
+from ..checkpoint.directory import (
     CHANNELS,
     HEAD_STEM,
     PREDICTOR,
@@ -23,11 +22,14 @@ from ..checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from ..expected import trunk_tensors
-from ..structure import FFN, find_body
-from ..subnetwork import share
-from ..tensor_files import cast
-from .student import Source, Student
+from ..checkpoint.expected import trunk_tensors
+from ..checkpoint.rows import owners_of, to_rows
+from ..files.atomic import new_directory
+from ..files.tensor_files import cast
+from ..llm.ffn import FFN
+from ..llm.modules import find_body, share
+from .source import Source
+from .student import Student
 
 
 def fused(llm: nn.Module) -> nn.Module:
@@ -41,18 +43,12 @@ def fused(llm: nn.Module) -> nn.Module:
 
 def channel_rows(llm: nn.Module, ffns: list[FFN]) -> dict[str, mx.array]:
     """The FFN as a checkpoint stores it: every channel a row, down_proj transposed."""
-    rows = {}
-    arrays = dict(tree_flatten(llm.parameters()))
-    for ffn in ffns:
-        for part in ("weight", "bias"):
-            both = arrays.get(f"{ffn.path}.gate_up_proj.{part}")
-            inputs = ("gate_proj", "up_proj")
-            halves = [None, None] if both is None else mx.split(both, 2)
-            for name, half in zip(inputs, halves, strict=True):
-                array = arrays.get(f"{ffn.path}.{name}.{part}") if half is None else half
-                if array is not None:
-                    rows[f"{ffn.path}.{name}.{part}"] = array
-        rows[f"{ffn.path}.down_proj.weight"] = arrays[f"{ffn.path}.down_proj.weight"].T
+    owners = owners_of(ffns)
+    rows: dict[str, mx.array] = {}
+    for name, array in tree_flatten(llm.parameters()):
+        ffn = owners.get(name.rpartition(".")[0])
+        if ffn is not None:
+            rows |= to_rows(ffn, name, array)
     return rows
 
 
@@ -106,7 +102,7 @@ def save_student(
         }
     tensors = {stem: {n: cast(a, dtype) for n, a in t.items()} for stem, t in tensors.items()}
     if student.static is not None:
-        tensors[STATIC_FILE.removesuffix(".safetensors")] = {"scores": student.static}
+        tensors[Path(STATIC_FILE).stem] = {"scores": student.static}
     with new_directory(Path(path)) as directory:
         if student.static is None:
             (directory / PREDICTOR).mkdir()

@@ -151,7 +151,7 @@ def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
             if schedule:
                 # Only a call shows whether its arguments are numbers.
                 mx.eval(learning_rate(mx.array(0)))
-        except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        except Exception as error:
             raise IFPError(
                 f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
                 "name, arguments and maybe warmup."

@@ -1,161 +1,20 @@
 """What is trained: a dense LLM and its sparsity predictor, and how they become a checkpoint."""
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm import load as load_mlx_lm
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import dequantize_model
 
-from ..checkpoint import Checkpoint, open_checkpoint
-from ..config import CONFIG_FILE, IFPConfig
-from ..device import default_dtype
-from ..errors import IFPError, reason_of
-from ..locate import expanded, resolve, source_name
-from ..masks import soft_topk
-from ..predictor import Predictor, PredictorHead
-from ..structure import FFN, build_model, find_embedding, find_ffns, get_module, set_module
-from ..subnetwork import share
-from ..tokenizers import load_tokenizer_of
-from ..weights import load_tensors
+from ..checkpoint.config import IFPConfig
+from ..errors import IFPError
+from ..llm.ffn import FFN
+from ..llm.modules import find_embedding, get_module, set_module, share
+from ..selection.masks import soft_topk
+from ..selectors.predictor import Predictor, PredictorHead
 from .networks import gathered, masked
 from .quantization_aware import Rounding
-
-FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")
-
-
-@dataclass
-class Source:
-    """What training starts from.
-
-    Attributes:
-        name: of the model, as the checkpoint will have it.
-        path: the model's directory.
-        config: the LLM's mlx-lm config, without a quantization.
-        tokenizer: the LLM's.
-        llm: an mlx-lm model with float weights.
-        ffns: its FFNs.
-        checkpoint: if it is a checkpoint of ours, what it says.
-        digest: of the weights' files.
-        dtype: what the weights are stored in.
-    """
-
-    name: str
-    path: Path
-    config: dict[str, Any]
-    tokenizer: TokenizerWrapper
-    llm: nn.Module
-    ffns: list[FFN]
-    checkpoint: Checkpoint | None
-    digest: str
-    dtype: mx.Dtype
-
-
-# What weights are trained in, whatever they are stored in. In float16 AdamW's epsilon and the
-# squares of most gradients are 0, and its first update divides 0 by 0. In bfloat16 most updates are
-# smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did not
-# change in 100 steps).
-TRAINED_IN = mx.float32
-
-
-def load_source(
-    model: str,
-    dtype: mx.Dtype | None = None,
-    trust_remote_code: bool = False,
-    *,
-    frozen: bool = False,
-) -> Source:
-    """A dense mlx-lm model, or the LLM of a checkpoint, as a model that can be trained.
-
-    Quantized weights are dequantized.
-
-    Args:
-        model (str): a directory or hub id.
-        dtype (mx.Dtype): cast to this type; None for :data:`TRAINED_IN`.
-        trust_remote_code (bool): let the tokenizer run code of its repository.
-        frozen (bool): its own weights are not trained; without a ``dtype`` they stay as stored, but
-            on a CPU.
-
-    Raises:
-        IFPError: if it cannot be loaded or pruned.
-    """
-    path, tokenizer_config = expanded(model), {"trust_remote_code": trust_remote_code}
-    if not path.exists():
-        path = resolve(model, converted=False)
-    checkpoint = None
-    if (path / CONFIG_FILE).is_file():
-        checkpoint = open_checkpoint(path)
-        tokenizer = load_tokenizer_of(checkpoint, tokenizer_config)
-        config = dict(checkpoint.config)
-        llm = _assemble(checkpoint)
-    else:
-        try:
-            llm, tokenizer, config = load_mlx_lm(
-                str(path), tokenizer_config, lazy=True, return_config=True
-            )
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
-            raise IFPError(f"{model} cannot be loaded: {reason_of(error)}") from error
-        llm = dequantize_model(llm)
-    for name in ("quantization", "quantization_config"):
-        config.pop(name, None)
-    ffns = find_ffns(llm)
-    stored = next(a.dtype for _, a in tree_flatten(llm.parameters()) if _is_float(a))
-    llm = _cast(llm, dtype or (default_dtype() if frozen else TRAINED_IN))
-    mx.eval(llm.parameters())
-    files = sorted(path.glob("*.safetensors"))
-    return Source(
-        source_name(model), path, config, tokenizer, llm, ffns, checkpoint, _digest(files), stored
-    )
-
-
-def _is_float(array: mx.array) -> bool:
-    return mx.issubdtype(array.dtype, mx.floating)
-
-
-def _cast(model: nn.Module, dtype: mx.Dtype | None) -> nn.Module:
-    if dtype is not None:
-        model.update(tree_map(lambda a: a.astype(dtype) if _is_float(a) else a, model.parameters()))
-    return model
-
-
-def _digest(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _assemble(checkpoint: Checkpoint) -> nn.Module:
-    """The dense model of a checkpoint, with mlx-lm's layout of down projections."""
-    quantization = checkpoint.config.get("quantization")
-    if quantization is not None:
-        raise IFPError(
-            f"{checkpoint.path} is quantized; train from the checkpoint it was made of, "
-            "or dequantize it with mlx_ifp.convert -d."
-        )
-    model = build_model(checkpoint.config)
-    arrays = load_tensors(checkpoint.trunk, None)
-    channels = load_tensors(checkpoint.channels, None)
-    for ffn in checkpoint.ffns:
-        own = {name: channels.pop(name) for name in list(channels) if name.startswith(ffn.path)}
-        down = f"{ffn.path}.down_proj.weight"
-        own[down] = own[down].T
-        if ffn.fused:
-            for part in ("weight", "bias"):
-                pair = [own.pop(f"{ffn.path}.{p}.{part}", None) for p in ("gate_proj", "up_proj")]
-                if pair[0] is not None:
-                    own[f"{ffn.path}.gate_up_proj.{part}"] = mx.concatenate(pair)
-        arrays |= own
-    model.load_weights(list(arrays.items()), strict=False)
-    return model
 
 
 class Student(nn.Module):
@@ -252,10 +111,8 @@ class Student(nn.Module):
             temperature (float): epsilon of SoftTopK.
         """
         indices = self.channels(scores)
-        soft = None
-        if self._ifp.mask.operator != "topk":
-            soft = soft_topk(scores, self.k, operator=self._ifp.mask.operator,
-                             temperature=temperature)  # fmt: skip
+        soft = self._soft_mask(scores, temperature)
+        if soft is not None:
             soft = mx.take_along_axis(soft, indices, axis=-1)
         more = () if self._rounding is None else (self._rounding.rows,)
         return gathered(trunk, self._ffns, indices, soft, *more)
@@ -266,10 +123,15 @@ class Student(nn.Module):
         """The masked full network of scores [B, L, d_ffn]; the same arguments."""
         indices = self.channels(scores)
         kept = mx.put_along_axis(mx.zeros(scores.shape), indices, mx.array(1.0), axis=-1)
-        if self._ifp.mask.operator != "topk":
-            kept = kept * soft_topk(scores, self.k, operator=self._ifp.mask.operator,
-                                    temperature=temperature)  # fmt: skip
-        return self.masked(trunk, kept, blend)
+        soft = self._soft_mask(scores, temperature)
+        return self.masked(trunk, kept if soft is None else kept * soft, blend)
+
+    def _soft_mask(self, scores: mx.array, temperature: float) -> mx.array | None:
+        """SoftTopK of scores [..., d_ffn], or None if the mask is hard."""
+        operator = self._ifp.mask.operator
+        if operator == "topk":
+            return None
+        return soft_topk(scores, self.k, operator=operator, temperature=temperature)
 
     def masked(self, trunk: nn.Module, masks: mx.array, blend: float = 1.0) -> nn.Module:
         """The full network under masks [B, L, d_ffn]."""

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,13 @@ from tqdm import tqdm
 from ..errors import IFPError
 from .batches import Batches, make_batch
 from .data import Example
-from .dense_targets import DenseTargets
+from .dense_targets import Split
 from .run_log import RunLog
-from .step import (
-    Mix,
-    batch_loss,
-    compiled_update,
-    make_optimizer,
-    optimizers_of,
-    positions_of,
-)
+from .step import Mix, batch_loss, compiled_update, make_optimizer, optimizers_of, positions_of
 from .student import Student
 from .training_args import TrainingArgs
 from .training_state import latest_checkpoint, load_state, save_state
 from .validation import collapse_warning, validate
-
-
-@dataclass
-class Split:
-    """A list of examples and what the dense model does on them."""
-
-    examples: list[Example]
-    targets: DenseTargets
 
 
 class Trainer:

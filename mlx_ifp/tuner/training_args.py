@@ -1,89 +1,105 @@
 """The numbers of a training run."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ..errors import IFPError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    metavar: str | None = None,
+    short: str | None = None,
+    yaml_only: bool = False,
+) -> Any:
+    """A dataclass field that is an option: of it, flag, check, default and YAML name are made.
+
+    Args:
+        default: its value if it is not given; None if there is none.
+        help: what it does, for people.
+        choices: the words it can be.
+        least: the smallest number it can be; it must be finite then.
+        metavar: what stands for its value in help.
+        short: another, short flag.
+        yaml_only: whether it has no flag.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "least": least,
+        "metavar": metavar,
+        "short": short,
+        "yaml_only": yaml_only,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_least(options: Iterable[Field], values: Mapping[str, Any]) -> None:
+    """Raises IFPError if the value of an option is below its least, or no finite number."""
+    for each in options:
+        least, value = each.metadata["least"], values[each.name]
+        if least is not None and value is not None and not least <= value < math.inf:
+            flag = each.name.replace("_", "-")
+            raise IFPError(f"--{flag} must be a number from {least}, not {value}.")
 
 
 @dataclass
 class TrainingArgs:
     """The numbers of a run; names are mlx-lm's where they mean the same."""
 
-    iters: int = field(default=1000, metadata={"help": "Iterations to train for"})
-    batch_size: int = field(default=4, metadata={"help": "Examples of a batch"})
-    grad_accumulation_steps: int = field(
-        default=1, metadata={"help": "Batches whose gradients make one update"}
+    iters: int = option(1000, "Iterations to train for", least=0)
+    batch_size: int = option(4, "Examples of a batch", least=1)
+    grad_accumulation_steps: int = option(1, "Batches whose gradients make one update", least=1)
+    learning_rate: float = option(1e-5, "AdamW's (with bias correction), of the LLM", least=0)
+    predictor_learning_rate: float = option(1e-4, "AdamW's, of the predictor", least=0)
+    weight_decay: float = option(0.01, "AdamW's", least=0)
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm; 0 for never", least=0
     )
-    learning_rate: float = field(
-        default=1e-5, metadata={"help": "AdamW's (with bias correction), of the LLM"}
+    lr_schedule: dict[str, Any] | None = option(None, "mlx-lm's, of the LLM", yaml_only=True)
+    predictor_lr_schedule: dict[str, Any] | None = option(
+        None, "Likewise of the predictor", yaml_only=True
     )
-    predictor_learning_rate: float = field(
-        default=1e-4, metadata={"help": "AdamW's, of the predictor"}
+    mask_temperature: float = option(
+        0.1, "Epsilon of SoftTopK at the end of training, and after it"
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's"})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Gradients are scaled down to this norm; 0 for never"}
+    mask_temperature_start: float | None = option(
+        None, "Epsilon at the first iteration (default: the same)"
     )
-    lr_schedule: dict[str, Any] | None = field(
-        default=None, metadata={"help": "mlx-lm's, of the LLM (YAML only)"}
+    blend_iters: int = option(0, "Iterations over which the mask rises from none to whole", least=0)
+    distill_weight: float = option(
+        0.0, "Share of KL(dense || student) in the loss; the rest is cross-entropy"
     )
-    predictor_lr_schedule: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Likewise of the predictor (YAML only)"}
+    distill_on: str = option("all", "Tokens that are distilled", choices=("all", "answer"))
+    contrastive_weight: float = option(
+        0.0, "Factor of the term that pulls prompts of one task together", least=0
     )
-    mask_temperature: float = field(
-        default=0.1, metadata={"help": "Epsilon of SoftTopK at the end of training, and after it"}
+    contrastive_batch_size: int = option(16, "Prompts of that term", least=2)
+    group_masks: bool = option(
+        False, "One prompt of each batch, drawn at random, selects for all of it"
     )
-    mask_temperature_start: float | None = field(
-        default=None, metadata={"help": "Epsilon at the first iteration (default: the same)"}
+    val_batches: int = option(25, "Validation batches, -1 for the entire set", least=-1)
+    steps_per_report: int = option(10, "Iterations between reports", least=1)
+    steps_per_eval: int = option(200, "Iterations between validations", least=1)
+    save_every: int = option(100, "Iterations between checkpoints", least=1)
+    keep_checkpoints: int = option(2, "Checkpoints to keep", least=1)
+    grad_checkpoint: bool = option(False, "Recompute activations to save memory")
+    clear_cache_threshold: int = option(
+        0, "Clear MLX's cache between steps if it is larger, bytes", least=0
     )
-    blend_iters: int = field(
-        default=0,
-        metadata={"help": "Iterations over which the mask rises from none to whole"},
-    )
-    distill_weight: float = field(
-        default=0.0,
-        metadata={"help": "Share of KL(dense || student) in the loss; the rest is cross-entropy"},
-    )
-    distill_on: str = field(default="all", metadata={"help": "Tokens that are distilled"})
-    contrastive_weight: float = field(
-        default=0.0, metadata={"help": "Factor of the term that pulls prompts of one task together"}
-    )
-    contrastive_batch_size: int = field(default=16, metadata={"help": "Prompts of that term"})
-    group_masks: bool = field(
-        default=False,
-        metadata={"help": "One prompt of each batch, drawn at random, selects for all of it"},
-    )
-    val_batches: int = field(
-        default=25, metadata={"help": "Validation batches, -1 for the entire set"}
-    )
-    steps_per_report: int = field(default=10, metadata={"help": "Iterations between reports"})
-    steps_per_eval: int = field(default=200, metadata={"help": "Iterations between validations"})
-    save_every: int = field(default=100, metadata={"help": "Iterations between checkpoints"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "Checkpoints to keep"})
-    grad_checkpoint: bool = field(
-        default=False, metadata={"help": "Recompute activations to save memory"}
-    )
-    clear_cache_threshold: int = field(
-        default=0, metadata={"help": "Clear MLX's cache between steps if it is larger, bytes"}
-    )
-    seed: int = field(default=0, metadata={"help": "PRNG seed"})
+    seed: int = option(0, "PRNG seed")
 
     def check(self) -> None:
         """Raises IFPError if a number is out of range."""
-        for name, least in (("iters", 0), ("batch_size", 1), ("grad_accumulation_steps", 1),
-                            ("steps_per_report", 1), ("steps_per_eval", 1), ("save_every", 1),
-                            ("keep_checkpoints", 1), ("blend_iters", 0), ("learning_rate", 0),
-                            ("predictor_learning_rate", 0), ("weight_decay", 0),
-                            ("contrastive_weight", 0), ("contrastive_batch_size", 2),
-                            ("max_grad_norm", 0), ("val_batches", -1),
-                            ("clear_cache_threshold", 0)):  # fmt: skip
-            if not least <= getattr(self, name) < math.inf:
-                raise IFPError(
-                    f"--{name.replace('_', '-')} must be a number from {least}, not "
-                    f"{getattr(self, name)}."
-                )
+        check_least(fields(self), vars(self))
         if not 0 <= self.seed < 1 << 64:
             raise IFPError(f"--seed must be from 0 to 2**64 - 1, not {self.seed}.")
         if not 0 <= self.distill_weight <= 1:

@@ -10,9 +10,9 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..atomic import new_directory
 from ..errors import IFPError
-from ..tensor_files import write_safetensors
+from ..files.atomic import new_directory
+from ..files.tensor_files import write_safetensors
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -89,7 +89,7 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
         arrays = mx.load(str(path / _OPTIMIZER)) if (path / _OPTIMIZER).stat().st_size > 16 else {}
         if missing := {"step", "scalars", "random", "identity"} - state.keys():
             raise ValueError(f"{_STATE} has no {', '.join(sorted(missing))}")
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         raise IFPError(
             f"{path} is damaged ({error}); delete it to resume from an older one."
         ) from error

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..masks import Selection, select_channels
-from ..overlap import overlap_summary
+from ..selection.overlap import overlap_summary
+from ..selection.selection import Selection, select_channels
 from .batches import make_batch
 from .data import Example
 from .dense_targets import DenseTargets

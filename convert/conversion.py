@@ -1,0 +1,215 @@
+"""A source of any kind -> a checkpoint directory, planned first, then written."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from mlx_lm.utils import save_config
+from tqdm import tqdm
+
+from mlx_ifp.checkpoint.directory import (
+    ORDER_FILE,
+    PREDICTOR,
+    open_checkpoint,
+    write_checkpoint,
+)
+from mlx_ifp.checkpoint.hub import upload_checkpoint
+from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS, expanded, source_name
+from mlx_ifp.checkpoint.precision import Precisions
+from mlx_ifp.checkpoint.tokenizers import load_tokenizer_of
+from mlx_ifp.errors import IFPError, one_line
+from mlx_ifp.files.atomic import new_directory
+
+from .calibrate import calibrate as order_channels
+from .dense import load_dense
+from .layouts import CHECKPOINT, TRAINED, detect_layout
+from .layouts.parts import Given
+from .plan import Plan, plan_dense
+from .prompts import add_static_scores, read_prompts
+from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
+from .requantize import plan_requantized
+from .request import ConversionRequest
+from .sources.files import PICKLES
+from .trained import plan_trained
+
+# Tokenizer, configs and the file system's own needs.
+SPARE_BYTES = 64 << 20
+
+# A model's own files, and what the layouts and our checkpoints have beside them.
+HUB_PATTERNS = [
+    *TOKENIZER_PATTERNS,
+    *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
+    *("*.pt", "*.pth", "*.distcp", ".metadata", "channels*.safetensors"),
+    *("static*.safetensors", ORDER_FILE),
+]
+
+# A repository may have its weights as safetensors and as pickles: the latter only if need be.
+WEIGHTS = (".safetensors", *PICKLES, ".distcp")
+
+
+def convert(model: str, mlx_path: str | Path = "mlx_model", **options: Any) -> Path:
+    """Make a checkpoint from a dense model, from one trained with PyTorch, or from a checkpoint.
+
+    Args:
+        model (str): a file, a directory or a hub id.
+        mlx_path: the checkpoint to make; it must not exist.
+        options: the other fields of :class:`~mlx_ifp.convert.request.ConversionRequest`.
+
+    Returns:
+        Path: the checkpoint.
+
+    Raises:
+        IFPError: one line; nothing is left behind.
+    """
+    return carry_out(ConversionRequest(model, Path(mlx_path), **options))
+
+
+def carry_out(request: ConversionRequest) -> Path:
+    """Make the checkpoint that is asked for.
+
+    A checkpoint of mlx_ifp stays what it is but for its precision and k. Tensors stream through
+    memory, the largest ones in parts.
+
+    Returns:
+        Path: the checkpoint.
+
+    Raises:
+        IFPError: one line; nothing is left behind.
+    """
+    path = request.mlx_path
+    static, calibration = (
+        None if file is None else read_prompts(Path(file))
+        for file in (request.static_prompts, request.calibrate)
+    )
+    precisions = request.precisions()
+    if request.dry_run:
+        if path.exists():
+            raise IFPError(f"{path} already exists. Delete it or name another path.")
+        print_dry_run(_plan(request, precisions, None), path)
+        return path
+    with new_directory(path) as directory:
+        plan = _plan(request, precisions, directory)
+        report = report_of(plan)
+        _write(plan, directory, path)
+        if static is not None:
+            add_static_scores(directory, plan.ifp, plan.tokenizer, static)
+        if calibration is not None:
+            options = {"trust_remote_code": request.trust_remote_code}
+            tokenizer = plan.tokenizer or load_tokenizer_of(open_checkpoint(directory), options)
+            order_channels(directory, tokenizer, calibration)
+        # A checkpoint brings its own: its source is that of the tensors.
+        if not (directory / REPORT_FILE).exists():
+            (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+        open_checkpoint(directory)
+    for note in plan.notes:
+        print(f"[INFO] {note}", file=sys.stderr)
+    print_report(report)
+    if request.upload_repo is not None:
+        base_model = None if Path(request.model).exists() else request.model
+        upload_checkpoint(path, request.upload_repo, base_model=base_model)
+    return path
+
+
+def _plan(request: ConversionRequest, precisions: Precisions, scratch: Path | None) -> Plan:
+    """The conversion of a source of any kind; ``scratch`` is a directory for temporary files."""
+    path = _find(request.model, request.revision)
+    kind = request.layout or detect_layout(path)
+    if kind == CHECKPOINT:
+        return _plan_checkpoint(request, precisions, path)
+    if request.quantize_weights and request.dequantize_weights:
+        raise IFPError("-d is not allowed with -q, but for a checkpoint of mlx_ifp.")
+    if kind == "dense":
+        return _plan_dense(request, precisions, path, scratch)
+    return _plan_trained(request, precisions, path, kind)
+
+
+def _plan_checkpoint(request: ConversionRequest, precisions: Precisions, path: Path) -> Plan:
+    named = replace(request.given, keep=None) != Given()
+    if named or request.text_format or request.static_prompts is not None:
+        raise IFPError(
+            f"{request.model} is a checkpoint of mlx_ifp already: only its precision, k and "
+            "the order of its channels can be changed."
+        )
+    return plan_requantized(path, request.keep, precisions, request.dequantize_weights)
+
+
+def _plan_dense(
+    request: ConversionRequest, precisions: Precisions, path: Path, scratch: Path | None
+) -> Plan:
+    if request.llm_config or request.for_predictor:
+        raise IFPError(
+            f"{request.model} is a dense model: it has no predictor, and its own config."
+        )
+    dense = load_dense(
+        request.model,
+        path,
+        dequantize=request.dequantize_weights,
+        tokenizer=request.tokenizer,
+        trust_remote_code=request.trust_remote_code,
+        scratch=scratch,
+    )
+    dense.source = _source(request) | dense.source
+    return plan_dense(dense, request.keep, precisions.llm, request.text_format)
+
+
+def _plan_trained(
+    request: ConversionRequest, precisions: Precisions, path: Path, layout: str
+) -> Plan:
+    if request.dequantize_weights:
+        raise IFPError("-d is for dense models; the layouts have no quantized weights.")
+    trained = TRAINED[layout](path, request.given)
+    if request.dry_run and trained.missing:
+        print_missing(trained)
+    if trained.predictor is None and request.for_predictor:
+        raise IFPError(f"{request.model} is a static run: it has no predictor.")
+    return plan_trained(
+        trained, _source(request), precisions, request.text_format, request.trust_remote_code
+    )
+
+
+def _source(request: ConversionRequest) -> dict[str, Any]:
+    revision = {} if request.revision is None else {"revision": request.revision}
+    return {"model": source_name(request.model)} | revision
+
+
+def _find(model: str, revision: str | None) -> Path:
+    path = expanded(model)
+    if path.exists():
+        return path
+    with one_line(f"{model} cannot be loaded"):
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+        if not any(file.suffix in WEIGHTS for file in path.rglob("*")):
+            patterns = [*HUB_PATTERNS, *(f"*{suffix}" for suffix in WEIGHTS)]
+            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    return path
+
+
+def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:
+    """Everything but the report; the plan's tensors are used up."""
+    _check_space(mlx_path, plan.nbytes)
+    if plan.tokenizer is not None:
+        plan.tokenizer.save_pretrained(str(directory))
+    for file in plan.extra_files:
+        shutil.copy(file, directory)
+    if plan.predictor_config is not None:
+        (directory / PREDICTOR).mkdir()
+        save_config(dict(plan.predictor_config), directory / PREDICTOR / "config.json")
+        if plan.predictor_tokenizer is not None:
+            plan.predictor_tokenizer.save_pretrained(str(directory / PREDICTOR))
+        for file in plan.predictor_files:
+            shutil.copy(file, directory / PREDICTOR)
+    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Converting") as bar:
+        write_checkpoint(directory, plan.config, plan.ifp, plan.tensors, bar.update)
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needed + SPARE_BYTES:
+        raise IFPError(
+            f"{path} needs {(needed + SPARE_BYTES) / 1e6:,.0f} MB, but its disk has only "
+            f"{free / 1e6:,.0f} MB free. Free some space or name another --mlx-path."
+        )

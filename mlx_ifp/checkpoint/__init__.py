@@ -1,0 +1,1 @@
+"""The checkpoint format: finding, checking, reading and writing a directory."""

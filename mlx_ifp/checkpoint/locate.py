@@ -1,0 +1,87 @@
+"""Where a checkpoint is: a local directory, a hub repository, or the package's own."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+)
+
+from ..errors import IFPError, one_line
+from .config import CONFIG_FILE
+
+TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "*.py"]
+# The package's own checkpoint, for those who name none.
+DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
+
+
+def source_name(model: str | Path) -> str:
+    """A source as a checkpoint names it: a hub id, or the last part of a path.
+
+    The rest of a path is nobody else's business, and would make two checkpoints of one model
+    differ.
+    """
+    path = expanded(model)
+    return path.resolve().name if path.exists() else str(model)
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` resolved; of a user that does not exist it stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def resolve(
+    path_or_hf_repo: str | Path | None, revision: str | None = None, *, converted: bool = True
+) -> Path:
+    """The directory of a checkpoint: a local one, or a hub repository that is downloaded.
+
+    Args:
+        path_or_hf_repo: which; None for the package's own.
+        revision (str): of a hub repository.
+        converted (bool): an ordinary model is refused before its weights are downloaded.
+
+    Raises:
+        IFPError: if there is neither.
+    """
+    if path_or_hf_repo is None:
+        if not DEFAULT_MODEL.is_dir():
+            raise IFPError(
+                f"No model was named, and {DEFAULT_MODEL}, the default, is missing. "
+                "Name one with --model, or make one: mlx_ifp.convert --model MODEL --mlx-path OUT"
+            )
+        return DEFAULT_MODEL
+    path = expanded(path_or_hf_repo)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise IFPError(
+            f"{path} is a file, not a checkpoint directory. "
+            "Make one of it with: mlx_ifp.convert --model FILE --mlx-path OUT"
+        )
+    with one_line(
+        f"{path_or_hf_repo} is not a directory, and it could not be fetched from the "
+        "Hugging Face hub"
+    ):
+        if converted:
+            _require_converted(str(path_or_hf_repo), revision)
+        return Path(
+            snapshot_download(str(path_or_hf_repo), revision=revision, allow_patterns=HUB_PATTERNS)
+        )
+
+
+def _require_converted(repo: str, revision: str | None) -> None:
+    try:
+        hf_hub_download(repo, CONFIG_FILE, revision=revision)
+    except LocalEntryNotFoundError:
+        # Without a network nothing is known; the download will say so.
+        pass
+    except EntryNotFoundError as error:
+        raise IFPError(
+            f"{repo} has no {CONFIG_FILE}: it is a model that is not converted. "
+            f"Make a checkpoint with: mlx_ifp.convert --model {repo} --mlx-path OUT"
+        ) from error

@@ -1,0 +1,111 @@
+"""How a checkpoint stores the FFN's channels: each is a row of every tensor.
+
+``gate_proj`` and ``up_proj`` lie as mlx-lm has them; a fused ``gate_up_proj`` is stored as the two.
+``down_proj`` is stored transposed, [d_ffn, hidden size]: its quantization groups lie inside a row
+like those of the others. Its bias belongs to no channel and is part of the trunk.
+"""
+
+from collections.abc import Callable, Container, Mapping
+from typing import TypeVar
+
+import mlx.core as mx
+
+from ..llm.ffn import FFN, PROJECTIONS
+from ..llm.modules import PARTS
+
+Tensor = TypeVar("Tensor")
+
+
+def _rows(array: mx.array, start: int, stop: int) -> mx.array:
+    return array[start:stop]
+
+
+def stored_as(projection: str) -> tuple[str, ...]:
+    """The projections that one of the model's is stored as, top to bottom: a fused one is two."""
+    return ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+
+
+def stored_modules(ffns: list[FFN]) -> dict[str, str]:
+    """Every projection as it is stored -> the module of the model that it is, or is a part of.
+
+    The config names the module, so this finds out how a stored projection is quantized.
+    """
+    return {
+        f"{ffn.path}.{projection}": ffn.module_path(projection)
+        for ffn in ffns
+        for projection in PROJECTIONS
+    }
+
+
+def owners_of(ffns: list[FFN]) -> dict[str, FFN]:
+    """Every module of the model that holds channels -> the FFN that it belongs to."""
+    return {ffn.module_path(projection): ffn for ffn in ffns for projection in PROJECTIONS}
+
+
+def to_rows(
+    ffn: FFN,
+    name: str,
+    tensor: Tensor,
+    *,
+    turned: bool = False,
+    rows: Callable[[Tensor, int, int], Tensor] = _rows,
+    transposed: Callable[[Tensor], Tensor] = mx.transpose,
+) -> dict[str, Tensor]:
+    """One tensor of an FFN as it is stored.
+
+    Args:
+        ffn (FFN): whose it is.
+        name (str): mlx-lm's, of the whole model.
+        tensor: an array, or another kind of tensor for which the functions below are given.
+        turned (bool): whether a row of the down projection is a channel already.
+        rows (Callable): takes the rows from start to stop of a tensor.
+        transposed (Callable): exchanges rows and columns of a matrix.
+
+    Returns:
+        dict: names in the checkpoint -> tensors; empty for what belongs to the trunk.
+    """
+    module, _, part = name.rpartition(".")
+    projection = module.rpartition(".")[2]
+    pieces = stored_as(projection)
+    if len(pieces) > 1:
+        return {
+            f"{ffn.path}.{piece}.{part}": rows(tensor, i * ffn.d_ffn, (i + 1) * ffn.d_ffn)
+            for i, piece in enumerate(pieces)
+        }
+    if projection == "down_proj" and part == "bias":
+        return {}
+    turn = projection == "down_proj" and not turned
+    return {name: transposed(tensor) if turn else tensor}
+
+
+def parts_of(ffn: FFN, stored: Container[str]) -> dict[tuple[str, str], list[str]]:
+    """What a model's FFN is made of: (projection, part) -> names that are stored, top to bottom.
+
+    Args:
+        ffn (FFN): whose parts are looked for; ``gate_up_proj`` is the projection of a fused one.
+        stored: the names that the checkpoint has.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for part in PARTS:
+        for projection in PROJECTIONS:
+            name = f"{ffn.path}.{projection}.{part}"
+            if name in stored:
+                module = ffn.module_path(projection).rpartition(".")[2]
+                found.setdefault((module, part), []).append(name)
+    return found
+
+
+def from_rows(ffn: FFN, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """An FFN as mlx-lm has it, by mlx-lm's names: the inverse of :func:`to_rows`.
+
+    Args:
+        ffn (FFN): whose it is.
+        stored: names in the checkpoint -> arrays in floats: quantized groups of the down
+            projection cannot be turned.
+    """
+    made = {}
+    for (projection, part), names in parts_of(ffn, stored).items():
+        arrays = [stored[name] for name in names]
+        array = mx.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        made[f"{ffn.path}.{projection}.{part}"] = array.T if projection == "down_proj" else array
+    return made

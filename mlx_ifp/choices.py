@@ -1,0 +1,17 @@
+"""The words that flags and checks know. Nothing is imported here, so that help answers at once."""
+
+# How mlx-lm quantizes.
+QUANTIZATION_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+# What mx.quantize takes in the mode affine.
+Q_BITS = (2, 3, 4, 5, 6, 8)
+Q_GROUP_SIZES = (32, 64, 128)
+# mlx-lm's mixed-bit recipes.
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+# The types that mlx-lm converts to.
+DTYPES = ("float16", "bfloat16", "float32")
+
+# The layouts that the converter reads.
+LAYOUTS = ("split", "module", "manifest", "dense")
+
+STAGES = ("pretrain", "sft")
+FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")

@@ -1,0 +1,178 @@
+"""Parsed flags -> a task, a selection, a model."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..checkpoint.directory import Checkpoint
+from ..checkpoint.tokenizers import load_predictor_tokenizer
+from ..device import default_dtype
+from ..errors import IFPError
+from ..files.atomic import check_writable
+from ..generation.request import Request
+from ..memory.advice import check
+from ..memory.budget import Estimator, Use
+from ..memory.table import table
+from ..model import IFPModel, open_model
+from ..selection.disk_cache import SelectionCache
+from ..selection.files import load_selection
+from ..selection.keep import compact
+from ..selection.selection import Selection
+from ..selection.task_library import Task, TaskLibrary
+from ..selectors.selector import resolved_keep
+from ..selectors.text import selecting_text, selector_tokens
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
+    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    try:
+        # Without a standard input Python has None there.
+        prompt = (sys.stdin.read() if sys.stdin else "") if prompt == "-" else prompt
+        # In some locales Python lets undecodable bytes through as surrogates.
+        prompt.encode()
+    except UnicodeError as error:
+        raise IFPError("The prompt is not UTF-8 text.") from error
+    if not prompt.strip():
+        raise IFPError("The prompt is empty; give some text with --prompt, or - and stdin.")
+    return prompt
+
+
+def kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of mlx-lm's ``generate_step`` that ``add_kv_options`` gives."""
+    names = (
+        "max_kv_size",
+        "kv_bits",
+        "kv_group_size",
+        "quantized_kv_start",
+        "prefill_step_size",
+    )
+    return {name: getattr(args, name) for name in names}
+
+
+def use_of(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerWrapper,
+    request: Request,
+) -> Use:
+    """What the options are going to use a checkpoint for.
+
+    Args:
+        args: the options.
+        checkpoint: what they name.
+        tokenizer: of its LLM.
+        request: what they ask for.
+    """
+    generation = request.generation(tokenizer)
+    if request.dense:
+        return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
+    if request.selection is not None:
+        return Use(request.selection.ks, generation, networks=args.cached_tasks)
+    k = compact(resolved_keep(checkpoint, args.keep))
+    selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
+    if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
+        tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
+    text = request.task
+    if text is None:
+        role = request.task_from or checkpoint.ifp.text.source
+        text = selecting_text(request.prompt, role)
+    tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
+    return Use(k, generation, selector, len(tokens), args.cached_tasks)
+
+
+def task_of(args: argparse.Namespace) -> str | None:
+    """The task description of the command line, or None."""
+    if args.task_file is None:
+        try:
+            # Undecodable bytes of a command line come as surrogates.
+            (args.task or "").encode()
+        except UnicodeEncodeError as error:
+            raise IFPError("The task is not UTF-8 text.") from error
+        return args.task
+    try:
+        return Path(args.task_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise IFPError(f"{args.task_file} is not a text file.") from error
+
+
+def check_given(args: argparse.Namespace) -> None:
+    """Raises IFPError if options contradict a selection that is given, or none can be saved.
+
+    To be called before anything is loaded; a command need not have all of these options.
+    """
+    for given in ("selection", "task_name", "dense"):
+        for name in ("keep", "selector"):
+            # A selection has its channels; nothing scores or counts them anew.
+            if getattr(args, given, None) and getattr(args, name) is not None:
+                raise IFPError(f"--{given.replace('_', '-')} and --{name} exclude each other.")
+    if getattr(args, "save_selection", None) is not None:
+        if getattr(args, "dense", False):
+            raise IFPError("--dense selects nothing to save.")
+        check_writable(args.save_selection)
+
+
+def named_task(args: argparse.Namespace, checkpoint: Checkpoint) -> Task:
+    """The task that ``--task-name`` names."""
+    return TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
+
+
+def given_selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | None:
+    """The selection of ``--selection`` or ``--task-name``; None if a text selects."""
+    if args.task_name is not None:
+        return named_task(args, checkpoint).selection
+    if args.selection is not None:
+        return load_selection(args.selection, checkpoint.digest)
+    return None
+
+
+def _tokenizer_config(args: argparse.Namespace) -> dict[str, bool]:
+    return {"trust_remote_code": args.trust_remote_code}
+
+
+def load_model(
+    args: argparse.Namespace,
+    plan: Callable[[Checkpoint, TokenizerWrapper], Use] | None = None,
+) -> tuple[IFPModel, TokenizerWrapper]:
+    """Load the checkpoint that the options name.
+
+    Args:
+        args: the options.
+        plan: of a command with :func:`add_memory_options`, what it is going to use the checkpoint
+            for. With ``--estimate-only`` that is printed, and the process ends.
+
+    Raises:
+        IFPError: if it does not fit the memory limit; no weight has been read then.
+    """
+    checkpoint, tokenizer = open_model(args.model, _tokenizer_config(args), args.revision)
+    dtype = getattr(mx, args.dtype) if args.dtype else default_dtype()
+    limit = use = None
+    if plan is not None and (args.memory_limit is not None or args.estimate_only):
+        limit, use = args.memory_limit, plan(checkpoint, tokenizer)
+    if use is not None and args.estimate_only:
+        estimator = Estimator(checkpoint, dtype)
+        print(table(estimator, use, limit), flush=True)
+        if limit is not None:
+            check(estimator, use, limit)
+        sys.exit(0)
+    if limit is not None:
+        # So that MLX gives freed buffers back before it exceeds the limit.
+        mx.set_memory_limit(limit)
+    model = IFPModel(
+        checkpoint,
+        tokenizer,
+        dtype=dtype,
+        keep=args.keep,
+        selector=args.selector,
+        selection_cache=None if args.no_cache else SelectionCache(args.cache_dir),
+        tokenizer_config=_tokenizer_config(args),
+        task_library=TaskLibrary(checkpoint, args.cache_dir),
+        memory_limit=limit,
+        use=use,
+    )
+    return model, tokenizer

@@ -1,0 +1,114 @@
+"""The dispatcher ``mlx_ifp COMMAND``, and how every command starts and ends."""
+
+import contextlib
+import functools
+import importlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+from ..errors import IFPError
+
+# Name -> package.
+COMMANDS = {
+    "benchmark": "mlx_ifp.commands.benchmark",
+    "cache_prompt": "mlx_ifp.commands.cache_prompt",
+    "convert": "mlx_ifp.convert",
+    "export": "mlx_ifp.commands.export",
+    "generate": "mlx_ifp.commands.generate",
+    "manage": "mlx_ifp.commands.manage",
+    "plot": "mlx_ifp.commands.plot",
+    "tasks": "mlx_ifp.commands.tasks",
+    "train": "mlx_ifp.commands.train",
+}
+
+
+def entry_point(package: str) -> Callable[[], None]:
+    """The ``main`` of a command, for its installed script.
+
+    Flags are read first, so that help and a wrong flag answer without MLX. Only then is the module
+    imported that does the work.
+
+    Args:
+        package: the command's. Its module ``options`` has ``setup_arg_parser()``, and its module
+            ``command`` has ``run(args)``.
+    """
+
+    def main() -> None:
+        with ending_in_one_line():
+            options = importlib.import_module(f"{package}.options")
+            args = options.setup_arg_parser().parse_args()
+            importlib.import_module(f"{package}.command").run(args)
+
+    return main
+
+
+def script(main: Callable[[], None]) -> Callable[[], None]:
+    """Make the ``main`` of a script of one file end as a command does."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        with ending_in_one_line():
+            main()
+
+    return run
+
+
+@contextlib.contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """End the process in one line, without a traceback, on a user's error and on Ctrl-C."""
+    name = os.path.basename(sys.argv[0])
+    warnings.formatwarning = lambda message, *_, **__: f"[WARNING] {message}\n"
+    try:
+        yield
+    except IFPError as error:
+        _end(f"{name}: error: {' '.join(str(error).split())}", 1)
+    except BrokenPipeError:
+        # The reader has gone; what is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"{name}: error: {where}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            # A second Ctrl-C ends the process at once, without a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _end(f"{name}: interrupted", 130)
+
+
+def _end(line: str, code: int) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run ``mlx_ifp COMMAND ...``."""
+    usage = (
+        f"usage: mlx_ifp COMMAND [options]\n\ncommands: {', '.join(COMMANDS)}\n\n"
+        "example: mlx_ifp generate --help"
+    )
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in ("-h", "--help"):
+        print(usage)
+    elif name == "--version":
+        from importlib.metadata import version
+
+        print(version("mlx_ifp"))
+    elif name in COMMANDS:
+        sys.argv[:2] = [f"mlx_ifp.{name}"]
+        try:
+            package = importlib.import_module(COMMANDS[name])
+        except ModuleNotFoundError as error:
+            if error.name != "mlx_ifp.convert":
+                raise
+            # In a clone convert/ stands beside the package; the installed one has it inside.
+            _end(f"mlx_ifp.{name}: error: The converter is only in the installed package: use the "
+                 f"command mlx_ifp.{name}, or leave the clone's root.", 1)  # fmt: skip
+        package.main()
+    else:
+        _end(f"{usage}\n\nmlx_ifp: error: {'no command' if name is None else f'no {name!r}'}", 2)

@@ -1,0 +1,198 @@
+"""Command-line options that several commands share."""
+
+import argparse
+import re
+from decimal import Decimal
+from typing import Any
+
+from ..checkpoint.config import SELECTORS, TEXT_SOURCES
+from ..choices import DTYPES, Q_BITS, Q_GROUP_SIZES
+from ..selection.keep import Keep
+
+_SIZES = {"": 1, "M": 10**6, "G": 10**9}
+
+
+def parse_bool(text: str) -> bool:
+    """``False`` or ``F``, in any case of letters, is false; all else is true, as in mlx-lm."""
+    return text.lower() not in ("false", "f")
+
+
+def parse_keep(text: str) -> Keep:
+    """``768`` is a count, ``0.5`` or ``50%`` a fraction, ``768,704,...`` one count a layer."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        if "," in text:
+            return [int(part) for part in text.split(",")]
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no count such as 768, fraction such as 0.5, or list of counts"
+        ) from None
+
+
+def parse_seed(text: str) -> int:
+    """A seed that MLX takes: 64 bits, no sign."""
+    if not text.isdecimal() or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 2**64 - 1")
+    return int(text)
+
+
+def parse_number(text: str) -> int:
+    """A number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
+    return int(text)
+
+
+def parse_count(text: str) -> int:
+    """A number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """``6GB``, ``800MB`` or bytes, as mlx-lm reads sizes: a GB is 10^9 bytes."""
+    try:
+        digits, unit = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper()).groups()
+        size = int(Decimal(digits) * _SIZES[unit[:1]])
+    except (AttributeError, ValueError, ArithmeticError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 800MB or 800000000")
+    return size
+
+
+def new_parser(
+    name: str, description: str, examples: str, **kwargs: Any
+) -> argparse.ArgumentParser:
+    """The empty parser of ``mlx_ifp.NAME``, with examples below its help.
+
+    Args:
+        name: the command's.
+        description: what it does, in one sentence.
+        examples: shown as they are written.
+        **kwargs: passed to argparse.
+    """
+    return argparse.ArgumentParser(
+        prog=f"mlx_ifp.{name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **kwargs,
+    )
+
+
+def add_trust_option(group: argparse._ActionsContainer) -> None:
+    """Whether code of the model's repository may run."""
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run code of the model's repository",
+    )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which checkpoint, and where what belongs to it is kept."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        help="A checkpoint of mlx_ifp.convert or mlx_ifp.train: a directory or a hub id (default: "
+        "the small one that comes with mlx_ifp)",
+    )
+    group.add_argument("--revision", help="Revision of the hub repository")
+    group.add_argument("--cache-dir", help="Where selections and named tasks are kept on disk")
+    return group
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and how it is used."""
+    group = add_checkpoint_options(parser)
+    add_trust_option(group)
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Run in this type (default: as stored; float32 on a CPU)",
+    )
+    group.add_argument(
+        "--keep",
+        type=parse_keep,
+        metavar="K|FRACTION",
+        help="FFN channels to keep in each layer (default: what the checkpoint says)",
+    )
+    group.add_argument("--selector", choices=SELECTORS, help="What scores the channels")
+    group.add_argument(
+        "--no-cache", action="store_true", help="Neither read nor write selections on disk"
+    )
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """What selects."""
+    group = parser.add_argument_group("task").add_mutually_exclusive_group()
+    group.add_argument("--task", metavar="TEXT", help="A description of the task, which selects")
+    group.add_argument("--task-file", metavar="FILE", help="A file with such a description")
+    group.add_argument(
+        "--task-from",
+        choices=TEXT_SOURCES,
+        help="Which message selects if no task is given (default: what the checkpoint says, "
+        "usually the user's)",
+    )
+    group.add_argument("--selection", metavar="FILE", help="Use a saved selection")
+    add_task_name_option(group)
+    parser.add_argument("--save-selection", metavar="FILE", help="Save the selection that is used")
+
+
+def add_task_name_option(group: argparse._ActionsContainer) -> None:
+    """A task of the library selects."""
+    group.add_argument("--task-name", metavar="NAME", help="Use a task of mlx_ifp.tasks")
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """How keys and values are kept."""
+    group = parser.add_argument_group("key-value cache")
+    group.add_argument(
+        "--max-kv-size", type=parse_count, help="Maximum size of the key-value cache"
+    )
+    group.add_argument(
+        "--kv-bits", type=int, choices=Q_BITS, help="Bits for the quantized key-value cache"
+    )
+    group.add_argument(
+        "--kv-group-size", type=int, choices=Q_GROUP_SIZES, default=64, help="Its group size"
+    )
+    group.add_argument(
+        "--quantized-kv-start",
+        type=parse_number,
+        default=5000,
+        help="Tokens before it is quantized",
+    )
+    group.add_argument(
+        "--prefill-step-size",
+        type=parse_count,
+        default=2048,
+        help="Prompt tokens to process at a time",
+    )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory may be used."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory-limit",
+        type=parse_size,
+        metavar="SIZE",
+        help="Bytes that trunk, predictor, sub-networks, keys and values may take together, such "
+        "as 6GB or 800MB (a GB is 10^9 bytes). What does not fit is refused before it is read",
+    )
+    group.add_argument(
+        "--estimate-only",
+        action="store_true",
+        help="Print what would be in memory, and read no weights",
+    )
+    group.add_argument(
+        "--cached-tasks",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="Sub-networks that must fit into memory together (default: 1)",
+    )

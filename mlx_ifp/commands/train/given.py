@@ -1,0 +1,67 @@
+"""What a user gives ``mlx_ifp.train``: flags and a YAML file become one set of options."""
+
+import argparse
+import types
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlx_lm.lora import yaml_loader
+
+from ...cli.flags import parse_keep
+from ...errors import IFPError
+from ...selection.keep import Keep
+from .options import OPTIONS, defaults, type_of
+
+
+def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
+    """Command line over YAML over defaults.
+
+    Raises:
+        IFPError: if the YAML file is none, or has an option that is unknown or of a wrong type.
+    """
+    path = given.get("config")
+    options = defaults() | (_read(path) if path else {}) | given
+    if isinstance(options["keep"], str):
+        try:
+            options["keep"] = parse_keep(options["keep"])
+        except argparse.ArgumentTypeError as error:
+            raise IFPError(f"{path}: keep: {error}.") from error
+    return types.SimpleNamespace(**options)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The options of a YAML file."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml_loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IFPError(f"{path} is not valid YAML: {error}.") from error
+    if not isinstance(values, dict):
+        raise IFPError(f"{path} must hold options, one 'name: value' a line.")
+    options = {}
+    for name, value in values.items():
+        name = str(name).replace("-", "_")
+        if name not in OPTIONS:
+            raise IFPError(f"{path}: there is no option {name!r}.")
+        # As in mlx-lm, an option without a value has its default.
+        if value is not None:
+            options[name] = _checked(path, name, value)
+    return options
+
+
+def _checked(path: str, name: str, value: Any) -> Any:
+    """A value of a YAML file; a number of the type that the option has."""
+    kind, choices = type_of(name), OPTIONS[name].metadata["choices"]
+    # To Python a bool is an int, to users it is not.
+    strange = isinstance(value, bool) and kind is not bool
+    if kind is Keep:
+        if strange or not isinstance(value, (int, float, str, list)):
+            raise IFPError(f"{path}: keep must be a count, a fraction or a list of counts.")
+        return value
+    if choices is not None and value not in choices:
+        raise IFPError(f"{path}: {name} must be one of {', '.join(choices)}, not {value!r}.")
+    if strange or not isinstance(value, (int, float) if kind is float else kind):
+        named = {bool: "true or false", int: "a number", float: "a number"}
+        words = named.get(kind, f"a {kind.__name__}")
+        raise IFPError(f"{path}: {name} must be {words}, not {value!r}.")
+    return float(value) if kind is float else value

@@ -1,0 +1,199 @@
+"""Options of ``mlx_ifp.train`` -> models, data and what is trained."""
+
+import sys
+import types
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ...checkpoint.config import IFPConfig, MaskConfig, TextConfig
+from ...checkpoint.precision import Precision, quantize_config
+from ...errors import IFPError
+from ...llm.modules import find_embedding, get_module, share
+from ...selection.keep import resolve_one_keep
+from ...tuner.batches import spread
+from ...tuner.dense_targets import DenseTargets, Split
+from ...tuner.predictor_start import (
+    HEAD_WIDTH,
+    PredictorStart,
+    from_checkpoint,
+    from_layers,
+    from_model,
+)
+from ...tuner.quantization_aware import Rounding
+from ...tuner.source import Source, load_source
+from ...tuner.student import Student, choose_trainable
+from ...tuner.trainer import identity_of
+from ...tuner.training_args import TrainingArgs
+from ...tuner.warm_start import mean_importance
+
+
+def is_first() -> bool:
+    """Whether this is the one of several processes that reports and writes."""
+    return mx.distributed.init().rank() == 0
+
+
+def load_teacher(args: types.SimpleNamespace, source: Source, dtype: mx.Dtype | None) -> Source:
+    """The model that ``--teacher`` names; it must be of the shape that is trained."""
+    teacher = load_source(args.teacher, dtype, args.trust_remote_code, frozen=True)
+    shapes = [
+        (
+            get_module(each.llm, find_embedding(each.llm)).weight.shape[0],
+            [ffn.d_ffn for ffn in each.ffns],
+        )
+        for each in (teacher, source)
+    ]
+    if shapes[0] != shapes[1]:
+        raise IFPError(
+            f"--teacher {args.teacher} has another vocabulary or other FFNs than {args.model}; "
+            "name the dense model that it was made of."
+        )
+    return teacher
+
+
+def predictor_start(args: types.SimpleNamespace, source: Source, dtype: Any) -> PredictorStart:
+    """The predictor to train: a pretrained model, the source's own, or the LLM's first layers."""
+    width = HEAD_WIDTH if args.head_width is None else args.head_width
+    if args.predictor_model is not None:
+        if args.predictor_layers is not None:
+            raise IFPError("--predictor-model and --predictor-layers exclude each other.")
+        return from_model(args.predictor_model, source, dtype, width, args.trust_remote_code)
+    if has_predictor(args, source):
+        if args.head_width is not None:
+            raise IFPError(
+                f"{args.model} has a predictor; --head-width is for a new one: name "
+                "--predictor-layers or --predictor-model, too."
+            )
+        return from_checkpoint(source, dtype, args.trust_remote_code)
+    layers = args.predictor_layers
+    layers = min(4, len(source.ffns)) if layers is None else layers
+    return from_layers(source, layers, width, dtype)
+
+
+def has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
+    """Whether the source's own predictor is trained on."""
+    trained = source.checkpoint is not None and source.checkpoint.ifp.head is not None
+    return trained and args.predictor_model is None and args.predictor_layers is None
+
+
+def ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
+    """What the checkpoint will say, but for its predictor."""
+    trained = source.checkpoint.ifp if source.checkpoint is not None else None
+    keep = args.keep if args.keep is not None else (trained.k if trained else 0.5)
+    k = resolve_one_keep(keep, source.ffns[0].d_ffn, len(source.ffns))
+    text = replace(trained.text if trained else TextConfig())
+    if args.text_format is not None:
+        text.format = args.text_format
+    soft = args.select_by != "static"
+    mask = MaskConfig(
+        args.mask_operator if soft else "topk",
+        args.mask_temperature,
+        soft and not args.hard_mask,
+    )
+    return IFPConfig(k=k, selector="predictor" if soft else "static", mask=mask, text=text)
+
+
+def rounding_of(args: types.SimpleNamespace, source: Source) -> Rounding | None:
+    """What ``mlx_ifp.convert`` with the same options would quantize."""
+    if not args.quantize:
+        return None
+    precision = Precision(None, True, args.q_bits, args.q_group_size, args.q_mode)
+    precision.check()
+    _, plan, notes = quantize_config(source.config, source.ffns, precision)
+    for note in notes:
+        print(note, file=sys.stderr)
+    # The plan knows an output layer that mlx-lm drops when it loads a model with a tied embedding.
+    modules = dict(source.llm.named_modules())
+    plan = {module: how for module, how in plan.items() if module in modules}
+    return Rounding(plan, source.ffns, source.dtype)
+
+
+def splits_of(
+    args: types.SimpleNamespace,
+    teacher: Source,
+    examples: dict[str, list],
+    path: Path,
+) -> list[Split | None]:
+    """Training, validation and test data with the dense model's targets; rank 0 makes files."""
+    targets = Path(args.targets_path) if args.targets_path else path / "targets"
+    # The same arrays: training gives the student new ones.
+    dense = share(teacher.llm)
+
+    def some(part: list, batches: int) -> list:
+        if batches < 0:
+            return part
+        return [part[i] for i in spread(len(part), batches * args.batch_size)]
+
+    parts = [
+        examples["train"],
+        some(examples["valid"], args.val_batches),
+        some(examples["test"], args.test_batches),
+    ]
+
+    def split(part: list) -> Split | None:
+        if not part:
+            return None
+        return Split(part, DenseTargets(targets, dense, teacher.ffns, part, teacher.digest))
+
+    if is_first():
+        made = [split(part) for part in parts]
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    if not is_first():
+        made = [split(part) for part in parts]
+    return made
+
+
+def student_of(
+    args: types.SimpleNamespace,
+    source: Source,
+    start: PredictorStart | None,
+    ifp: IFPConfig,
+    train: Split,
+    rounding: Rounding | None,
+) -> Student:
+    """LLM and predictor as one tree, with what is not to be trained frozen."""
+    static = None
+    if start is None:
+        used = spread(len(train.examples), args.warm_start_examples)
+        static = mx.array(mean_importance(train.targets, used, args.batch_size))
+    student = Student(
+        source.llm,
+        source.ffns,
+        start.backbone if start else None,
+        start.head if start else None,
+        ifp,
+        static,
+        start.embedding if start else "",
+        rounding,
+    )
+    choose_trainable(student, args.fine_tune_type, args.lora_parameters, args.num_layers)
+    return student
+
+
+def identity_of_run(
+    args: types.SimpleNamespace,
+    numbers: TrainingArgs,
+    ifp: IFPConfig,
+    source: Source,
+    teacher: Source,
+    train: Split,
+) -> dict[str, Any]:
+    """What a run that is resumed must have in common with what began it."""
+    return identity_of(
+        source.digest,
+        train.examples,
+        numbers,
+        stage=args.stage,
+        k=ifp.k,
+        select_by=args.select_by,
+        fine_tune_type=args.fine_tune_type,
+        mask=[ifp.mask.operator, ifp.mask.temperature, ifp.mask.keep_soft_values],
+        mask_temperature_start=args.mask_temperature_start,
+        text=asdict(ifp.text),
+        dtype=args.dtype,
+        quantize=[args.q_bits, args.q_group_size, args.q_mode] if args.quantize else None,
+        lora_parameters=args.lora_parameters if args.fine_tune_type == "lora" else None,
+        teacher=teacher.digest,
+    )

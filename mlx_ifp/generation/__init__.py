@@ -1,0 +1,1 @@
+"""The one way to generate: prompt -> sub-network -> tokens."""

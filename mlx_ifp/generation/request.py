@@ -1,0 +1,137 @@
+"""What is asked for: a prompt, what selects, and how to generate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import IFPError
+from ..llm.kv_cache import Generation, KVSettings
+from ..llm.prompt import Prompt, Text, encode_continuation, encode_prompt, is_messages
+from ..model import IFPModel
+from ..prompt_cache.files import stored_positions
+from ..selection.keep import Keep
+from ..selection.selection import Selection
+from ..selectors.text import selecting_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation as it is asked for, from Python or from a command line.
+
+    Attributes:
+        prompt: a string, token ids, or a list of messages, which the chat template formats. A last
+            message of the assistant is continued, not answered.
+        task: a description that selects; without it the prompt does.
+        task_from: which message selects then: ``user`` or ``system``; None for what the checkpoint
+            says.
+        selection: use this one.
+        dense: use the whole model.
+        selector: ``predictor``, ``activations`` or ``static``; None for the default.
+        keep: channels to keep in each layer, instead of the checkpoint's k.
+        chat_template_kwargs: arguments for the chat template.
+        ignore_chat_template: of messages only what the user says first is the prompt, as it is.
+        to_be_continued: the last message has no end: a later prompt goes on in it.
+        warm: keep the keys and values of what stands before the first user message, so that the
+            next prompt of the same selection begins after it.
+        warm_on_disk: keep them on disk too, for the next process.
+        prompt_cache_file: a file of ``mlx_ifp.cache_prompt`` that the prompt continues.
+        options: the arguments of ``mlx_lm.stream_generate``. A ``draft_model`` may be a name.
+    """
+
+    prompt: Prompt
+    task: str | None = None
+    task_from: str | None = None
+    selection: Selection | None = None
+    dense: bool = False
+    selector: str | None = None
+    keep: Keep | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ignore_chat_template: bool = False
+    to_be_continued: bool = False
+    warm: bool = False
+    warm_on_disk: bool = False
+    prompt_cache_file: str | Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises IFPError if parts of it exclude each other."""
+        others = ("prompt_cache", "draft_model")
+        given = [name for name in others if self.options.get(name) is not None]
+        if self.prompt_cache_file is not None and given:
+            raise IFPError(f"prompt_cache_file and {given[0]} exclude each other.")
+        if not self.warm:
+            return
+        if not is_messages(self.prompt) or self.ignore_chat_template:
+            raise IFPError(
+                "A warm prompt is found by the chat template; give the prompt as messages."
+            )
+        if self.prompt_cache_file is not None:
+            given.append("prompt_cache_file")
+        if given:
+            raise IFPError(f"A warm prompt and {given[0]} exclude each other.")
+
+    @property
+    def kv(self) -> KVSettings:
+        """How keys and values are kept."""
+        return KVSettings.of(self.options)
+
+    def encode(self, tokenizer: TokenizerWrapper) -> str | list[int] | mx.array:
+        """The prompt as mlx-lm is given it: text or token ids.
+
+        Of a prompt that continues a stored one, only what follows that.
+
+        Raises:
+            IFPError: if it is empty, or the chat template does not take it.
+        """
+        begins = self.prompt_cache_file is None
+        if is_messages(self.prompt) and self.ignore_chat_template:
+            return tokenizer.encode(_first_of_user(self.prompt), add_special_tokens=begins)
+        if is_messages(self.prompt) and not begins:
+            return encode_continuation(tokenizer, self.prompt, **self.chat_template_kwargs)
+        tokens = encode_prompt(
+            tokenizer,
+            self.prompt,
+            to_be_continued=self.to_be_continued,
+            **self.chat_template_kwargs,
+        )
+        if isinstance(tokens, str) and not begins:
+            return tokenizer.encode(tokens, add_special_tokens=False)
+        return tokens
+
+    def generation(self, tokenizer: TokenizerWrapper) -> Generation:
+        """What determines the size of its keys and values.
+
+        Raises:
+            IFPError: if there is no limit of tokens, or a draft model: see :meth:`Generation.of`.
+        """
+        tokens = self.encode(tokenizer)
+        count = len(tokenizer.encode(tokens) if isinstance(tokens, str) else tokens)
+        if self.prompt_cache_file is not None:
+            count += stored_positions(self.prompt_cache_file)
+        prompt_cache = self.options.get("prompt_cache") or []
+        count += max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
+        return Generation.of(count, **self.options)
+
+    def selecting_text(self, model: IFPModel, tokenizer: TokenizerWrapper) -> Text | None:
+        """The task if there is one, else what the prompt says; None if no text selects."""
+        if self.dense or self.selection is not None:
+            return None
+        if self.task is not None:
+            return self.task
+        decode = None
+        if model.selector_tokenizer(self.selector) is not tokenizer:
+            decode = partial(tokenizer.decode, skip_special_tokens=True)
+        role = self.task_from or model.checkpoint.ifp.text.source
+        return selecting_text(self.prompt, role, decode)
+
+
+def _first_of_user(messages: list[dict[str, Any]]) -> str:
+    for message in messages:
+        if message.get("role") == "user":
+            return message["content"]
+    raise IFPError("There is no user message; add one.")

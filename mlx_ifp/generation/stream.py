@@ -1,0 +1,297 @@
+"""The one way to generate: prompt -> selection -> sub-network -> tokens.
+
+The command line, the Python API, ``cache_prompt`` and whatever serves answers make a
+:class:`Request` and read its :class:`Answer`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.generate import GenerationResponse, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import IFPError, one_line
+from ..llm.modules import PREFILL_STEP_SIZE
+from ..llm.prompt import Prompt, shared_prefix, token_ids
+from ..model import IFPModel
+from ..prompt_cache.files import PromptCache, load_cache_file
+from ..prompt_cache.key import CacheKey
+from ..prompt_cache.warm import claim
+from ..selection.keep import Keep, compact
+from ..selection.selection import Selection
+from ..selectors.selector import resolved_keep
+from .draft import load_draft_model
+from .request import Request
+from .stats import Stats, WarmStart, parameter_counts
+
+
+class Answer:
+    """A request with its sub-network ready; iterating over it generates, once.
+
+    Args:
+        model (IFPModel): from :func:`mlx_ifp.load`.
+        tokenizer: from the same call.
+        request (Request): what is asked for.
+
+    Attributes:
+        request: as given.
+        text: what selected; None if a selection was given, or the whole model.
+        tokens: the prompt as mlx-lm is given it.
+        ready: the sub-network, and what getting it cost.
+        warm: how the prompt began warm, once the first token is there; None if it did not.
+
+    Raises:
+        IFPError: if the request cannot be served: a text is empty or too long, stored keys and
+            values belong to another selection, or something does not fit the memory limit.
+    """
+
+    def __init__(self, model: IFPModel, tokenizer: TokenizerWrapper, request: Request) -> None:
+        request.check()
+        self.request = request
+        self.warm: WarmStart | None = None
+        self._model, self._tokenizer = model, tokenizer
+        self._first_token_seconds = 0.0
+        self._last: GenerationResponse | None = None
+        self.tokens = request.encode(tokenizer)
+        self.text = request.selecting_text(model, tokenizer)
+        self._leave_room()
+        self.ready = model.prepare(
+            self.text,
+            selection=request.selection,
+            dense=request.dense,
+            selector=request.selector,
+            keep=request.keep,
+        )
+        self._draft_model = self._load_draft_model()
+        self._prompt_cache = self._load_prompt_cache()
+
+    def _leave_room(self) -> None:
+        """Let the memory limit know what is coming; it refuses what does not fit."""
+        model, request = self._model, self.request
+        if model.memory is None:
+            return
+        if request.dense:
+            k: int | list[int] = model.checkpoint.d_ffn
+        elif request.selection is not None:
+            k = request.selection.ks
+        elif request.keep is not None:
+            k = compact(resolved_keep(model.checkpoint, request.keep))
+        else:
+            k = model.k
+        model.memory.expect(request.generation(self._tokenizer), k, dense=request.dense)
+
+    def _load_draft_model(self) -> nn.Module | None:
+        draft_model = self.request.options.get("draft_model")
+        if isinstance(draft_model, str):
+            return load_draft_model(draft_model, self._tokenizer)
+        return draft_model
+
+    def _load_prompt_cache(self) -> PromptCache | None:
+        if self.request.prompt_cache_file is None:
+            return self.request.options.get("prompt_cache")
+        return load_cache_file(self.request.prompt_cache_file, self.key)
+
+    @property
+    def key(self) -> CacheKey:
+        """What its keys and values are right for."""
+        model = self._model
+        return CacheKey.of(
+            model.checkpoint.digest, model.dtype, self.ready.selection, self.request.kv
+        )
+
+    def __iter__(self) -> Iterator[GenerationResponse]:
+        """mlx-lm's responses; the sub-network stays in memory until the last one is taken.
+
+        Raises:
+            IFPError: if mlx-lm cannot go on, in one line.
+        """
+        start = time.perf_counter()
+        before = self.ready.select_seconds + self.ready.load_seconds
+        with self._model.using(self.ready) as network, one_line("Generation stopped"):
+            tokens = self._start_warm() if self.request.warm else self.tokens
+            prompt_cache = self._prompt_cache or []
+            claim(prompt_cache, self.ready.selection)
+            options = dict(self.request.options) | {
+                "prompt_cache": self._prompt_cache,
+                "draft_model": self._draft_model,
+            }
+            try:
+                for response in mlx_lm.stream_generate(network, self._tokenizer, tokens, **options):
+                    if self._last is None:
+                        self._first_token_seconds = before + time.perf_counter() - start
+                    self._last = response
+                    yield response
+            finally:
+                # With kv_bits mlx-lm puts new, quantized layers into the list.
+                claim(prompt_cache, self.ready.selection)
+
+    def _start_warm(self) -> list[int]:
+        """Set the prompt cache to the prompt's first tokens; those that are left."""
+        start, warm, request = time.perf_counter(), self._model.warm, self.request
+        tokens = token_ids(self.tokens)
+        prefix = shared_prefix(
+            self._tokenizer, request.prompt, tokens, **request.chat_template_kwargs
+        )
+        before = warm.info
+        self._prompt_cache, rest = warm.start(
+            self.ready,
+            tokens,
+            prefix,
+            request.kv,
+            disk=request.warm_on_disk,
+            prefill_step_size=request.options.get("prefill_step_size", PREFILL_STEP_SIZE),
+        )
+        source = "disk" if warm.info.loads > before.loads else "memory"
+        source = "prefill" if warm.info.prefilled > before.prefilled else source
+        seconds = time.perf_counter() - start
+        self.warm = WarmStart(source, seconds, len(tokens) - len(rest))
+        return rest
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> PromptCache:
+        """Process the prompt, but generate nothing.
+
+        Args:
+            progress (Callable): called with the tokens processed, and all.
+
+        Returns:
+            list: mlx-lm's prompt cache.
+
+        Raises:
+            IFPError: if mlx-lm cannot process it, in one line.
+        """
+        kv, tokens = self.request.kv, self.tokens
+        with (
+            self._model.using(self.ready) as network,
+            one_line("The prompt could not be processed"),
+        ):
+            prompt_cache = make_prompt_cache(network, kv.max_kv_size)
+            steps = generate_step(
+                mx.array(self._tokenizer.encode(tokens) if isinstance(tokens, str) else tokens),
+                network,
+                max_tokens=0,
+                prompt_cache=prompt_cache,
+                prefill_step_size=self.request.options.get("prefill_step_size", PREFILL_STEP_SIZE),
+                kv_bits=kv.kv_bits,
+                kv_group_size=kv.kv_group_size,
+                quantized_kv_start=kv.quantized_kv_start,
+                prompt_progress_callback=progress,
+            )
+            deque(steps, maxlen=0)
+            return claim(prompt_cache, self.ready.selection)
+
+    @property
+    def stats(self) -> Stats:
+        """What it cost, after the last token.
+
+        Raises:
+            IFPError: before the first one.
+        """
+        if self._last is None:
+            raise IFPError("Nothing was generated yet.")
+        counts = parameter_counts(self._model, self.ready)
+        return Stats.of(self.ready, self._last, self._first_token_seconds, counts, self.warm)
+
+
+def stream_generate(
+    model: IFPModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    task: str | None = None,
+    *,
+    task_from: str | None = None,
+    selection: Selection | None = None,
+    dense: bool = False,
+    selector: str | None = None,
+    keep: Keep | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    ignore_chat_template: bool = False,
+    warm: bool = False,
+    warm_on_disk: bool = False,
+    prompt_cache_file: str | Path | None = None,
+    **kwargs: Any,
+) -> Iterator[GenerationResponse]:
+    """mlx-lm's ``stream_generate`` on the sub-network that the task or the prompt selects.
+
+    Args:
+        model (IFPModel): from :func:`mlx_ifp.load`.
+        tokenizer: from the same call.
+        prompt: a string, token ids, or a list of messages (which the chat template formats). A last
+            message of the assistant is continued.
+        task (str): a task description that selects. Without it the prompt does: of messages the
+            first of the user, for the whole conversation.
+        task_from (str): ``"system"``: the system message is the task.
+        selection (Selection): use this one.
+        dense (bool): use the whole model.
+        selector (str): ``predictor``, ``activations`` or ``static``.
+        keep: channels to keep in each layer, instead of the checkpoint's k.
+        chat_template_kwargs (dict): arguments for the chat template.
+        ignore_chat_template (bool): of messages only what the user says first is the prompt.
+        warm (bool): keep the keys and values of what stands before the first user message, in
+            memory, so that the next prompt of the same selection begins after it. The prompt must
+            be messages.
+        warm_on_disk (bool): with ``warm``, keep them on disk too, for the next process.
+        prompt_cache_file: a file of ``mlx_ifp.cache_prompt`` that the prompt continues.
+        kwargs: passed on to ``mlx_lm.stream_generate``; ``draft_model`` may be a name.
+
+    Yields:
+        GenerationResponse: mlx-lm's.
+
+    Raises:
+        IFPError: if a text is empty or too long, stored keys and values belong to another
+            selection, ``warm`` cannot be, or mlx-lm stops.
+    """
+    request = Request(
+        prompt,
+        task,
+        task_from,
+        selection,
+        dense,
+        selector,
+        keep,
+        chat_template_kwargs or {},
+        ignore_chat_template,
+        warm=warm,
+        warm_on_disk=warm_on_disk,
+        prompt_cache_file=prompt_cache_file,
+        options=kwargs,
+    )
+    yield from Answer(model, tokenizer, request)
+
+
+def generate(
+    model: IFPModel,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    task: str | None = None,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """A complete answer from the sub-network that the task or the prompt selects.
+
+    Args:
+        model, tokenizer, prompt, task: as in :func:`stream_generate`.
+        verbose (bool): print the text as it comes, and mlx-lm's figures.
+        kwargs: passed on to :func:`stream_generate`.
+    """
+    text = ""
+    response = None
+    for response in stream_generate(model, tokenizer, prompt, task, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(
+            f"\n{'=' * 10}\n"
+            f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+            f"Generation: {response.generation_tokens} tokens, "
+            f"{response.generation_tps:.3f} tokens-per-sec\n"
+            f"Peak memory: {response.peak_memory:.3f} GB"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""An mlx-lm model seen by its structure: nothing here knows of selections."""

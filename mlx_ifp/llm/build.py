@@ -1,0 +1,108 @@
+"""A model of a config, and what the config says of quantization."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import _get_classes
+
+from ..errors import IFPError, one_line
+
+_QUANTIZATION_DEFAULTS = ("group_size", "bits", "mode")
+
+
+def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = frozenset()):
+    """An mlx-lm model of a config, its arrays not yet evaluated.
+
+    Args:
+        config (dict): an mlx-lm ``config.json``.
+        quantized (set): paths of the modules whose weights are quantized.
+
+    Raises:
+        IFPError: if mlx-lm does not know the architecture or the config lacks something.
+    """
+    model_type = config.get("model_type")
+    if config.get("model_file") is not None:
+        raise IFPError(
+            f"The model needs code of its own ({config['model_file']}), which is not supported."
+        )
+    try:
+        with one_line(f"mlx-lm cannot build a model of type {model_type!r}"):
+            model_class, args_class = _get_classes(config)
+            with _untouched_random_state():
+                # Some of mlx-lm's models change what they are given.
+                model = model_class(args_class.from_dict(copy.deepcopy(config)))
+    except SystemExit as error:  # mlx-lm's olmo, if the package it needs is missing
+        raise IFPError(f"mlx-lm cannot build a model of type {model_type!r} here.") from error
+    if quantized:
+        with _untouched_random_state():
+            nn.quantize(
+                model,
+                class_predicate=lambda path, _: (
+                    quantization_of(config, path) if path in quantized else False
+                ),
+            )
+    model.eval()
+    return model
+
+
+def settle(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Let a model adapt to the tensors that are stored, as it does when mlx-lm loads them.
+
+    Gemma 3 drops its output layer in ``sanitize`` if none is stored, for instance.
+
+    Args:
+        model (nn.Module): from :func:`build_model`; changed in place.
+        shapes (dict): names and shapes of the stored tensors.
+    """
+    if hasattr(model, "sanitize"):
+        with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError):
+            model.sanitize({name: mx.zeros(shape) for name, shape in shapes.items()})
+
+
+@contextlib.contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    """A module is born with random weights; a user's seed must not feel that."""
+    high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def quantization_of(config: dict[str, Any], path: str, file: str = "config.json") -> dict[str, Any]:
+    """Group size, bits and mode of a quantized module, by mlx-lm's convention in ``config.json``.
+
+    Args:
+        config (dict): its content.
+        path (str): of the module.
+        file (str): what an error calls the config.
+
+    Raises:
+        IFPError: if the config has no ``quantization``, or one that is none.
+    """
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict):
+        raise IFPError(f"{path} is quantized, but {file} has no 'quantization'.")
+    own = quantization.get(path)
+    chosen = own if isinstance(own, dict) else quantization
+    chosen = {key: chosen[key] for key in _QUANTIZATION_DEFAULTS if key in chosen}
+    if not {"group_size", "bits"} <= chosen.keys():
+        raise IFPError(f"{file}: the quantization of {path} lacks group_size or bits.")
+    for key in ("group_size", "bits"):
+        if not isinstance(chosen[key], int) or chosen[key] < 1:
+            raise IFPError(f"{file}: {key} of {path} must be a number, not {chosen[key]!r}.")
+    return {"mode": "affine"} | chosen
+
+
+def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
+    """The config of the same LLM with FFNs of another width."""
+    config = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = with_width(config["text_config"], width)
+    if "intermediate_size" in config or "text_config" not in config:
+        config["intermediate_size"] = width
+    return config

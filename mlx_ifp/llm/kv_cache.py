@@ -1,0 +1,174 @@
+"""Bytes of mlx-lm's key-value cache at a given length, found without computing anything.
+
+MLX is lazy: a model can run over tokens up to the shapes and types of its keys and values, with
+weights that are never read. So the caches counted here are those that mlx-lm makes for the
+architecture, filled by the model itself, and not a formula of ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+
+from ..errors import IFPError, one_line
+from .modules import PREFILL_STEP_SIZE, find_body, get_module
+
+# Tokens to add at a time to a cache of a kind that is not known here.
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How mlx-lm keeps keys and values: the arguments of its ``generate_step`` with these names.
+
+    Attributes:
+        max_kv_size: mlx-lm heeds it for models that make no cache of their own.
+        kv_bits: None leaves keys and values as they are.
+        kv_group_size: their quantization group.
+        quantized_kv_start: from so many tokens on they are quantized.
+    """
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "KVSettings":
+        """Those among the arguments of a generation; the others are left alone."""
+        return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
+
+    def quantize(self, cache: list[Any]) -> None:
+        """Let mlx-lm quantize a prompt cache in place, if it is time to."""
+        maybe_quantize_kv_cache(
+            cache,
+            quantized_kv_start=self.quantized_kv_start,
+            kv_group_size=self.kv_group_size,
+            kv_bits=self.kv_bits,
+        )
+
+    @property
+    def identity(self) -> list[int | None]:
+        """What tells two apart: how to quantize says nothing where nothing is quantized."""
+        if self.kv_bits is None:
+            return [self.max_kv_size]
+        return [self.max_kv_size, self.kv_bits, self.kv_group_size, self.quantized_kv_start]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The arguments of mlx-lm's ``generate_step`` on which the size of the cache depends.
+
+    Attributes:
+        prompt_tokens: of the prompt, 1 or more; those in a prompt cache count.
+        max_tokens: to generate.
+        kv: how keys and values are kept.
+        prefill_step_size: prompt tokens that run at a time.
+    """
+
+    prompt_tokens: int
+    max_tokens: int = 0
+    kv: KVSettings = KVSettings()
+    prefill_step_size: int = PREFILL_STEP_SIZE
+
+    @classmethod
+    def of(cls, prompt_tokens: int, max_tokens: int = 256, **arguments: Any) -> "Generation":
+        """From the arguments of mlx-lm's ``stream_generate``; those that do not matter are ignored.
+
+        Raises:
+            IFPError: if there is no limit of tokens, or another model beside.
+        """
+        if max_tokens < 0:
+            raise IFPError(
+                "A memory limit needs a limit of tokens: --max-tokens (max_tokens=) must not be -1."
+            )
+        if arguments.get("draft_model") is not None:
+            raise IFPError("A memory limit does not count a draft model; leave out one of them.")
+        step = arguments.get("prefill_step_size", PREFILL_STEP_SIZE)
+        return cls(prompt_tokens, max_tokens, KVSettings.of(arguments), step)
+
+    @property
+    def tokens(self) -> int:
+        """Positions in the cache at the end."""
+        return self.prompt_tokens + self.max_tokens
+
+
+def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False) -> int:
+    """The most bytes that the cache takes on the way through a generation.
+
+    A cache grows by 256 positions at a time, and a sliding window holds a whole prefill step
+    more than its width, until the first token is generated.
+
+    Args:
+        model (nn.Module): an mlx-lm model, whose arrays need not be evaluated, and are not here.
+        generation (Generation): lengths and settings.
+        selector (bool): count as a selector reads its text, in whole steps to the end.
+
+    Raises:
+        IFPError: if mlx-lm cannot quantize this model's keys and values as asked.
+    """
+    cache = make_prompt_cache(model, generation.kv.max_kv_size)
+    body = get_module(model, find_body(model))
+    peak = 0
+
+    def step(tokens: int) -> None:
+        nonlocal peak
+        body(mx.zeros((1, tokens), mx.int32), cache=cache)
+        with one_line(
+            f"mlx-lm cannot keep this model's keys and values in {generation.kv.kv_bits} bits, "
+            f"in groups of {generation.kv.kv_group_size}"
+        ):
+            generation.kv.quantize(cache)
+        peak = max(peak, sum(layer.nbytes for layer in cache))
+
+    # As generate_step does it: the prompt but its last token in steps, then a token at a time.
+    left = generation.prompt_tokens - (not selector)
+    while left > 0:
+        tokens = min(generation.prefill_step_size, left)
+        step(tokens)
+        left -= tokens
+    if selector:
+        return peak
+    step(1)
+    left = generation.max_tokens
+    while left > 0:
+        free = [_free(layer, generation) for layer in cache]
+        if None in free:
+            tokens = min(_BLOCK, left)
+            step(tokens)
+            left -= tokens
+            continue
+        # Nothing changes its size until the first layer is full.
+        skipped = min(*free, left - 1)
+        for layer in cache:
+            if not isinstance(layer, ArraysCache):
+                layer.offset += skipped
+        step(1)
+        left -= skipped + 1
+    return peak
+
+
+def _free(layer: object, generation: Generation) -> int | None:
+    """Tokens that fit into a layer's cache, one at a time, as it is; None if that is not known."""
+    if type(layer) is ArraysCache:
+        return generation.tokens  # a state of one size
+    if type(layer) is RotatingKVCache:
+        size = layer.keys.shape[2]
+        return generation.tokens if size >= layer.max_size else size - layer.offset
+    if type(layer) is KVCache:
+        free = layer.keys.shape[2] - layer.offset
+        start = generation.kv.quantized_kv_start - layer.offset - 1
+        return min(free, start) if generation.kv.kv_bits is not None and start >= 0 else free
+    if type(layer) is QuantizedKVCache:
+        return layer.keys[0].shape[2] - layer.offset
+    return None

@@ -1,0 +1,85 @@
+"""Keeping to a memory limit: what does not fit, what would, and what has to go."""
+
+from ..llm.kv_cache import Generation
+from ..selection.selection import Selection
+from ..subnetwork.cache import SubnetworkCache
+from .advice import check
+from .budget import Estimator, Use
+
+# Each measure gives its text and the use that it leads to, or None if it can't be taken or,
+# taken alone, does not suffice.
+
+
+class MemoryLimit:
+    """Keeps a model in use within its limit: makes room, and says whether the predictor may stay.
+
+    One generation at a time is counted, and one network that it uses.
+
+    Args:
+        limit (int): bytes.
+        estimator (Estimator): of the checkpoint.
+        networks (SubnetworkCache): what gives way; its bound is lowered to what is left.
+        use (Use): what is expected.
+
+    Raises:
+        IFPError: if that does not fit; nothing has been read then.
+    """
+
+    def __init__(
+        self, limit: int, estimator: Estimator, networks: SubnetworkCache, use: Use
+    ) -> None:
+        self.limit = limit
+        self.estimator = estimator
+        self._networks = networks
+        self._most = networks.max_bytes
+        check(estimator, use, limit)
+        self.expect(use.generation, use.k, dense=use.dense)
+
+    def expect(self, generation: Generation, k: int | list[int], *, dense: bool = False) -> None:
+        """Leave room for a generation with a network of k channels.
+
+        Raises:
+            IFPError: if there is none.
+        """
+        budget = check(self.estimator, Use(k, generation, dense=dense), self.limit)
+        self._generation, self._kv, self._network = generation, budget.kv, budget.network
+        self._networks.max_bytes = min(self._most, self._left())
+        self._networks.shrink(self._networks.max_bytes)
+
+    @property
+    def keeps_predictor(self) -> bool:
+        """Whether the predictor may stay beside the network and its keys and values."""
+        needed = self.estimator.trunk + self._network + self._kv + self._predictor
+        return needed <= self.limit
+
+    @property
+    def _predictor(self) -> int:
+        return self.estimator.predictor if self.estimator.checkpoint.head else 0
+
+    def _left(self) -> int:
+        """Bytes that all networks may take while tokens are generated."""
+        stays = self._predictor if self.keeps_predictor else 0
+        return self.limit - self.estimator.trunk - self._kv - stays
+
+    def before_selecting(self, selector: str, tokens: int) -> None:
+        """Let networks go until a selector has room to run.
+
+        Raises:
+            IFPError: if it has none even then.
+        """
+        check(self.estimator, Use(1, Generation(1), selector, tokens), self.limit)
+        needed = self.estimator.trunk + sum(self.estimator.selector(selector, tokens))
+        if selector != "predictor" and self.keeps_predictor:
+            needed += self._predictor
+        self._networks.shrink(max(0, self.limit - needed))
+
+    def before_loading(self, selection: Selection | None) -> None:
+        """Let networks go until that of a selection, or the dense one for None, has room.
+
+        Raises:
+            IFPError: if it has none even then.
+        """
+        dense = selection is None
+        k = selection.ks if selection is not None else None
+        self.expect(self._generation, k or self.estimator.checkpoint.d_ffn, dense=dense)
+        self._networks.shrink(max(0, self._left() - self._network))

@@ -1,0 +1,1 @@
+"""Keys and values by selection, in memory and on disk."""

@@ -1,0 +1,318 @@
+"""Warm prompts: keys and values of a token prefix, kept for the next prompt that begins with it.
+
+In memory, and if asked on disk. Keys and values made under one mask are wrong under another, so all
+that determines them is part of the key they are kept under.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models.cache import (
+    KVCache,
+    QuantizedKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+
+from ..errors import IFPError
+from ..llm.kv_cache import KVSettings
+from ..llm.modules import PREFILL_STEP_SIZE
+from ..llm.prompt import common_prefix, token_ids
+from ..lru import LRU, Once
+from ..selection.selection import Selection, digest_of
+from ..subnetwork.prepared import Prepared
+from .files import PromptCache, WarmPromptFiles
+from .key import CacheKey
+
+_Entry = tuple[str, tuple[int, ...]]
+
+MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class WarmInfo:
+    """Counts of :class:`WarmPrompts` since it was made, and what its memory holds now.
+
+    ``hits`` and ``misses`` are of :meth:`WarmPrompts.fetch`, ``prefilled`` are the tokens that a
+    network processed for it, ``loads`` the prompts that came from disk.
+    """
+
+    hits: int
+    misses: int
+    prefilled: int
+    loads: int
+    entries: int
+    nbytes: int
+    max_bytes: int
+
+
+class WarmPrompts:
+    """Prompt caches by (sub-network, tokens), least recently used, bounded in bytes. Thread-safe.
+
+    What is handed out is a copy: a generation that goes on in it changes nothing here. Copies share
+    their arrays until they are written.
+
+    Args:
+        checkpoint (str): its digest.
+        dtype (mx.Dtype): the type the model runs in, None as stored.
+        files (WarmPromptFiles): where prompts are kept on disk, or None for nowhere.
+        max_bytes (int): bound of what is kept in memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        dtype: mx.Dtype | None,
+        files: WarmPromptFiles | None = None,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self.files = files
+        self._owner = (checkpoint, dtype)
+        # Not mlx-lm's LRUPromptCache: it has no lock, does not count a look-up as use, hands out
+        # all of a prompt, and trims quantized keys and values, which may have to be float ones.
+        self._entries: LRU[_Entry, PromptCache] = LRU(max_bytes)
+        self._lock = self._entries.lock
+        self._once = Once(self._lock)
+        self._hits = self._misses = self._prefilled = self._loads = 0
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound of what is kept in memory."""
+        return self._entries.most
+
+    @max_bytes.setter
+    def max_bytes(self, nbytes: int) -> None:
+        self._entries.most = nbytes
+
+    def key(self, prepared: Prepared, settings: KVSettings | None = None) -> str:
+        """The hash of all, beside the tokens, that determines keys and values."""
+        return CacheKey.of(*self._owner, prepared.selection, settings).hash
+
+    def fetch(
+        self,
+        prepared: Prepared,
+        tokens: list[int] | mx.array,
+        settings: KVSettings | None = None,
+    ) -> tuple[PromptCache | None, list[int]]:
+        """The longest kept prefix of a prompt.
+
+        Args:
+            prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
+            tokens (list or mx.array): the whole prompt's ids.
+            settings (KVSettings): those of the generation; None for mlx-lm's defaults.
+
+        Returns:
+            tuple: a prompt cache for mlx-lm, or None if there is no prefix; and the tokens that are
+            left to process, at least one.
+        """
+        tokens = token_ids(tokens)
+        found = self._longest(self.key(prepared, settings), tokens[:-1], settings or KVSettings())
+        with self._lock:
+            self._hits += found is not None
+            self._misses += found is None
+        if found is None:
+            return None, tokens
+        prompt_cache, n = found
+        return claim(prompt_cache, prepared.selection), tokens[n:]
+
+    def warm(
+        self,
+        prepared: Prepared,
+        tokens: list[int] | mx.array,
+        settings: KVSettings | None = None,
+        *,
+        disk: bool = False,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
+    ) -> int:
+        """Prefill a prefix and keep it, if it is not kept already.
+
+        If several threads ask for the same one at once, one prefills and the others wait for it.
+
+        Args:
+            prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
+            tokens (list or mx.array): the prefix's ids.
+            settings (KVSettings): those of the generations to come; None for mlx-lm's defaults.
+            disk (bool): keep it on disk too, for the next process.
+            prefill_step_size (int): tokens to process at a time.
+
+        Returns:
+            int: tokens that the network processed now.
+        """
+        tokens = token_ids(tokens)
+        if not tokens:
+            return 0
+        settings = settings or KVSettings()
+        return self._warm(prepared, tokens, settings, disk, prefill_step_size)[1]
+
+    def start(
+        self,
+        prepared: Prepared,
+        tokens: list[int] | mx.array,
+        prefix: int,
+        settings: KVSettings | None = None,
+        *,
+        disk: bool = False,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
+    ) -> tuple[PromptCache | None, list[int]]:
+        """:meth:`warm` a prompt's first tokens and :meth:`fetch`, whatever fits into memory.
+
+        Args:
+            prefix (int): the number of first tokens to keep; the last of all is never among them.
+            prepared, tokens, settings, disk, prefill_step_size: as for those two.
+
+        Returns:
+            tuple: as :meth:`fetch`.
+        """
+        tokens = token_ids(tokens)
+        settings = settings or KVSettings()
+        prefix = min(prefix, len(tokens) - 1)
+        if prefix > 0:
+            kept, _ = self._warm(prepared, tokens[:prefix], settings, disk, prefill_step_size)
+        prompt_cache, rest = self.fetch(prepared, tokens, settings)
+        if prefix > 0 and len(tokens) - len(rest) < prefix:
+            return claim(copy.deepcopy(kept), prepared.selection), tokens[prefix:]
+        return prompt_cache, rest
+
+    def _warm(
+        self,
+        prepared: Prepared,
+        tokens: list[int],
+        settings: KVSettings,
+        disk: bool,
+        prefill_step_size: int,
+    ) -> tuple[PromptCache, int]:
+        """The prefix's cache, to be copied by who writes to it, and the tokens processed for it."""
+        key = self.key(prepared, settings)
+        entry = (key, tuple(tokens))
+        files = self.files if disk else None
+
+        def kept() -> tuple[PromptCache, int] | None:
+            prompt_cache = self._entries.get(entry)
+            if prompt_cache is None or (files is not None and not files.has(*entry)):
+                return None
+            return prompt_cache, 0
+
+        def make() -> tuple[PromptCache, int]:
+            prompt_cache, n = self._longest(key, tokens, settings) or (
+                make_prompt_cache(prepared.network, settings.max_kv_size),
+                0,
+            )
+            if n < len(tokens):
+                _prefill(prepared.network, tokens[n:], prompt_cache, settings, prefill_step_size)
+            prompt_cache = _compact(prompt_cache)
+            self._keep(*entry, prompt_cache)
+            if files is not None and not files.has(*entry):
+                files.store(*entry, prompt_cache)
+            with self._lock:
+                self._prefilled += len(tokens) - n
+            return prompt_cache, len(tokens) - n
+
+        (prompt_cache, prefilled), made = self._once.get((entry, disk), kept, make)
+        return prompt_cache, prefilled if made else 0
+
+    def _longest(
+        self, key: str, tokens: list[int], settings: KVSettings
+    ) -> tuple[PromptCache, int] | None:
+        """A copy of the longest kept prefix of ``tokens``, and its length."""
+        with self._lock:
+            found = self._longest_in_memory(key, tokens, settings)
+        if self.files is not None and (found is None or found[1] < len(tokens)):
+            loaded = self.files.longest(key, tokens, found[1] if found else 0)
+            if loaded is not None:
+                prompt_cache, n = loaded
+                self._keep(key, tuple(tokens[:n]), prompt_cache)
+                with self._lock:
+                    self._loads += 1
+                found = copy.deepcopy(prompt_cache), n
+        return found
+
+    def _longest_in_memory(
+        self, key: str, tokens: list[int], settings: KVSettings
+    ) -> tuple[PromptCache, int] | None:
+        best, longest = None, 0
+        for entry, prompt_cache in self._entries.items():
+            n = common_prefix(entry[1], tokens) if entry[0] == key else 0
+            # What is longer than the common part is cut, where that leaves what a shorter prompt
+            # would have made: a longer one is quantized from its first token on.
+            cut = n < len(entry[1])
+            if cut and (settings.kv_bits is not None or not can_trim_prompt_cache(prompt_cache)):
+                continue
+            if n > longest:
+                best, longest = entry, n
+        if best is None:
+            return None
+        prompt_cache = copy.deepcopy(self._entries.get(best))
+        if longest < len(best[1]):
+            trim_prompt_cache(prompt_cache, len(best[1]) - longest)
+        return prompt_cache, longest
+
+    def _keep(self, key: str, tokens: tuple[int, ...], prompt_cache: PromptCache) -> None:
+        nbytes = sum(layer.nbytes for layer in prompt_cache)
+        self._entries.keep((key, tokens), prompt_cache, nbytes)
+
+    def clear(self) -> None:
+        """Forget what is in memory; what is on disk stays."""
+        self._entries.clear()
+
+    @property
+    def info(self) -> WarmInfo:
+        """Counts and sizes."""
+        with self._lock:
+            return WarmInfo(
+                self._hits,
+                self._misses,
+                self._prefilled,
+                self._loads,
+                len(self._entries),
+                self._entries.size,
+                self.max_bytes,
+            )
+
+
+def _prefill(
+    network: nn.Module,
+    tokens: list[int],
+    prompt_cache: PromptCache,
+    settings: KVSettings,
+    prefill_step_size: int,
+) -> None:
+    # Not generate_step, which takes the last token by itself: quantized keys and values would be
+    # other ones than those of a prompt that goes on.
+    for start in range(0, len(tokens), prefill_step_size):
+        network(mx.array(tokens[start : start + prefill_step_size])[None], cache=prompt_cache)
+        settings.quantize(prompt_cache)
+        mx.eval([layer.state for layer in prompt_cache])
+        mx.clear_cache()
+
+
+def _compact(prompt_cache: PromptCache) -> PromptCache:
+    """Give back the room that mlx-lm allocates for more tokens. Evaluated, so for any thread."""
+    for layer in prompt_cache:
+        if type(layer) in (KVCache, QuantizedKVCache) and not layer.empty():
+            layer.keys, layer.values = tree_map(
+                lambda array, n=layer.offset: mx.contiguous(array[..., :n, :]),
+                (layer.keys, layer.values),
+            )
+    mx.eval([layer.state for layer in prompt_cache])
+    return prompt_cache
+
+
+def claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCache:
+    """Mark a prompt cache as a selection's: under another one its keys and values are wrong.
+
+    Raises:
+        IFPError: if it is marked as another one's.
+    """
+    digest = digest_of(selection)
+    for layer in prompt_cache:
+        if getattr(layer, "ifp_selection", digest) != digest:
+            raise IFPError(
+                "The prompt cache was filled under another selection; "
+                "use the same task, or start with an empty prompt cache."
+            )
+        layer.ifp_selection = digest
+    return prompt_cache

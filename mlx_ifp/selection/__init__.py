@@ -1,0 +1,1 @@
+"""What was chosen: masks, selections, and where they are kept."""

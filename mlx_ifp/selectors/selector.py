@@ -1,0 +1,216 @@
+"""Text -> scores -> selection, with what that needs loaded once and kept."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..checkpoint.directory import Checkpoint
+from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
+from ..checkpoint.weights import load_tensors
+from ..llm.prompt import Text, token_ids
+from ..lru import LRU
+from ..selection.disk_cache import SelectionCache
+from ..selection.keep import Keep, compact, per_layer, resolve_keep
+from ..selection.selection import Selection, select_channels
+from ..subnetwork.parent import Parent
+from .activations import activation_scores
+from .predictor import Predictor, load_predictor
+from .text import selector_tokens
+
+_REMEMBERED_SELECTIONS = 256
+
+
+class Selector:
+    """What a checkpoint selects for texts: its selectors, and what is remembered. Thread-safe.
+
+    ``Selector(checkpoint, Parent.load(checkpoint))`` is enough to select.
+
+    Args:
+        checkpoint (Checkpoint): an opened one.
+        parent (Parent): its trunk and channels; the predictor's floats are cast to its type too.
+        tokenizer: of the LLM; None loads it when it is needed.
+        keep: channels to keep in each layer; None for what the checkpoint says.
+        default (str): the selector that is used unless a call names one; None for what the
+            checkpoint says.
+        on_disk (SelectionCache): where selections are kept for the next process, or None.
+        tokenizer_config (dict): passed to tokenizers that are loaded, as in mlx-lm.
+        make_room (Callable): called with the selector's name and its number of tokens before it
+            runs; frees what must not be in memory meanwhile.
+        keeps_predictor (Callable): says whether the predictor may stay in memory after it ran.
+
+    Attributes:
+        checkpoint, parent, default, on_disk: as above.
+        ks: channels kept in each of L layers, unless a call says otherwise.
+        predictor_loads: how often the predictor was loaded.
+        runs: how often a selector computed scores.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parent: Parent,
+        tokenizer: TokenizerWrapper | None = None,
+        *,
+        keep: Keep | None = None,
+        default: str | None = None,
+        on_disk: SelectionCache | None = None,
+        tokenizer_config: dict[str, Any] | None = None,
+        make_room: Callable[[str, int], None] | None = None,
+        keeps_predictor: Callable[[], bool] | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.parent = parent
+        self.ks = resolved_keep(checkpoint, keep)
+        self.default = checkpoint.checked_selector(default or checkpoint.ifp.selector)
+        self.on_disk = on_disk
+        self.predictor_loads = self.runs = 0
+        self._make_room = make_room
+        self._keeps_predictor = keeps_predictor
+        self._tokenizer_config = tokenizer_config
+        # One selector runs at a time: two would need the memory of two, and be no faster.
+        self._selector_lock = threading.RLock()
+        self._tokenizer_lock = threading.Lock()
+        # Selections, and where each came from.
+        self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
+        self._predictor: Predictor | None = None
+        self._tokenizer = tokenizer
+        self._predictor_tokenizer: TokenizerWrapper | None = None
+
+    def _checked(self, selector: str | None) -> str:
+        return self.checkpoint.checked_selector(selector or self.default)
+
+    def _ks(self, keep: Keep | None) -> list[int]:
+        return self.ks if keep is None else resolved_keep(self.checkpoint, keep)
+
+    def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
+        """Channel scores of a text, before the mask.
+
+        Args:
+            text: a prompt or a task, or token ids of the selector's own tokenizer.
+            selector (str): ``predictor``, ``activations`` or ``static``; None for the default.
+
+        Returns:
+            mx.array: float32 [L, d_ffn].
+
+        Raises:
+            IFPError: if the text is empty or longer than the checkpoint's selectors take.
+        """
+        selector = self._checked(selector)
+        with self._selector_lock:
+            tokens = selector_tokens(self.tokenizer(selector), text, self.checkpoint.ifp.text)
+            self.runs += 1
+            if self._make_room is not None:
+                self._make_room(selector, len(tokens))
+            if selector == "static":
+                scores = load_tensors(self.checkpoint.static, None)["scores"]
+                mx.eval(scores)
+                return scores
+            if selector == "predictor":
+                scores = self.predictor.scores(tokens)
+                self.release_if_tight()
+                return scores
+            return activation_scores(self.parent, tokens)
+
+    @property
+    def predictor(self) -> Predictor:
+        """The sparsity predictor, loaded at the first use."""
+        with self._selector_lock:
+            if self._predictor is None:
+                parent = self.parent
+                self._predictor = load_predictor(self.checkpoint, parent.dtype, parent.trunk)
+                self.predictor_loads += 1
+            return self._predictor
+
+    def release_predictor(self) -> None:
+        """Free the predictor's memory; it is loaded again when it is needed."""
+        with self._selector_lock:
+            self._predictor = None
+
+    def release_if_tight(self) -> None:
+        """Free the predictor's memory unless it may stay."""
+        if self._keeps_predictor is not None and not self._keeps_predictor():
+            self.release_predictor()
+            mx.clear_cache()
+
+    def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
+        """The tokenizer that a selector reads with; None for the default selector."""
+        shared = self.checkpoint.ifp.predictor_embedding == "llm"
+        own = self._checked(selector) == "predictor" and not shared
+        with self._tokenizer_lock:
+            if own and self._predictor_tokenizer is None:
+                self._predictor_tokenizer = load_predictor_tokenizer(
+                    self.checkpoint, self._tokenizer_config
+                )
+            if not own and self._tokenizer is None:
+                self._tokenizer = load_tokenizer_of(self.checkpoint, self._tokenizer_config)
+            return self._predictor_tokenizer if own else self._tokenizer
+
+    def select(
+        self, text: Text, *, selector: str | None = None, keep: Keep | None = None
+    ) -> Selection:
+        """The selection of a text, from the caches if it was made before.
+
+        Args:
+            text: a prompt or a task, or token ids of the selector's own tokenizer.
+            selector (str): None for the default.
+            keep: channels to keep; None for ``ks``.
+        """
+        return self.find(text, selector, keep)[0]
+
+    def find(
+        self, text: Text, selector: str | None = None, keep: Keep | None = None
+    ) -> tuple[Selection, str]:
+        """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector."""
+        selector, ks = self._checked(selector), self._ks(keep)
+        key = self.key(text, selector, ks)
+        (selection, source), made = self._remembered.get_or_make(
+            key, lambda: (self._make(key, text, selector, ks), 1)
+        )
+        return selection, source if made else "memory"
+
+    def _make(self, key: str, text: Text, selector: str, ks: list[int]) -> tuple[Selection, str]:
+        """The selection from the disk, or from new scores, and where it came from."""
+        checkpoint, on_disk = self.checkpoint, self.on_disk
+        if on_disk is not None:
+            selection = on_disk.load(checkpoint.digest, key)
+            if selection is not None:
+                return selection, "disk"
+        mask = asdict(checkpoint.ifp.mask)
+        scores = self.scores(text, selector=selector)
+        selection = select_channels(scores, ks, checkpoint=checkpoint.digest, **mask)
+        if on_disk is not None:
+            metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
+            on_disk.store(key, selection, metadata)
+        return selection, selector
+
+    def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
+        """What names a selection on disk: the hash of all that determines it.
+
+        The mask, the text's format and the weights are part of the checkpoint's digest.
+        """
+        if not isinstance(text, str):
+            text = token_ids(text)
+        selector = self._checked(selector)
+        settings = {
+            "checkpoint": self.checkpoint.digest,
+            "selector": selector,
+            "k": compact(self.ks if ks is None else ks),
+            "dtype": str(self.parent.dtype),
+            # A static selection is the same for every text.
+            "text": text if selector != "static" else "",
+        }
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def resolved_keep(checkpoint: Checkpoint, keep: Keep | None) -> list[int]:
+    """Channels to keep in each of L layers; None for what the checkpoint says."""
+    layers = len(checkpoint.ffns)
+    if keep is None:
+        return per_layer(checkpoint.ifp.k, layers)
+    return resolve_keep(keep, checkpoint.d_ffn, layers)

@@ -1,0 +1,1 @@
+"""Selection -> sub-network: rows from disk, assembled with the trunk."""

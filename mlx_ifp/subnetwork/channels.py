@@ -1,0 +1,257 @@
+"""FFN channels on disk -> chosen rows in memory, and nothing else."""
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..device import copy_to_device, shares_memory
+from ..errors import IFPError
+from ..files.tensor_files import DTYPES, TensorInfo
+
+Part = tuple[str, np.ndarray | None]
+
+# Reading and copying release the GIL; more threads help a cold disk, no harm to a warm one.
+_THREADS = 4
+# Rows that are closer in the file than this are read with what lies between them: one request
+# of some more bytes costs less than two. Of a small tensor it is the mean that counts.
+_GAP_BYTES = 64 << 10
+# A run this long is read to where it belongs; shorter ones are picked out of what is read.
+_RUN_BYTES = 256 << 10
+# Such reads are of this size, so that a processor's cache holds them until they are picked over.
+_BLOCK_BYTES = 1 << 20
+
+
+class ChannelReader:
+    """Reads rows of channel tensors, straight to where they belong where they lie in runs.
+
+    That is MLX's buffers; for a device with memory of its own the host's, and then they are copied.
+
+    Files are read, not mapped: one that is truncated meanwhile gives an error, where a memory
+    map would end the process. The operating system's page cache is the only cache. Thread-safe.
+
+    Args:
+        tensors (dict): name -> tensor, those of
+            :class:`~mlx_ifp.checkpoint.directory.Checkpoint`.
+
+    Attributes:
+        pool: threads for reading and copying rows.
+    """
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._lock = threading.Lock()
+        self._bytes_read = 0
+        self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="channels")
+        self._files = {path: _File(path) for path in {tensor.path for tensor in tensors.values()}}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of rows read so far, over all calls."""
+        return self._bytes_read
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all channels on disk."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, groups: list[list[Part]]) -> list[mx.array]:
+        """Read rows of several tensors.
+
+        Args:
+            groups (list): for each wanted array, its parts from top to bottom. A part is
+                (name, rows): rows is an int array [k] of channels, ascending, or None for all. A
+                fused ``gate_up_proj`` is two parts, which are read to where they belong, uncopied.
+
+        Returns:
+            list: for each group an evaluated array [sum of its k, ...] in the type it has on disk.
+
+        Raises:
+            IFPError: if a file has been changed since it was opened, or cannot be read.
+        """
+        shapes, counts = [], []
+        for group in groups:
+            infos = [self._tensors[name] for name, _ in group]
+            counts.append(
+                [
+                    info.shape[0] if rows is None else len(rows)
+                    for info, (_, rows) in zip(infos, group, strict=True)
+                ]
+            )
+            shape = (sum(counts[-1]), *infos[0].shape[1:])
+            shapes.append((shape, DTYPES[infos[0].dtype]))
+        shared = shares_memory()
+        if shared:
+            arrays = [mx.zeros(*each) for each in shapes]
+            targets = row_bytes(arrays)
+        else:
+            targets = [
+                np.empty((shape[0], math.prod(shape[1:]) * dtype.size), np.uint8)
+                for shape, dtype in shapes
+            ]
+        reads = []
+        for group, count, target in zip(groups, counts, targets, strict=True):
+            start = 0
+            for (name, rows), n in zip(group, count, strict=True):
+                info = self._tensors[name]
+                reads.append((self._files[info.path], info, rows, target[start : start + n]))
+                start += n
+        list(self.pool.map(_read_rows, reads))
+        # A change before this is found now as well.
+        for file in {file for file, *_ in reads}:
+            file.check()
+        if not shared:
+            arrays = [
+                copy_to_device(target).view(dtype).reshape(shape)
+                for target, (shape, dtype) in zip(targets, shapes, strict=True)
+            ]
+            mx.eval(arrays)
+        with self._lock:
+            self._bytes_read += sum(array.nbytes for array in arrays)
+        return arrays
+
+
+def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
+    """The arrays' own memory, each as uint8 [rows, bytes of a row].
+
+    Only where the device :func:`~mlx_ifp.device.shares_memory`. Whoever writes to it must be the
+    only one who has seen the array. Plain bytes, because numpy has no bfloat16.
+    """
+    views = [array.view(mx.uint16) if array.dtype == mx.bfloat16 else array for array in arrays]
+    mx.eval(arrays, views)
+    return [
+        np.frombuffer(memoryview(view), np.uint8).reshape(len(view), -1)
+        if view.size
+        else np.empty((0, math.prod(view.shape[1:]) * view.itemsize), np.uint8)
+        for view in views
+    ]
+
+
+def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) -> None:
+    """Read rows of a tensor to ``target``, uint8 [k, bytes of a row]."""
+    file, info, rows, target = read
+    if info.places is not None:
+        _read_places(file, info, info.places if rows is None else info.places[rows], target)
+        return
+    if rows is None or not len(rows):
+        file.read_into(target, info.offset)
+        return
+    row = target.shape[1]
+    span = int(rows[-1] - rows[0]) + 1
+    if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
+        # All at once: in a small tensor, finding out which gaps are wide costs more than them.
+        stretches = [(0, len(rows))]
+    else:
+        stretches = _stretches(rows, row)
+    for start, stop in stretches:
+        first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
+        part = target[start:stop]
+        offset = info.offset + first * row
+        if height == stop - start:
+            file.read_into(part, offset)
+        else:
+            block = _scratch(height * row).reshape(height, row)
+            file.read_into(block, offset)
+            # mode="clip" lets numpy write to `out` directly; the rows are all there.
+            np.take(block, rows[start:stop] - first, axis=0, out=part, mode="clip")
+
+
+def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> None:
+    """The same where channels are stored in another order: row ``places[i]`` goes to ``i``."""
+    row = target.shape[1]
+    order = np.argsort(places)
+    rows = places[order]
+    # One item a row: numpy moves it at once.
+    target = target.view(f"V{row}")[:, 0]
+    for start, stop in _stretches(rows, row, cut_runs=True) if len(rows) else ():
+        first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
+        block = _scratch(height * row)
+        file.read_into(block, info.offset + first * row)
+        block = block.view(f"V{row}")
+        if height > stop - start:
+            block = block[rows[start:stop] - first]
+        target[order[start:stop]] = block
+
+
+_local = threading.local()
+
+
+def _scratch(nbytes: int) -> np.ndarray:
+    """Memory of this thread: new pages for every read would cost more than the read."""
+    have = getattr(_local, "scratch", None)
+    if have is None or have.nbytes < nbytes:
+        have = _local.scratch = np.empty(max(nbytes, _BLOCK_BYTES), np.uint8)
+    return have[:nbytes]
+
+
+def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> Iterator[tuple[int, int]]:
+    """Cut ascending rows of ``row`` bytes into stretches to read at once: (start, stop).
+
+    A long run is a stretch of its own. Shorter ones are read together with their gaps, if those
+    are small, some rows at a time; with ``cut_runs`` long ones are, too.
+    """
+    steps = np.diff(rows)
+    starts = np.concatenate([[0], np.flatnonzero(steps != 1) + 1])
+    cuts = (steps[starts[1:] - 1] - 1) * row > _GAP_BYTES
+    if not cut_runs:
+        long = np.diff(starts, append=len(rows)) * row >= _RUN_BYTES
+        cuts |= long[1:] | long[:-1]
+    cuts = starts[1:][cuts].tolist()
+    block = max(1, _BLOCK_BYTES // row)
+    for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        while start < stop:
+            end = start + int(np.searchsorted(rows[start:stop], rows[start] + block))
+            if not cut_runs and rows[stop - 1] - rows[start] + 1 == stop - start:
+                end = stop
+            yield start, end
+            start = end
+
+
+class _File:
+    """An open file, which must stay as it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise IFPError(f"{path}: {error.strerror}; the checkpoint is gone.") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self._state = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        try:
+            stat = self._path.stat()
+        except OSError as error:
+            raise IFPError(f"{self._path}: {error.strerror}; the checkpoint is gone.") from error
+        return stat.st_size, stat.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises IFPError if it is another file now, or another content."""
+        if self._now() != self._state:
+            raise IFPError(f"{self._path} was changed while in use. Load the checkpoint again.")
+
+    def read_into(self, target: np.ndarray, offset: int) -> None:
+        """Fill a contiguous array with the bytes from an offset on."""
+        view = memoryview(target).cast("B") if target.size else memoryview(b"")
+        while view:
+            try:
+                count = os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                raise IFPError(f"{self._path} cannot be read: {error.strerror}.") from error
+            if count == 0:
+                raise IFPError(
+                    f"{self._path} was changed while in use: it ends at byte {offset:,}. "
+                    "Load the checkpoint again."
+                )
+            view = view[count:]
+            offset += count

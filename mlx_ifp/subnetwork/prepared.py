@@ -1,0 +1,35 @@
+"""A sub-network that is ready for generation."""
+
+from dataclasses import dataclass
+
+import mlx.nn as nn
+
+from ..selection.selection import Selection
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sub-network that is ready, and what getting it cost.
+
+    Attributes:
+        network: an mlx-lm model.
+        selection: its channels, or None for the dense model.
+        source: where the selection came from: ``predictor``, ``activations``, ``static``,
+            ``memory``, ``disk``, ``given`` or ``dense``.
+        select_seconds: time to get the selection.
+        load_seconds: time to get the sub-network.
+        bytes_read: bytes of channels read for it; 0 if it was in memory.
+        channels_reused: channels, over all layers, whose rows came from another sub-network in
+            memory; the others were read.
+        reuse_overlap: if another selection stands in for the text's own (``reuse_overlap`` of
+            :func:`load`), their overlap; ``selection`` is the one in use. Else None.
+    """
+
+    network: nn.Module
+    selection: Selection | None
+    source: str
+    select_seconds: float
+    load_seconds: float
+    bytes_read: int
+    channels_reused: int = 0
+    reuse_overlap: float | None = None

@@ -1,0 +1,268 @@
+"""Sub-networks in memory -> the rows of another selection, of which only the missing ones are read.
+
+Rows are copied to new arrays, in ascending order of channels: what comes out equals a fresh load
+bit for bit, and no array that somebody may be using is changed.
+"""
+
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..checkpoint.rows import parts_of, stored_as
+from ..device import shares_memory
+from ..files.tensor_files import cast
+from ..llm.ffn import FFN
+from ..selection.selection import Selection, digest_of
+from .channels import ChannelReader, Part, row_bytes
+from .parent import Parent
+from .rows import FFNRows, apply_soft_values, folded_parts, read_ffn, read_layer
+
+# Comparing takes 1.5 ms a sub-network of 30 layers, and old tasks are seldom the nearest.
+_COMPARED = 8
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """One layer of a sub-network in memory.
+
+    Attributes:
+        channels: int [k], ascending.
+        soft_values: float32 [k], or None if the mask is hard.
+        rows: its arrays, with the soft values folded in.
+    """
+
+    channels: np.ndarray
+    soft_values: np.ndarray | None
+    rows: FFNRows
+
+
+@dataclass(frozen=True)
+class _Match:
+    """What a wanted selection of one layer and a resident one share.
+
+    Attributes:
+        positions: int [k], where each wanted channel is among the resident rows; any place if it
+            is not there.
+        shared: bool [k], whether it is there.
+        stale: bool [k], whether it is there, but carries a soft value that cannot be undone.
+        factor: float32 [k], what its row is still to be multiplied by; None for nothing.
+    """
+
+    positions: np.ndarray
+    shared: np.ndarray
+    stale: np.ndarray
+    factor: np.ndarray | None
+
+
+def _match(channels: np.ndarray, soft_values: np.ndarray | None, resident: LayerRows) -> _Match:
+    positions = np.searchsorted(resident.channels, channels)
+    positions = np.minimum(positions, len(resident.channels) - 1)
+    shared = resident.channels[positions] == channels
+    ones = np.ones(len(channels), np.float32)
+    mine = ones if soft_values is None else soft_values
+    theirs = ones if resident.soft_values is None else resident.soft_values[positions]
+    # A product with a rounded lambda cannot be divided back to the stored bits, but a row times
+    # one is that row, and one times the lambda that is wanted is the one that is wanted.
+    done = shared & (mine == theirs)
+    stale = shared & ~done & (theirs != 1)
+    factor = None if soft_values is None else np.where(done, np.float32(1), mine)
+    return _Match(positions, shared, stale, factor)
+
+
+def read_ffn_again(
+    reader: ChannelReader,
+    ffn: FFN,
+    channels: np.ndarray,
+    soft_values: np.ndarray | None,
+    dtype: mx.Dtype | None,
+    resident: LayerRows,
+) -> FFNRows:
+    """As :func:`~mlx_ifp.subnetwork.rows.read_ffn`, bit for bit, but reuse a resident layer's rows.
+
+    Soft values are folded into a few parts of the rows (the up projection, or its scales and
+    biases). Where a resident row carries another one than is wanted, those parts of it are read
+    again; the rest of it is reused.
+
+    Args:
+        reader, ffn, channels, soft_values, dtype: as there; ``dtype`` must be the resident one's.
+        resident (LayerRows): of the same FFN.
+    """
+    match = _match(channels, soft_values, resident)
+    if not match.shared.any():
+        return read_ffn(reader, ffn, channels, soft_values, dtype)
+    folded = folded_parts(ffn, resident.rows.arrays)
+    plans, groups = {}, {}
+    for key, names in parts_of(ffn, reader).items():
+        slots = []
+        for name in names:
+            # Of a fused projection only the lower half, up_proj, has soft values in it.
+            again = match.stale if key in folded and name == names[-1] else False
+            slots.append(np.flatnonzero(~match.shared | again))
+        height, width = len(resident.channels), len(channels)
+        plans[key] = (
+            np.concatenate([match.positions + i * height for i in range(len(names))]),
+            np.concatenate([part + i * width for i, part in enumerate(slots)]),
+        )
+        wanted: list[Part] = [(name, channels[s]) for name, s in zip(names, slots, strict=True)]
+        if len(plans[key][1]):
+            groups[key] = wanted
+    fresh = dict(zip(groups, reader.read(list(groups.values())), strict=True))
+    bytes_read = sum(array.nbytes for array in fresh.values())
+    fresh = {key: cast(array, dtype) for key, array in fresh.items()}
+    mx.eval(list(fresh.values()))
+    arrays = _merged(resident.rows.arrays, plans, fresh, reader.pool)
+    rows = FFNRows(ffn, arrays, bytes_read, channels_reused=int(match.shared.sum()))
+    if soft_values is not None:
+        apply_soft_values(rows, mx.array(soft_values), mx.array(match.factor))
+    return rows
+
+
+def _merged(
+    resident: dict[tuple[str, str], mx.array],
+    plans: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
+    fresh: dict[tuple[str, str], mx.array],
+    pool: ThreadPoolExecutor,
+) -> dict[tuple[str, str], mx.array]:
+    """New arrays: rows ``positions`` of the resident ones, with fresh rows put to ``slots``."""
+    merged, new = {}, []
+    shared = shares_memory()
+    for key, (positions, slots) in plans.items():
+        source = resident[key]
+        if not len(slots) and len(positions) == len(source):
+            # The very same rows: arrays are never changed, so one can be in two sub-networks.
+            merged[key] = source
+        elif shared:
+            merged[key] = mx.zeros((len(positions), *source.shape[1:]), source.dtype)
+            new.append(key)
+        else:
+            merged[key] = mx.take(source, mx.array(positions.astype(np.int32)), axis=0)
+            if len(slots):
+                merged[key][mx.array(slots.astype(np.int32))] = fresh[key]
+    if not shared:
+        mx.eval(list(merged.values()))
+        return merged
+
+    def fill(key: tuple[str, str], source: np.ndarray, target: np.ndarray) -> None:
+        positions, slots = plans[key]
+        # mode="clip" lets numpy write to `out` directly; positions are in range.
+        np.take(source, positions, axis=0, out=target, mode="clip")
+        if len(slots):
+            target[slots] = rows[key]
+
+    rows = dict(zip(fresh, row_bytes(list(fresh.values())), strict=True))
+    sources, targets = (row_bytes([which[key] for key in new]) for which in (resident, merged))
+    list(pool.map(fill, new, sources, targets))
+    return merged
+
+
+def _folded_bytes(rows: FFNRows) -> int:
+    """Bytes that soft values are folded into; half of a fused projection is gate_proj."""
+    return sum(
+        rows.arrays[key].nbytes // len(stored_as(key[0]))
+        for key in folded_parts(rows.ffn, rows.arrays)
+    )
+
+
+class Residents:
+    """The rows of the sub-networks in memory, each for as long as the network lives.
+
+    A network is held by the cache and by those who use it, and only weakly here. Rows are noted
+    apart from it because it is its user's to change.
+
+    Args:
+        parent (Parent): what all of them are cut from.
+    """
+
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
+        # Only whole-dictionary operations are used: the interpreter makes each in one step, and
+        # a dying network may call in from any thread, a lock's owner included.
+        self._layers: dict[str, tuple[weakref.ref, list[LayerRows]]] = {}
+
+    def add(self, network: nn.Module, selection: Selection | None, rows: list[FFNRows]) -> None:
+        """Offer a sub-network's rows to those that come after it.
+
+        Args:
+            network (nn.Module): whose life decides how long.
+            selection (Selection): its channels; None for the dense model.
+            rows (list): L of them, from :meth:`read`.
+        """
+        name = digest_of(selection)
+
+        def forget(reference: weakref.ref) -> None:
+            # A newer network of the same selection may have taken the place.
+            entry = self._layers.get(name)
+            if entry is not None and entry[0] is reference:
+                self._layers.pop(name, None)
+
+        layers = [
+            LayerRows(*self._wanted(selection, i), layer_rows) for i, layer_rows in enumerate(rows)
+        ]
+        self._layers[name] = (weakref.ref(network, forget), layers)
+
+    def _wanted(
+        self, selection: Selection | None, layer: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        if selection is None:
+            return np.arange(self._parent.ffns[layer].d_ffn, dtype=np.int32), None
+        soft_values = selection.soft_values
+        return selection.layers[layer], None if soft_values is None else soft_values[layer]
+
+    def nearest(self, selection: Selection | None, names: list[str]) -> list[LayerRows] | None:
+        """The sub-network from which the fewest bytes would be missing, of those used last.
+
+        Args:
+            selection (Selection): what is wanted; None for the dense model.
+            names (list): which may be used, the one used last at the end: the digests of their
+                selections, or ``dense``.
+
+        Returns:
+            list: its L layers; None if nothing could be reused.
+        """
+        best, most = None, 0
+        for name in names[-_COMPARED:]:
+            # It may be gone by now, or not be there yet.
+            _, layers = self._layers.get(name, (None, []))
+            saved = 0
+            for i, layer in enumerate(layers):
+                match = _match(*self._wanted(selection, i), layer)
+                shared, stale = int(match.shared.sum()), int(match.stale.sum())
+                saved += (layer.rows.nbytes * shared - _folded_bytes(layer.rows) * stale) // len(
+                    layer.channels
+                )
+            if saved > most:
+                best, most = layers, saved
+        return best
+
+    def read_all(self, selection: Selection | None, names: list[str]) -> list[FFNRows]:
+        """The L layers' rows of a selection; None takes all channels. ``names`` as above."""
+        source = self.nearest(selection, names)
+        return [self.read(selection, i, source) for i in range(len(self._parent.ffns))]
+
+    def read(
+        self, selection: Selection | None, layer: int, source: list[LayerRows] | None
+    ) -> FFNRows:
+        """One layer's rows of a selection.
+
+        Args:
+            selection (Selection): None for all channels.
+            layer (int): which of the L.
+            source (list): from :meth:`nearest`.
+
+        Returns:
+            FFNRows: as :func:`~mlx_ifp.subnetwork.rows.read_ffn` gives them.
+        """
+        parent = self._parent
+        if source is None:
+            return read_layer(parent.reader, parent.ffns, selection, layer, parent.dtype)
+        return read_ffn_again(
+            parent.reader,
+            parent.ffns[layer],
+            *self._wanted(selection, layer),
+            parent.dtype,
+            source[layer],
+        )
