@@ -76,13 +76,13 @@ def save_checkpoint(
         "mask_operator": model.operator,
         "mask_temperature": model.temperature,
         # What inference does: a mask that was trained hard is used hard.
-        "mask_mode": "soft" if model.mode == "soft" else "hard",
+        "keep_soft_values": model.mode == "soft",
         "softtopk_iters": 40,
         "chat_template_format": "raw",
     }
     if isinstance(predictor, StaticScores):
         save_file({"scores": _stored(of_predictor["scores"], torch.float32)}, temporary / STATIC)
-        manifest["select_by"] = "static"
+        manifest |= {"select_by": "static", "static_scores": STATIC}
     else:
         tensors = {name: _stored(tensor, dtype) for name, tensor in of_predictor.items()}
         save_file(tensors, temporary / PREDICTOR)
@@ -155,7 +155,7 @@ def load_checkpoint(
             k=manifest["target_intermediate_dim"],
             operator=manifest.get("mask_operator", "sigmoid"),
             temperature=manifest["mask_temperature"],
-            mode=manifest.get("mask_mode", "hard"),
+            mode="soft" if manifest.get("keep_soft_values") else "hard",
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -14,22 +14,23 @@ import numpy as np
 import pytest
 
 from mlx_ifp import load
-from mlx_ifp import masks as mlx_masks
-from mlx_ifp.config import TextConfig
+from mlx_ifp.checkpoint.config import TextConfig
+from mlx_ifp.commands.plot.training_curves import read_logs
 from mlx_ifp.convert import convert
-from mlx_ifp.text import selector_tokens
-from mlx_ifp.training_curves import read_logs
+from mlx_ifp.selection import masks as mlx_masks
+from mlx_ifp.selectors.text import selector_tokens
 from mlx_ifp.tuner.batches import make_batch
 from mlx_ifp.tuner.data import load_examples as mlx_examples
 from mlx_ifp.tuner.predictor_start import from_checkpoint
+from mlx_ifp.tuner.source import load_source
 from mlx_ifp.tuner.step import Mix, batch_loss, positions_of
-from mlx_ifp.tuner.student import Student, load_source
+from mlx_ifp.tuner.student import Student
 
-from .conftest import tiny_tokenizer
+from ..conftest import tiny_tokenizer
 
 torch = pytest.importorskip("torch", reason="needs the extra [torch]")
 pytest.importorskip("accelerate", reason="needs examples/pytorch/requirements.txt")
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "pytorch"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pytorch"
 sys.path.insert(0, str(FOLDER))
 
 import rounding  # noqa: E402
