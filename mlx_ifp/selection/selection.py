@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import IFPError
 from ..llm.ffn import FFN
+from ..llm.overflow import not_finite
 from .keep import compact
 from .masks import soft_topk, topk_mask
 from .packed import overlap, pack
@@ -110,6 +111,7 @@ def select_channels(
     temperature: float = 1.0,
     keep_soft_values: bool = False,
     checkpoint: str = "",
+    computed_in: mx.Dtype | None = None,
 ) -> Selection:
     """Apply a mask operator to scores (paper, section 3.1: ``m = lambda * Top(lambda, t_ffn)``).
 
@@ -120,13 +122,16 @@ def select_channels(
         temperature (float): of SoftTopK.
         keep_soft_values (bool): keep lambda as the channels' weights.
         checkpoint (str): digest of the checkpoint, which becomes part of the selection's.
+        computed_in (mx.Dtype): the type that the scores were computed in, which a message names;
+            None if it is not known.
 
     Raises:
         IFPError: if a score is not finite or k is out of range.
     """
-    if not mx.isfinite(scores).all():
-        layer = int(mx.argmin(mx.isfinite(scores).all(axis=-1)))
-        raise IFPError(f"The scores of layer {layer} are not finite; the selector is broken.")
+    finite = mx.isfinite(scores).all(axis=-1)
+    if not finite.all():
+        layer = int(mx.argmin(finite))
+        raise not_finite(f"The scores of layer {layer} are not finite", computed_in)
     # lambda grows with the score, so the top scores are the top lambdas, without its rounding.
     mask = np.array(topk_mask(scores, k))
     layers = tuple(np.flatnonzero(row).astype(np.int32) for row in mask)
