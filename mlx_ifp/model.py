@@ -79,7 +79,7 @@ class IFPModel:
         memory = None
         if memory_limit is not None:
             # Before the first weight is read.
-            use = use or Use(compact(ks), Generation(1), default)
+            use = use or Use(ks, Generation(1), default)
             memory = MemoryLimit(memory_limit, Estimator(checkpoint, dtype), self.networks, use)
         self.memory = memory
         self.parent = Parent.of(checkpoint, load_trunk(checkpoint, max(ks), dtype), dtype)

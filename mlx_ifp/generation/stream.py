@@ -25,7 +25,7 @@ from ..model import IFPModel
 from ..prompt_cache.files import PromptCache, load_cache_file
 from ..prompt_cache.key import CacheKey
 from ..prompt_cache.warm import claim
-from ..selection.keep import Keep, compact
+from ..selection.keep import Keep
 from ..selection.selection import Selection
 from ..selectors.selector import resolved_keep
 from .draft import load_draft_model
@@ -79,14 +79,14 @@ class Answer:
         if model.memory is None:
             return
         if request.dense:
-            k: int | list[int] = model.checkpoint.d_ffn
+            ks = resolved_keep(model.checkpoint, 1.0)
         elif request.selection is not None:
-            k = request.selection.ks
+            ks = request.selection.ks
         elif request.keep is not None:
-            k = compact(resolved_keep(model.checkpoint, request.keep))
+            ks = resolved_keep(model.checkpoint, request.keep)
         else:
-            k = model.k
-        model.memory.expect(request.generation(self._tokenizer), k, dense=request.dense)
+            ks = model.text_selector.ks
+        model.memory.expect(request.generation(self._tokenizer), ks, dense=request.dense)
 
     def _load_draft_model(self) -> nn.Module | None:
         draft_model = self.request.options.get("draft_model")

@@ -6,6 +6,8 @@ from ..errors import IFPError
 from ..selection.keep import WIDTH_MULTIPLE
 from .budget import Budget, Estimator, Use, k_text, size_text
 
+# A measure's text and the use that it leads to. The functions below give None if a measure
+# cannot be taken or, with `alone`, does not suffice.
 Measure = tuple[str, Use]
 
 
@@ -90,10 +92,9 @@ def _smaller_k(estimator: Estimator, use: Use, limit: int, alone: bool = True) -
         text = "--keep {} instead of --dense" if use.dense else "a selection of --keep {}"
         selector, tokens = estimator.checkpoint.ifp.selector, use.generation.prompt_tokens
         use = replace(use, selector=selector, selector_tokens=tokens, dense=False)
-    k = max(use.k) if isinstance(use.k, list) else use.k
-    first = (k - 1) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
+    first = (max(use.ks) - 1) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
     for smaller in range(first, 0, -WIDTH_MULTIPLE):
-        other = replace(use, k=smaller)
+        other = replace(use, ks=[smaller] * len(use.ks))
         if _fits(estimator, other, limit):
             return text.format(smaller), other
     return None
@@ -119,7 +120,7 @@ def _sum_text(budget: Budget, use: Use, limit: int) -> str:
         what = "network" if use.dense else "sub-network"
         what = what if budget.networks == 1 else f"{budget.networks} {what}s"
         size = size_text(budget.networks * budget.network)
-        parts.append(f"{what} {size} ({k_text(use.k)})")
+        parts.append(f"{what} {size} ({k_text(use.ks)})")
         parts.append(f"keys and values {size_text(budget.kv)} ({use.generation.tokens} positions)")
         return f"{size_text(budget.generating)} are needed: {', '.join(parts)}"
     if budget.networks > 1:

@@ -26,7 +26,7 @@ class Use:
     """What a checkpoint is to be used for.
 
     Attributes:
-        k: channels kept in each layer; d_ffn for the dense model.
+        ks: channels kept in each of L layers; d_ffn for the dense model.
         generation: lengths, and how keys and values are kept.
         selector: what selects, or None if nothing is left to select.
         selector_tokens: of the text that selects.
@@ -34,7 +34,7 @@ class Use:
         dense: it is the dense model.
     """
 
-    k: int | list[int]
+    ks: list[int]
     generation: Generation
     selector: str | None = None
     selector_tokens: int = 1
@@ -165,18 +165,16 @@ class Estimator:
         body = get_module(self._backbone, find_body(self._backbone))
         return sum(map(self._nbytes, tensors)) + _bytes_of_tables(body)
 
-    def network(self, k: int | list[int], *, dense: bool = False) -> int:
+    def network(self, ks: list[int], *, dense: bool = False) -> int:
         """Bytes of the channels of a sub-network.
 
         Args:
-            k: channels of each layer.
+            ks (list): channels of each of L layers.
             dense (bool): it is the dense model, which has no soft values.
         """
-        ffns = self.checkpoint.ffns
-        ks = k if isinstance(k, list) else [k] * len(ffns)
         soft = self.checkpoint.ifp.mask.keep_soft_values and not dense
         total = 0
-        for ffn, kept in zip(ffns, ks, strict=True):
+        for ffn, kept in zip(self.checkpoint.ffns, ks, strict=True):
             channels = dict(self._channels(ffn))
             total += kept * sum(self._nbytes(t) // t.shape[0] for t in channels.values())
             # 8-bit scales cannot take the soft values; a float down projection can.
@@ -224,7 +222,7 @@ class Estimator:
             selector=use.selector,
             selector_weights=weights,
             selector_kv=selector_kv,
-            network=self.network(use.k, dense=use.dense),
+            network=self.network(use.ks, dense=use.dense),
             networks=use.networks,
             kv=self.kv(use.generation),
         )
@@ -254,7 +252,7 @@ def _bytes_of_tables(model: nn.Module) -> int:
     return sum(tables.values())
 
 
-def k_text(k: int | list[int]) -> str:
+def k_text(ks: list[int]) -> str:
     """``k = 768``, or the least and the most of the layers."""
-    least, most = (k, k) if isinstance(k, int) else (min(k), max(k))
+    least, most = min(ks), max(ks)
     return f"k = {least}" if least == most else f"k = {least} to {most}"

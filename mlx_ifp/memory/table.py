@@ -24,7 +24,7 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
         rows.append(("", what, budget.selector_kv))
     name = "network" if use.dense else "sub-network"
     name = name if use.networks == 1 else f"{use.networks} {name}s"
-    what = f"{k_text(use.k)} of {checkpoint.d_ffn} channels in {len(checkpoint.ffns)} layers"
+    what = f"{k_text(use.ks)} of {checkpoint.d_ffn} channels in {len(checkpoint.ffns)} layers"
     rows.append((name, what, use.networks * budget.network))
     how = f", {generation.kv.kv_bits} bits" if generation.kv.kv_bits is not None else ""
     rows.append(("KV cache", f"{generation.tokens} positions{how}", budget.kv))

@@ -94,8 +94,8 @@ def test_soft_values_that_stay_apart_count(tmp_path):
     for checkpoint in (path, packed):
         estimator = Estimator(open_checkpoint(checkpoint), mx.float32)
         selection = random_selection(3, 160, 64, soft=True)
-        assert estimator.network(64) == resident(checkpoint, mx.float32, selection)[1]
-        sizes[checkpoint] = estimator.network(64) - estimator.network(64, dense=True)
+        assert estimator.network([64] * 3) == resident(checkpoint, mx.float32, selection)[1]
+        sizes[checkpoint] = estimator.network([64] * 3) - estimator.network([64] * 3, dense=True)
     assert sizes == {path: 0, packed: 3 * 64 * 4}
 
 
@@ -213,7 +213,7 @@ def test_nothing_is_computed_on_the_way(tmp_path):
 def test_the_selector_and_the_phases(predictor_checkpoint):
     opened = open_checkpoint(predictor_checkpoint)
     estimator = Estimator(opened, None)
-    budget = estimator.budget(Use(64, Generation(10, 10), "predictor", 300, networks=2))
+    budget = estimator.budget(Use([64] * 3, Generation(10, 10), "predictor", 300, networks=2))
     backbone = load_predictor(opened).backbone
     cache = make_prompt_cache(backbone)
     get_module(backbone, find_body(backbone))(mx.zeros((1, 300), mx.int32), cache=cache)
@@ -242,7 +242,7 @@ def test_activations_hold_one_layer(tiny_checkpoint):
 
 def test_the_table_has_the_numbers(predictor_checkpoint):
     estimator = Estimator(open_checkpoint(predictor_checkpoint), None)
-    use = Use(64, Generation(10, 20, kv=KVSettings(kv_bits=8)), "predictor", 5)
+    use = Use([64] * 3, Generation(10, 20, kv=KVSettings(kv_bits=8)), "predictor", 5)
     budget = estimator.budget(use)
     text = table(estimator, use, budget.least)
     for number in (budget.trunk, budget.selector_weights, budget.network, budget.kv):

@@ -15,6 +15,7 @@ from mlx_ifp.convert import convert
 from mlx_ifp.llm.kv_cache import Generation, KVSettings
 from mlx_ifp.memory.advice import advice, check
 from mlx_ifp.memory.budget import Estimator, Use
+from mlx_ifp.selection.keep import per_layer
 from mlx_ifp.subnetwork.channels import ChannelReader
 
 from ..conftest import make_dense
@@ -59,7 +60,7 @@ def run(monkeypatch, capsys, command, *args):
 
 def budget_of(checkpoint, generation, selector="predictor", **kwargs):
     opened = open_checkpoint(checkpoint)
-    use = Use(opened.ifp.k, generation, selector, 20, **kwargs)
+    use = Use(per_layer(opened.ifp.k, len(opened.ffns)), generation, selector, 20, **kwargs)
     return Estimator(opened, mx.float32).budget(use)
 
 
@@ -124,49 +125,51 @@ def wide(tmp_path_factory):
 
 
 def test_advice_fits_and_the_least_harm_comes_first(wide):
-    use = Use(448, Generation(20, 4), "activations", 20, networks=3)
+    use = Use([448] * 3, Generation(20, 4), "activations", 20, networks=3)
     budget = wide.budget(use)
     limit = budget.least - budget.network
     texts = advice(wide, use, limit)
     k = max(
-        n for n in range(64, 448, 64) if 3 * wide.network(n) <= limit - budget.trunk - budget.kv
+        n
+        for n in range(64, 448, 64)
+        if 3 * wide.network([n] * 3) <= limit - budget.trunk - budget.kv
     )
     assert texts == ["--cached-tasks 2", f"--keep {k}"]
-    for other in (replace(use, networks=2), replace(use, k=k)):
+    for other in (replace(use, networks=2), replace(use, ks=[k] * 3)):
         check(wide, other, limit)
     with pytest.raises(IFPError) as error:
-        check(wide, replace(use, k=k + 64), limit)
+        check(wide, replace(use, ks=[k + 64] * 3), limit)
     with pytest.raises(IFPError) as error:
         check(wide, use, limit)
     assert str(error.value).endswith(f"It would fit with --cached-tasks 2, or --keep {k}.")
 
 
 def test_quantized_keys_and_values_are_advised_where_they_suffice(wide):
-    use = Use(448, Generation(2000, 100), "activations", 20)
+    use = Use([448] * 3, Generation(2000, 100), "activations", 20)
     budget = wide.budget(use)
     texts = advice(wide, use, budget.least - budget.kv // 2)
     assert texts[0] == "--kv-bits 8 --quantized-kv-start 0"
     eight = Generation(2000, 100, kv=KVSettings(kv_bits=8, quantized_kv_start=0))
-    check(wide, Use(448, eight, "activations", 20), budget.least - budget.kv // 2)
+    check(wide, Use([448] * 3, eight, "activations", 20), budget.least - budget.kv // 2)
     # They are in 8 bits already.
-    again = Use(448, eight, "activations", 20)
+    again = Use([448] * 3, eight, "activations", 20)
     assert not any("kv-bits" in text for text in advice(wide, again, wide.budget(again).least - 1))
 
 
 def test_measures_are_joined_if_none_suffices_alone(wide):
-    use = Use(448, Generation(2000, 100), "activations", 20, networks=2)
+    use = Use([448] * 3, Generation(2000, 100), "activations", 20, networks=2)
     eight = Generation(2000, 100, kv=KVSettings(kv_bits=8, quantized_kv_start=0))
-    least = wide.budget(Use(128, eight, "activations", 20)).least
+    least = wide.budget(Use([128] * 3, eight, "activations", 20)).least
     texts = advice(wide, use, least)
     assert texts == ["--cached-tasks 1 --kv-bits 8 --quantized-kv-start 0 --keep 128"]
-    nothing = wide.budget(Use(64, eight, "activations", 20)).least - 1
+    nothing = wide.budget(Use([64] * 3, eight, "activations", 20)).least - 1
     assert advice(wide, use, nothing) == []
     with pytest.raises(IFPError, match=r"Raise the limit\.$"):
         check(wide, use, nothing)
 
 
 def test_the_dense_model_and_selections_have_advice_of_their_own(wide):
-    dense = Use(512, Generation(20, 4), dense=True)
+    dense = Use([512] * 3, Generation(20, 4), dense=True)
     limit = wide.budget(dense).least - 1
     assert advice(wide, dense, limit)[-1] == "--keep 448 instead of --dense"
     given = Use([448] * 3, Generation(20, 4))
@@ -175,7 +178,7 @@ def test_the_dense_model_and_selections_have_advice_of_their_own(wide):
 
 def test_a_predictor_that_does_not_fit_has_an_alternative(predictor_checkpoint):
     estimator = Estimator(open_checkpoint(predictor_checkpoint), None)
-    use = Use(64, Generation(20, 4), "predictor", 20)
+    use = Use([64] * 3, Generation(20, 4), "predictor", 20)
     budget = estimator.budget(use)
     assert budget.selecting > budget.generating
     assert advice(estimator, use, budget.selecting - 1) == ["--selector activations"]
