@@ -223,16 +223,21 @@ class IFPModel:
             dense (bool): use all channels.
             selector (str): None for the default.
             keep: channels to keep; None for the checkpoint's k.
+
+        Raises:
+            IFPError: if nothing of these is given, the text is empty or too long, the selection is
+                of another checkpoint, or the network does not fit the memory limit.
         """
         start = time.perf_counter()
-        source = "dense" if dense else "given"
+        source, selected, overlap = "dense" if dense else "given", start, None
         if selection is None and not dense:
+            if text is None:
+                raise IFPError("Nothing selects: give a text, a selection, or dense=True.")
             selection, source = self.text_selector.find(text, selector, keep)
-        selected = time.perf_counter()
-        overlap = None
-        # A selection that was given is used as it is.
-        if self.reuse is not None and source not in ("given", "dense"):
-            selection, overlap = self.reuse.stand_in(selection)
+            selected = time.perf_counter()
+            # A selection that is given never has a stand-in.
+            if self.reuse is not None:
+                selection, overlap = self.reuse.stand_in(selection)
         loaded = self._load(selection)
         return Prepared(
             network=loaded.network,

@@ -243,10 +243,10 @@ class _TypeOfFFN(nn.Module):
 
 def _bytes_of_tables(model: nn.Module) -> int:
     """Bytes of arrays that are no parameters, such as frequencies of rotary embeddings."""
-    parameters = {name for name, _ in tree_flatten(model.parameters())}
+    parameters = dict(tree_flatten(model.parameters()))
     tables = {
         id(array): array.nbytes
-        for name, array in tree_flatten(model)
+        for name, array in dict(tree_flatten(model)).items()
         if isinstance(array, mx.array) and name not in parameters
     }
     return sum(tables.values())

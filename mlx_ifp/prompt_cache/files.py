@@ -34,9 +34,10 @@ _ABANDONED_SECONDS = 3600
 def _checksum(prompt_cache: PromptCache) -> str:
     """CRC-32 of all arrays' bytes and all counts: enough to notice a damaged file."""
     crc = 0
-    for _, value in tree_flatten([layer.state for layer in prompt_cache]):
+    for value in dict(tree_flatten([layer.state for layer in prompt_cache])).values():
         if isinstance(value, mx.array) and value.size:
-            crc = zlib.crc32(memoryview(mx.contiguous(value).reshape(-1).view(mx.uint8)), crc)
+            content = mx.contiguous(value).reshape(-1).view(mx.uint8)
+            crc = zlib.crc32(np.asarray(content).data, crc)
         elif isinstance(value, int):
             crc = zlib.crc32(str(int(value)).encode(), crc)
     return f"{crc:08x}"

@@ -233,7 +233,8 @@ class WarmPrompts:
     def _longest_in_memory(
         self, key: str, tokens: list[int], settings: KVSettings
     ) -> tuple[PromptCache, int] | None:
-        best, longest = None, 0
+        best: _Entry | None = None
+        longest = 0
         for entry, prompt_cache in self._entries.items():
             n = common_prefix(entry[1], tokens) if entry[0] == key else 0
             # What is longer than the common part is cut, where that leaves what a shorter prompt
@@ -243,9 +244,11 @@ class WarmPrompts:
                 continue
             if n > longest:
                 best, longest = entry, n
-        if best is None:
+        # It is used now, so that it is looked up once more.
+        used = None if best is None else self._entries.get(best)
+        if best is None or used is None:
             return None
-        prompt_cache = copy.deepcopy(self._entries.get(best))
+        prompt_cache = copy.deepcopy(used)
         if longest < len(best[1]):
             trim_prompt_cache(prompt_cache, len(best[1]) - longest)
         return prompt_cache, longest

@@ -26,7 +26,7 @@ class SelectionCache:
         directory (Path): where; None for :func:`default_cache_dir`.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = Path(directory) if directory is not None else default_cache_dir()
 
     def _folder(self, checkpoint: str) -> Path:

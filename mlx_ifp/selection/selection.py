@@ -35,9 +35,9 @@ class Selection:
     def __post_init__(self) -> None:
         content = hashlib.sha256(f"{self.checkpoint}:{self.d_ffn}".encode())
         for channels in self.layers:
-            content.update(np.packbits(self._bits(channels)))
+            content.update(np.packbits(self._bits(channels)).data)
         for values in self.soft_values or ():
-            content.update(np.ascontiguousarray(values, dtype=np.float32))
+            content.update(np.ascontiguousarray(values, dtype=np.float32).data)
         object.__setattr__(self, "digest", content.hexdigest())
 
     def _bits(self, channels: np.ndarray) -> np.ndarray:

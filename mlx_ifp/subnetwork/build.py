@@ -73,15 +73,17 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
     """
     ffn = rows.ffn
     for projection in sorted({projection for projection, _ in rows.arrays}):
-        weight, scales, biases, bias = (rows.arrays.get((projection, p)) for p in PARTS)
-        how = quantization_of(config, ffn.module_path(projection)) if scales is not None else None
-        if projection == "down_proj":
+        down = projection == "down_proj"
+        weight = rows.arrays[projection, "weight"]
+        scales, biases, bias = (rows.arrays.get((projection, part)) for part in PARTS[1:])
+        if down:
             bias = module.down_proj.get("bias")
-        if how is None:
+        if scales is None:
             # Transposing is a change of strides: the array on disk is the array in memory.
-            down = projection == "down_proj"
             module[projection] = linear(weight.T if down else weight, bias)
-        elif projection == "down_proj":
+            continue
+        how = quantization_of(config, ffn.module_path(projection))
+        if down:
             module.down_proj = ChannelMajorLinear(
                 weight, scales, biases, how, bias, rows.soft_values
             )

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class ChannelReader:
         """Bytes of all channels on disk."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def read(self, groups: list[list[Part]]) -> list[mx.array]:
@@ -129,7 +129,7 @@ def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     views = [array.view(mx.uint16) if array.dtype == mx.bfloat16 else array for array in arrays]
     mx.eval(arrays, views)
     return [
-        np.frombuffer(memoryview(view), np.uint8).reshape(len(view), -1)
+        np.asarray(view).reshape(len(view), -1).view(np.uint8)
         if view.size
         else np.empty((0, math.prod(view.shape[1:]) * view.itemsize), np.uint8)
         for view in views
@@ -149,7 +149,7 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
     span = int(rows[-1] - rows[0]) + 1
     if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
         # All at once: in a small tensor, finding out which gaps are wide costs more than them.
-        stretches = [(0, len(rows))]
+        stretches: Iterable[tuple[int, int]] = [(0, len(rows))]
     else:
         stretches = _stretches(rows, row)
     for start, stop in stretches:
@@ -242,7 +242,7 @@ class _File:
 
     def read_into(self, target: np.ndarray, offset: int) -> None:
         """Fill a contiguous array with the bytes from an offset on."""
-        view = memoryview(target).cast("B") if target.size else memoryview(b"")
+        view = target.data.cast("B") if target.size else memoryview(b"")
         while view:
             try:
                 count = os.preadv(self._descriptor, [view], offset)

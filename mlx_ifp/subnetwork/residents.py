@@ -117,7 +117,8 @@ def read_ffn_again(
     arrays = _merged(resident.rows.arrays, plans, fresh, reader.pool)
     rows = FFNRows(ffn, arrays, bytes_read, channels_reused=int(match.shared.sum()))
     if soft_values is not None:
-        apply_soft_values(rows, mx.array(soft_values), mx.array(match.factor))
+        factor = None if match.factor is None else mx.array(match.factor)
+        apply_soft_values(rows, mx.array(soft_values), factor)
     return rows
 
 

@@ -33,10 +33,11 @@ class FFNRows:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        # A float down projection takes the soft values in.
-        apart = self.soft_values is not None and ("down_proj", "scales") in self.arrays
-        soft_values = self.soft_values.nbytes if apart else 0
-        return soft_values + sum(array.nbytes for array in self.arrays.values())
+        nbytes = sum(array.nbytes for array in self.arrays.values())
+        # A down projection in floats has the soft values in its own rows.
+        if self.soft_values is not None and ("down_proj", "scales") in self.arrays:
+            nbytes += self.soft_values.nbytes
+        return nbytes
 
 
 def read_ffn(
@@ -78,7 +79,7 @@ def folded_parts(ffn: FFN, arrays: dict[tuple[str, str], mx.array]) -> list[tupl
     projection, if that is in floats; else there is none, and they stay apart.
     """
     up = "gate_up_proj" if ffn.fused else "up_proj"
-    parts = ("weight", "bias")
+    parts: tuple[str, ...] = ("weight", "bias")
     if (up, "scales") in arrays:
         if (up, "biases") not in arrays:
             return [("down_proj", "weight")] * (("down_proj", "scales") not in arrays)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 
 from ..llm.modules import get_module
 from ..selection.selection import Selection, check_selection, digest_of
@@ -104,13 +105,15 @@ class SubnetworkStore:
     def _ffn_bytes(self, network: nn.Module) -> int:
         """Bytes of a network's own channels."""
         modules = (get_module(network, ffn.path) for ffn in self.parent.ffns)
-        return sum(
-            array.nbytes for module in modules for _, array in tree_flatten(module.parameters())
-        )
+        return sum(tree_reduce(_add_bytes, module.parameters(), 0) for module in modules)
+
+
+def _add_bytes(total: int, array: mx.array) -> int:
+    return total + array.nbytes
 
 
 def _set_width(network: nn.Module, k: int | list[int]) -> None:
     """The sub-network's own arguments tell its width, for those who look there."""
     args = getattr(network, "args", None)
-    if hasattr(args, "intermediate_size"):
+    if args is not None and hasattr(args, "intermediate_size"):
         args.intermediate_size = k
