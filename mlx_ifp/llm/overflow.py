@@ -1,4 +1,4 @@
-"""Numbers that are too large for the type that a model runs in."""
+"""Errors about numbers that are too large for the type that a model runs in."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,10 @@ def computing_type(dtype: mx.Dtype | None, tensors: Iterable[TensorInfo]) -> mx.
 
     Args:
         dtype (mx.Dtype): the type that floats are cast to; None for as they are stored.
-        tensors: the weights as they are stored.
+        tensors: the stored weights.
+
+    Returns:
+        mx.Dtype: None if there are no floats among them.
     """
     if dtype is not None:
         return dtype

@@ -1,4 +1,4 @@
-"""What to do if a budget does not fit."""
+"""What users can do if a budget does not fit."""
 
 from dataclasses import replace
 
@@ -12,15 +12,15 @@ Measure = tuple[str, Use]
 
 
 def check(estimator: Estimator, use: Use, limit: int) -> Budget:
-    """The parts of a use, if they fit.
+    """The parts of a use, after a check that they fit.
 
     Args:
         estimator (Estimator): of the checkpoint.
-        use (Use): what for.
+        use (Use): what the checkpoint is to be used for.
         limit (int): bytes.
 
     Raises:
-        IFPError: if they do not: one line with the numbers, and what would fit.
+        IFPError: if they do not fit: one line with the numbers, and what would fit.
     """
     if limit < estimator.trunk:
         raise IFPError(
@@ -39,10 +39,10 @@ def check(estimator: Estimator, use: Use, limit: int) -> Budget:
 
 
 def advice(estimator: Estimator, use: Use, limit: int) -> list[str]:
-    """What would make a use fit, each by itself, the least harm first.
+    """Measures that would make a use fit, each by itself. The least harmful one comes first.
 
-    Fewer sub-networks cost time; 8-bit keys and values hardly change the answers; a smaller k
-    and another selector do. If no measure does it alone, the first three together.
+    Fewer sub-networks cost time, and 8-bit keys and values hardly change the answers. A smaller k
+    and another selector do change them. If no measure suffices alone, the first three are joined.
     """
     measures = (_fewer_networks, _quantized_kv, _smaller_k, _unselected)
     alone = [found[0] for measure in measures if (found := measure(estimator, use, limit))]
@@ -114,7 +114,7 @@ def _unselected(estimator: Estimator, use: Use, limit: int) -> Measure | None:
 
 
 def _sum_text(budget: Budget, use: Use, limit: int) -> str:
-    """The parts that are too much together."""
+    """The parts whose sum is too much."""
     parts = [f"trunk {size_text(budget.trunk)}"]
     if budget.generating > limit:
         what = "network" if use.dense else "sub-network"

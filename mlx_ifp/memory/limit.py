@@ -1,4 +1,4 @@
-"""Keeping to a memory limit: what does not fit, what would, and what has to go."""
+"""A memory limit is kept: what does not fit is refused, and sub-networks make room."""
 
 from ..llm.kv_cache import Generation
 from ..selection.keep import per_layer
@@ -9,18 +9,19 @@ from .budget import Estimator, Use
 
 
 class MemoryLimit:
-    """Keeps a model in use within its limit: makes room, and says whether the predictor may stay.
+    """Keeps a model within its limit: it makes room, and says whether the predictor may stay.
 
-    One generation at a time is counted, and one network that it uses.
+    It counts one generation at a time and the one network that this generation uses.
 
     Args:
         limit (int): bytes.
         estimator (Estimator): of the checkpoint.
-        networks (SubnetworkCache): what gives way; its bound is lowered to what is left.
-        use (Use): what is expected.
+        networks (SubnetworkCache): the networks that make room; their bound is lowered to what is
+            left.
+        use (Use): what the model is expected to be used for.
 
     Raises:
-        IFPError: if that does not fit; nothing has been read then.
+        IFPError: if that does not fit. No weight has been read then.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class MemoryLimit:
         """Leave room for a generation with a network of ``ks`` channels in its layers.
 
         Raises:
-            IFPError: if there is none.
+            IFPError: if there is no room.
         """
         budget = check(self.estimator, Use(ks, generation, dense=dense), self.limit)
         self._generation, self._kv, self._network = generation, budget.kv, budget.network
@@ -46,7 +47,7 @@ class MemoryLimit:
 
     @property
     def keeps_predictor(self) -> bool:
-        """Whether the predictor may stay beside the network and its keys and values."""
+        """Whether the predictor may stay in memory beside the network and its keys and values."""
         needed = self.estimator.trunk + self._network + self._kv + self._predictor
         return needed <= self.limit
 
@@ -63,10 +64,10 @@ class MemoryLimit:
         return per_layer(k, len(self.estimator.checkpoint.ffns))
 
     def before_selecting(self, selector: str, tokens: int) -> None:
-        """Let networks go until a selector has room to run.
+        """Drop networks until a selector has room to run.
 
         Raises:
-            IFPError: if it has none even then.
+            IFPError: if it has no room even without them.
         """
         smallest = Use(self._in_all_layers(1), Generation(1), selector, tokens)
         check(self.estimator, smallest, self.limit)
@@ -76,10 +77,10 @@ class MemoryLimit:
         self._networks.shrink(max(0, self.limit - needed))
 
     def before_loading(self, selection: Selection | None) -> None:
-        """Let networks go until that of a selection, or the dense one for None, has room.
+        """Drop networks until that of a selection has room; None is the dense model.
 
         Raises:
-            IFPError: if it has none even then.
+            IFPError: if it has no room even without them.
         """
         if selection is None:
             ks = self._in_all_layers(self.estimator.checkpoint.d_ffn)

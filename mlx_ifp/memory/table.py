@@ -1,10 +1,10 @@
-"""A budget as a table."""
+"""A budget is printed as a table."""
 
 from .budget import Budget, Estimator, Use, k_text
 
 
 def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
-    """The parts of a use as ``--estimate-only`` prints them: part, what it is, bytes."""
+    """The table that ``--estimate-only`` prints: each part of a use, what it is, its bytes."""
     checkpoint, generation = estimator.checkpoint, use.generation
     budget = estimator.budget(use)
     dtype = str(estimator.dtype or "as stored").removeprefix("mlx.core.")

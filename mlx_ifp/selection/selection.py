@@ -1,4 +1,4 @@
-"""A selection: which channels of each layer are kept, and with what soft values."""
+"""A selection says which channels of each layer are kept, and with what soft values."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -23,7 +23,8 @@ class Selection:
         soft_values: for each layer, float32 [k] in the order of ``layers``, or None if the mask
             is hard.
         d_ffn: F, how many channels each layer has to choose from.
-        checkpoint: digest of the checkpoint the channels belong to.
+        checkpoint: digest of the checkpoint that the channels belong to.
+        digest: SHA-256 of all of this.
     """
 
     layers: tuple[np.ndarray, ...]
@@ -93,7 +94,7 @@ class Selection:
 
 
 def digest_of(selection: Selection | None) -> str:
-    """What a sub-network is known by in all caches; None is the dense model."""
+    """The name of a sub-network in all caches; None is the dense model."""
     return "dense" if selection is None else selection.digest
 
 
@@ -120,7 +121,7 @@ def select_channels(
         k (int or list): channels to keep in each layer.
         operator (str): ``"topk"``, ``"sigmoid"`` or ``"capped_exp"``.
         temperature (float): of SoftTopK.
-        keep_soft_values (bool): keep lambda as the channels' weights.
+        keep_soft_values (bool): keep lambda as the weights of the channels.
         checkpoint (str): digest of the checkpoint, which becomes part of the selection's.
         computed_in (mx.Dtype): the type that the scores were computed in, which a message names;
             None if it is not known.
@@ -132,7 +133,7 @@ def select_channels(
     if not finite.all():
         layer = int(mx.argmin(finite))
         raise not_finite(f"The scores of layer {layer} are not finite", computed_in)
-    # lambda grows with the score, so the top scores are the top lambdas, without its rounding.
+    # lambda grows with the score. So the top scores are the top lambdas, without their rounding.
     mask = np.array(topk_mask(scores, k))
     layers = tuple(np.flatnonzero(row).astype(np.int32) for row in mask)
     soft_values = None

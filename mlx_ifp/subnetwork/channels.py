@@ -1,4 +1,4 @@
-"""FFN channels on disk -> chosen rows in memory, and nothing else."""
+"""FFN channels on disk -> chosen rows in memory. Nothing else is read."""
 
 import math
 import os
@@ -17,27 +17,30 @@ from ..files.tensor_files import DTYPES, TensorInfo
 
 Part = tuple[str, np.ndarray | None]
 
-# Reading and copying release the GIL; more threads help a cold disk, no harm to a warm one.
+# Reading and copying release the GIL. More threads help with a cold disk and do no harm with a
+# warm one.
 _THREADS = 4
-# Rows that are closer in the file than this are read with what lies between them: one request
-# of some more bytes costs less than two. Of a small tensor it is the mean that counts.
+# Rows that are closer in the file than this are read together with what lies between them, because
+# one request of some more bytes costs less than two. In a small tensor the mean of all gaps counts.
 _GAP_BYTES = 64 << 10
-# A run this long is read to where it belongs; shorter ones are picked out of what is read.
+# A run of at least this length is read straight to where it belongs. Shorter ones are read with
+# their surroundings and picked out.
 _RUN_BYTES = 256 << 10
-# Such reads are of this size, so that a processor's cache holds them until they are picked over.
+# Such reads have this size, so that they stay in the processor's cache until rows are picked out.
 _BLOCK_BYTES = 1 << 20
 
 
 class ChannelReader:
-    """Reads rows of channel tensors, straight to where they belong where they lie in runs.
+    """Reads rows of channel tensors. Rows that lie in runs are read straight to where they belong.
 
-    That is MLX's buffers; for a device with memory of its own the host's, and then they are copied.
+    They belong in MLX's buffers. If the device has memory of its own, they are read to the host's
+    memory and then copied.
 
-    Files are read, not mapped: one that is truncated meanwhile gives an error, where a memory
+    Files are read, not mapped: if one is truncated meanwhile, there is an error, whereas a memory
     map would end the process. The operating system's page cache is the only cache. Thread-safe.
 
     Args:
-        tensors (dict): name -> tensor, those of
+        tensors (dict): name -> tensor, as in
             :class:`~mlx_ifp.checkpoint.directory.Checkpoint`.
 
     Attributes:
@@ -69,8 +72,8 @@ class ChannelReader:
 
         Args:
             groups (list): for each wanted array, its parts from top to bottom. A part is
-                (name, rows): rows is an int array [k] of channels, ascending, or None for all. A
-                fused ``gate_up_proj`` is two parts, which are read to where they belong, uncopied.
+                (name, rows), where rows is an int array [k] of channels, ascending, or None for
+                all. A fused ``gate_up_proj`` is two parts, which are read without another copy.
 
         Returns:
             list: for each group an evaluated array [sum of its k, ...] in the type it has on disk.
@@ -106,7 +109,7 @@ class ChannelReader:
                 reads.append((self._files[info.path], info, rows, target[start : start + n]))
                 start += n
         list(self.pool.map(_read_rows, reads))
-        # A change before this is found now as well.
+        # This finds any change since the file was opened, also one that no read has noticed.
         for file in {file for file, *_ in reads}:
             file.check()
         if not shared:
@@ -123,8 +126,8 @@ class ChannelReader:
 def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     """The arrays' own memory, each as uint8 [rows, bytes of a row].
 
-    Only where the device :func:`~mlx_ifp.device.shares_memory`. Whoever writes to it must be the
-    only one who has seen the array. Plain bytes, because numpy has no bfloat16.
+    This works only where :func:`~mlx_ifp.device.shares_memory`. Whoever writes to it must be the
+    only one who has seen the array. They are plain bytes, because numpy has no bfloat16.
     """
     views = [array.view(mx.uint16) if array.dtype == mx.bfloat16 else array for array in arrays]
     mx.eval(arrays, views)
@@ -148,7 +151,7 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
     row = target.shape[1]
     span = int(rows[-1] - rows[0]) + 1
     if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
-        # All at once: in a small tensor, finding out which gaps are wide costs more than them.
+        # All are read at once: in a small tensor it costs more to find wide gaps than to read them.
         stretches: Iterable[tuple[int, int]] = [(0, len(rows))]
     else:
         stretches = _stretches(rows, row)
@@ -166,11 +169,11 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
 
 
 def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> None:
-    """The same where channels are stored in another order: row ``places[i]`` goes to ``i``."""
+    """Read channels that are stored in another order: row ``places[i]`` goes to ``i``."""
     row = target.shape[1]
     order = np.argsort(places)
     rows = places[order]
-    # One item a row: numpy moves it at once.
+    # Each row is one item, which numpy moves as a whole.
     target = target.view(f"V{row}")[:, 0]
     for start, stop in _stretches(rows, row, cut_runs=True) if len(rows) else ():
         first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
@@ -186,7 +189,7 @@ _local = threading.local()
 
 
 def _scratch(nbytes: int) -> np.ndarray:
-    """Memory of this thread: new pages for every read would cost more than the read."""
+    """Memory that this thread keeps: new pages for every read would cost more than the read."""
     have = getattr(_local, "scratch", None)
     if have is None or have.nbytes < nbytes:
         have = _local.scratch = np.empty(max(nbytes, _BLOCK_BYTES), np.uint8)
@@ -196,8 +199,8 @@ def _scratch(nbytes: int) -> np.ndarray:
 def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> Iterator[tuple[int, int]]:
     """Cut ascending rows of ``row`` bytes into stretches to read at once: (start, stop).
 
-    A long run is a stretch of its own. Shorter ones are read together with their gaps, if those
-    are small, some rows at a time; with ``cut_runs`` long ones are, too.
+    A long run is a stretch of its own. Shorter ones are read some rows at a time, together with
+    their gaps if those are small. With ``cut_runs`` long runs are treated in the same way.
     """
     steps = np.diff(rows)
     starts = np.concatenate([[0], np.flatnonzero(steps != 1) + 1])
@@ -236,7 +239,7 @@ class _File:
         return stat.st_size, stat.st_mtime_ns
 
     def check(self) -> None:
-        """Raises IFPError if it is another file now, or another content."""
+        """Raises IFPError if it is another file now, or has another content."""
         if self._now() != self._state:
             raise IFPError(f"{self._path} was changed while in use. Load the checkpoint again.")
 

@@ -17,7 +17,7 @@ class FFNRows:
     """The rows of one layer's FFN that a sub-network keeps.
 
     Attributes:
-        ffn: where they belong.
+        ffn: the FFN that they belong to.
         arrays: (projection, part) -> array; ``gate_up_proj`` is the projection of a fused FFN.
         bytes_read: bytes of channels read for them.
         soft_values: float32 [k], if they could not be folded into the arrays, else None.
@@ -51,7 +51,7 @@ def read_ffn(
 
     Args:
         reader (ChannelReader): of the checkpoint.
-        ffn (FFN): the layer's.
+        ffn (FFN): that of the layer.
         channels (array): int [k], or None for all of them.
         soft_values (array): float32 [k]: lambda of each channel. It is folded into the up
             projection where that is exact: scale the row, or the row's scales and biases; see
@@ -74,9 +74,9 @@ def read_ffn(
 def folded_parts(ffn: FFN, arrays: dict[tuple[str, str], mx.array]) -> list[tuple[str, str]]:
     """The (projection, part) of an FFN that soft values are multiplied into.
 
-    They multiply a channel's row of the up projection (paper, section 3.1: FFN(X, m)): the row,
-    or the row's scales and biases. 8-bit scales can't take them. Then it is the row of the down
-    projection, if that is in floats; else there is none, and they stay apart.
+    They multiply a channel's row of the up projection (paper, section 3.1: FFN(X, m)): the row
+    itself, or its scales and biases. 8-bit scales cannot be multiplied. Then the row of the down
+    projection takes them, if it is in floats. Otherwise no part does, and they stay apart.
     """
     up = "gate_up_proj" if ffn.fused else "up_proj"
     parts: tuple[str, ...] = ("weight", "bias")
@@ -93,7 +93,8 @@ def apply_soft_values(rows: FFNRows, soft_values: mx.array, factor: mx.array | N
     Args:
         rows (FFNRows): changed; arrays are replaced by new ones.
         soft_values (mx.array): float32 [k], lambda.
-        factor (mx.array): float32 [k], what is still missing of it in each row; None for all.
+        factor (mx.array): float32 [k], what each row must still be multiplied by; None for lambda
+            itself.
     """
     folded = folded_parts(rows.ffn, rows.arrays)
     if not folded:

@@ -1,4 +1,4 @@
-"""Selection -> network: its rows are read, the network is assembled and kept in memory."""
+"""Selection -> network: rows are read, then the network is assembled and kept in memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -36,12 +36,12 @@ class SubnetworkStore:
     """Sub-networks by selection, made when they are first asked for. Thread-safe.
 
     Args:
-        parent (Parent): what they are cut from.
+        parent (Parent): the LLM that they are cut from.
         cache (SubnetworkCache): the sub-networks in memory.
 
     Attributes:
         parent, cache: as given.
-        residents: whose rows a new one can take over.
+        residents: those in memory, whose rows a new one can take over.
     """
 
     def __init__(self, parent: Parent, cache: SubnetworkCache[Loaded]) -> None:
@@ -92,7 +92,7 @@ class SubnetworkStore:
         """Keep a network in memory while the block runs: see :meth:`SubnetworkCache.using`.
 
         Args:
-            selection (Selection): the network's.
+            selection (Selection): that of the network.
             network (nn.Module): from :meth:`get`.
 
         Yields:
@@ -113,7 +113,7 @@ def _add_bytes(total: int, array: mx.array) -> int:
 
 
 def _set_width(network: nn.Module, k: int | list[int]) -> None:
-    """The sub-network's own arguments tell its width, for those who look there."""
+    """Write the width into the sub-network's own arguments, for code that reads it there."""
     args = getattr(network, "args", None)
     if args is not None and hasattr(args, "intermediate_size"):
         args.intermediate_size = k

@@ -1,4 +1,4 @@
-"""The estimate, made of headers and configs, equals what is then in memory."""
+"""The estimate, made from headers and configs, equals what is in memory later."""
 
 import mlx.core as mx
 import pytest
@@ -34,7 +34,7 @@ CASES = [
 
 
 def arrays_of(tree, leave_out=()):
-    """Each array once, by its identity."""
+    """Each array counts once, by its identity."""
     return {
         id(array): array
         for name, array in tree_flatten(tree)
@@ -184,7 +184,7 @@ def test_a_window_is_heeded_where_mlx_lm_heeds_it(tmp_path):
 
 
 def test_layers_that_have_a_state_instead():
-    """Qwen3.5: a state of one size in every second layer, keys and values in the others."""
+    """Qwen3.5 has a state of one size in every second layer, keys and values in the others."""
     linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_conv_kernel_dim": 4}
     linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "full_attention_interval": 2}
     rope = {"type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -236,7 +236,7 @@ def test_activations_hold_one_layer(tiny_checkpoint):
     opened = open_checkpoint(tiny_checkpoint)
     layer = 3 * 160 * 64
     assert Estimator(opened, None).selector("activations", 5)[0] == layer * 4
-    # While it is cast, it is there twice.
+    # While it is cast, it is in memory twice.
     assert Estimator(opened, mx.float16).selector("activations", 5)[0] == layer * (4 + 2)
 
 

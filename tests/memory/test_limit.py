@@ -1,4 +1,4 @@
-"""A memory limit: what is refused, what is read then, and what has to go."""
+"""A memory limit: what does not fit is refused unread, and what is not needed makes room."""
 
 import sys
 from dataclasses import replace
@@ -26,7 +26,7 @@ TASKS = ["You write Python.", "You know geography.", "You solve equations."]
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """Counts the bytes that are read of tensor files, by either way there is."""
+    """Counts the bytes that are read from tensor files, in either of the two ways."""
     counted = [0]
     mx_load, read = mx.load, ChannelReader.read
 
@@ -117,7 +117,7 @@ def test_sizes_are_read_as_mlx_lm_reads_them():
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Wide enough for several values of k, with keys and values that can be quantized."""
+    """An FFN wide enough for several values of k; keys and values can be quantized."""
     folder = tmp_path_factory.mktemp("wide")
     shape = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
     dense = make_dense(folder / "dense", intermediate_size=512, **shape)
@@ -237,7 +237,7 @@ def test_room_is_made_before_a_network_is_loaded(tiny_checkpoint, monkeypatch):
     for i in range(4):
         model.subnetwork(random_selection(3, 160, 64, seed=i))
     assert max(held) == budget.network
-    # The selector's run needs room, too.
+    # The selector needs room for its run, too.
     model.networks.shrink(0)
     model.subnetwork(random_selection(3, 160, 64))
     tight = budget.trunk + sum(model.memory.estimator.selector("activations", 20))
@@ -267,7 +267,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_selects(tiny_checkpoint,
 
 
 def test_the_peak_of_a_real_run(tmp_path):
-    """MLX's own peak also has what a step computes: it is at most a tenth more, and not less."""
+    """MLX's own peak includes intermediate results: it is at most a tenth more, and not less."""
     shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4}
     dense = make_dense(tmp_path / "dense", intermediate_size=1024, **shape)
     checkpoint = convert(str(dense), tmp_path / "ifp", keep=768)

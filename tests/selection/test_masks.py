@@ -1,4 +1,4 @@
-"""Masks: exact top-k, both SoftTopK operators, overlap."""
+"""Masks are exact top-k, and both SoftTopK operators solve their problems."""
 
 import mlx.core as mx
 import numpy as np

@@ -79,7 +79,7 @@ def test_half_precision_weights_are_kept_exactly(tmp_path, dtype, soft):
     assert {tensor.dtype for tensor in model.checkpoint.channels.values()} <= {"F16", "BF16"}
     selection = random_selection(3, 160, 64, soft=soft)
     reference = load_model(dense)[0]
-    # The same rounding, then float32 arithmetic on both sides, as on every CPU.
+    # Both sides round in the same way and then compute in float32, as on every CPU.
     reference.set_dtype(getattr(mx, dtype))
     reference.set_dtype(mx.float32)
     reference = mask_model(reference, selection)
