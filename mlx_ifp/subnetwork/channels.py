@@ -81,46 +81,50 @@ class ChannelReader:
         Raises:
             IFPError: if a file has been changed since it was opened, or cannot be read.
         """
-        shapes, counts = [], []
-        for group in groups:
-            infos = [self._tensors[name] for name, _ in group]
-            counts.append(
-                [
-                    info.shape[0] if rows is None else len(rows)
-                    for info, (_, rows) in zip(infos, group, strict=True)
-                ]
-            )
-            shape = (sum(counts[-1]), *infos[0].shape[1:])
-            shapes.append((shape, DTYPES[infos[0].dtype]))
+        wanted = [self._shape_and_type(group) for group in groups]
         shared = shares_memory()
         if shared:
-            arrays = [mx.zeros(*each) for each in shapes]
+            arrays = [mx.zeros(*each) for each in wanted]
             targets = row_bytes(arrays)
         else:
             targets = [
                 np.empty((shape[0], math.prod(shape[1:]) * dtype.size), np.uint8)
-                for shape, dtype in shapes
+                for shape, dtype in wanted
             ]
-        reads = []
-        for group, count, target in zip(groups, counts, targets, strict=True):
-            start = 0
-            for (name, rows), n in zip(group, count, strict=True):
-                info = self._tensors[name]
-                reads.append((self._files[info.path], info, rows, target[start : start + n]))
-                start += n
-        list(self.pool.map(_read_rows, reads))
-        # This finds any change since the file was opened, also one that no read has noticed.
-        for file in {file for file, *_ in reads}:
-            file.check()
+        self._read_into(groups, targets)
         if not shared:
             arrays = [
                 copy_to_device(target).view(dtype).reshape(shape)
-                for target, (shape, dtype) in zip(targets, shapes, strict=True)
+                for target, (shape, dtype) in zip(targets, wanted, strict=True)
             ]
             mx.eval(arrays)
         with self._lock:
             self._bytes_read += sum(array.nbytes for array in arrays)
         return arrays
+
+    def _count(self, part: Part) -> int:
+        name, rows = part
+        return self._tensors[name].shape[0] if rows is None else len(rows)
+
+    def _shape_and_type(self, group: list[Part]) -> tuple[tuple[int, ...], mx.Dtype]:
+        """Those of the array that a group's parts are read to."""
+        first = self._tensors[group[0][0]]
+        return (sum(map(self._count, group)), *first.shape[1:]), DTYPES[first.dtype]
+
+    def _read_into(self, groups: list[list[Part]], targets: list[np.ndarray]) -> None:
+        """Read each group's rows to its target, uint8 [rows, bytes of a row]."""
+        reads = []
+        for group, target in zip(groups, targets, strict=True):
+            start = 0
+            for part in group:
+                name, rows = part
+                info, stop = self._tensors[name], start + self._count(part)
+                reads.append((self._files[info.path], info, rows, target[start:stop]))
+                start = stop
+        list(self.pool.map(_read_rows, reads))
+        # This finds any change since the file was opened, also one that no read has noticed.
+        for file in {file for file, *_ in reads}:
+            file.check()
 
 
 def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
