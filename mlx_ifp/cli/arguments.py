@@ -21,7 +21,6 @@ from ..memory.table import table
 from ..model import IFPModel, open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
-from ..selection.keep import compact
 from ..selection.selection import Selection
 from ..selection.task_library import Task, TaskLibrary
 from ..selectors.selector import resolved_keep
@@ -71,10 +70,10 @@ def use_of(
     """
     generation = request.generation(tokenizer)
     if request.dense:
-        return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
+        ks = resolved_keep(checkpoint, 1.0)
+        return Use(ks, generation, networks=args.cached_tasks, dense=True)
     if request.selection is not None:
         return Use(request.selection.ks, generation, networks=args.cached_tasks)
-    k = compact(resolved_keep(checkpoint, args.keep))
     selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
@@ -83,7 +82,8 @@ def use_of(
         role = request.task_from or checkpoint.ifp.text.source
         text = selecting_text(request.prompt, role)
     tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
-    return Use(k, generation, selector, len(tokens), args.cached_tasks)
+    ks = resolved_keep(checkpoint, args.keep)
+    return Use(ks, generation, selector, len(tokens), args.cached_tasks)
 
 
 def task_of(args: argparse.Namespace) -> str | None:

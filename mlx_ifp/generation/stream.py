@@ -19,12 +19,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, one_line
 from ..llm.modules import PREFILL_STEP_SIZE
+from ..llm.overflow import computing_type, not_finite
 from ..llm.prompt import Prompt, shared_prefix, token_ids
 from ..model import IFPModel
 from ..prompt_cache.files import PromptCache, load_cache_file
 from ..prompt_cache.key import CacheKey
 from ..prompt_cache.warm import claim
-from ..selection.keep import Keep, compact
+from ..selection.keep import Keep
 from ..selection.selection import Selection
 from ..selectors.selector import resolved_keep
 from .draft import load_draft_model
@@ -78,14 +79,14 @@ class Answer:
         if model.memory is None:
             return
         if request.dense:
-            k: int | list[int] = model.checkpoint.d_ffn
+            ks = resolved_keep(model.checkpoint, 1.0)
         elif request.selection is not None:
-            k = request.selection.ks
+            ks = request.selection.ks
         elif request.keep is not None:
-            k = compact(resolved_keep(model.checkpoint, request.keep))
+            ks = resolved_keep(model.checkpoint, request.keep)
         else:
-            k = model.k
-        model.memory.expect(request.generation(self._tokenizer), k, dense=request.dense)
+            ks = model.text_selector.ks
+        model.memory.expect(request.generation(self._tokenizer), ks, dense=request.dense)
 
     def _load_draft_model(self) -> nn.Module | None:
         draft_model = self.request.options.get("draft_model")
@@ -125,12 +126,20 @@ class Answer:
             try:
                 for response in mlx_lm.stream_generate(network, self._tokenizer, tokens, **options):
                     if self._last is None:
+                        self._check_finite(response)
                         self._first_token_seconds = before + time.perf_counter() - start
                     self._last = response
                     yield response
             finally:
                 # With kv_bits mlx-lm puts new, quantized layers into the list.
                 claim(prompt_cache, self.ready.selection)
+
+    def _check_finite(self, response: GenerationResponse) -> None:
+        """Raises IFPError for logits from which no token can be chosen; mlx-lm would choose one."""
+        if mx.isnan(response.logprobs).any():
+            model = self._model
+            weights = model.checkpoint.trunk.values()
+            raise not_finite("The logits are no numbers", computing_type(model.dtype, weights))
 
     def _start_warm(self) -> list[int]:
         """Set the prompt cache to the prompt's first tokens; those that are left."""

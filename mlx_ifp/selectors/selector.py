@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
+from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
 from ..selection.disk_cache import SelectionCache
@@ -183,11 +184,25 @@ class Selector:
                 return selection, "disk"
         mask = asdict(checkpoint.ifp.mask)
         scores = self.scores(text, selector=selector)
-        selection = select_channels(scores, ks, checkpoint=checkpoint.digest, **mask)
+        selection = select_channels(
+            scores,
+            ks,
+            checkpoint=checkpoint.digest,
+            computed_in=self._computed_in(selector),
+            **mask,
+        )
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)
         return selection, selector
+
+    def _computed_in(self, selector: str) -> mx.Dtype | None:
+        """The type that a selector computes in; None if it only reads scores."""
+        if selector == "static":
+            return None
+        checkpoint = self.checkpoint
+        weights = checkpoint.predictor if selector == "predictor" else checkpoint.trunk
+        return computing_type(self.parent.dtype, weights.values())
 
     def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
         """What names a selection on disk: the hash of all that determines it.
