@@ -52,5 +52,6 @@ def default_cache_dir() -> Path:
         return Path(own).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx_ifp"
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mlx_ifp"
+    # The XDG specification has a path that is not absolute ignored.
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "mlx_ifp"

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ from ..checkpoint.tokenizers import load_predictor_tokenizer
 from ..device import default_dtype
 from ..errors import IFPError
 from ..files.atomic import check_writable
+from ..files.text import read_stdin, read_text
 from ..generation.request import Request
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
@@ -30,13 +30,11 @@ from ..selectors.text import selecting_text, selector_tokens
 
 def read_prompt(prompt: str) -> str:
     """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
-    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        # Without a standard input Python has None there.
-        prompt = (sys.stdin.read() if sys.stdin else "") if prompt == "-" else prompt
-        # In some locales Python lets undecodable bytes through as surrogates.
+        # Bytes of a command line that cannot be decoded come as surrogates.
         prompt.encode()
-    except UnicodeError as error:
+    except UnicodeEncodeError as error:
         raise IFPError("The prompt is not UTF-8 text.") from error
     if not prompt.strip():
         raise IFPError("The prompt is empty; give some text with --prompt, or - and stdin.")
@@ -90,15 +88,12 @@ def task_of(args: argparse.Namespace) -> str | None:
     """The task description of the command line, or None."""
     if args.task_file is None:
         try:
-            # Undecodable bytes of a command line come as surrogates.
+            # Bytes of a command line that cannot be decoded come as surrogates.
             (args.task or "").encode()
         except UnicodeEncodeError as error:
             raise IFPError("The task is not UTF-8 text.") from error
         return args.task
-    try:
-        return Path(args.task_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise IFPError(f"{args.task_file} is not a text file.") from error
+    return read_text(args.task_file)
 
 
 def check_given(args: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, JSON lines, safetensors."""
+"""Files: written whole or not at all, text, JSON lines, safetensors."""

@@ -16,25 +16,27 @@ def read_jsonl(
     *,
     last_may_be_cut: bool = False,
 ) -> list[T]:
-    """What ``make`` makes of each row; blank lines are skipped.
+    """Read rows, and give what ``make`` makes of each; blank lines are skipped.
 
     Args:
-        path: one JSON object a line, in UTF-8.
+        path: one JSON object a line, in UTF-8, with or without a byte order mark.
         make: is given a row and the number of its line; what it raises need not say where.
-        last_may_be_cut (bool): leave out a last line that is no JSON: whoever wrote it was killed.
+        last_may_be_cut (bool): leave out a last line that is no JSON; its writer was killed.
 
     Raises:
         IFPError: naming the file and the first line that is not usable.
     """
     made = []
     try:
-        # Of bytes, so that a line that is not UTF-8 has a number.
+        # Bytes are read, so that a line that is not UTF-8 has a number.
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
                 try:
-                    row = json.loads(line.decode())
+                    # A file that was saved on Windows may begin with a byte order mark.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not text.strip():
+                        continue
+                    row = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     if last_may_be_cut and next(lines, None) is None:
                         break

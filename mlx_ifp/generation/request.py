@@ -6,13 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError
+from ..llm.context import context_length
 from ..llm.kv_cache import Generation, KVSettings
 from ..llm.messages import Message
-from ..llm.prompt import Prompt, Text, encode_continuation, encode_prompt, is_messages, read_prompt
+from ..llm.prompt import (
+    Encoded,
+    Prompt,
+    Text,
+    encode_continuation,
+    encode_prompt,
+    is_messages,
+    read_prompt,
+)
 from ..model import IFPModel
 from ..prompt_cache.files import stored_positions
 from ..selection.keep import Keep
@@ -89,10 +97,10 @@ class Request:
         """How keys and values are kept."""
         return KVSettings.of(self.options)
 
-    def encode(self, tokenizer: TokenizerWrapper) -> str | list[int] | mx.array:
+    def encode(self, tokenizer: TokenizerWrapper) -> Encoded:
         """The prompt as mlx-lm is given it: text or token ids.
 
-        Of a prompt that continues a stored one, only what follows that.
+        Where the prompt continues a stored one, only what follows that one is given.
 
         Raises:
             IFPError: if it is empty, or the chat template does not take it.
@@ -118,13 +126,48 @@ class Request:
         Raises:
             IFPError: if there is no limit of tokens, or a draft model: see :meth:`Generation.of`.
         """
-        tokens = self.encode(tokenizer)
+        return Generation.of(self.positions(tokenizer), **self.options)
+
+    def positions(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> int:
+        """Tokens of the prompt, with those before it in a stored prompt or a prompt cache.
+
+        Args:
+            tokenizer: the LLM's.
+            tokens: what :meth:`encode` gives; None encodes the prompt.
+        """
+        tokens = self.encode(tokenizer) if tokens is None else tokens
         count = len(tokenizer.encode(tokens) if isinstance(tokens, str) else tokens)
         if self.prompt_cache_file is not None:
             count += stored_positions(self.prompt_cache_file)
         prompt_cache = self.options.get("prompt_cache") or []
-        count += max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
-        return Generation.of(count, **self.options)
+        return count + max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
+
+    def check_length(
+        self, tokenizer: TokenizerWrapper, config: Mapping[str, Any], tokens: Encoded
+    ) -> None:
+        """Refuse a prompt that the LLM has no positions for, before anything is computed.
+
+        With ``max_kv_size`` a prompt may have any length, as tokens only see the last ones.
+
+        Args:
+            tokenizer: the LLM's.
+            config: the LLM's.
+            tokens: what :meth:`encode` gives.
+
+        Raises:
+            IFPError: saying how to go on.
+        """
+        limit = context_length(config)
+        if limit is None or self.kv.max_kv_size is not None:
+            return
+        count = self.positions(tokenizer, tokens)
+        if count > limit:
+            raise IFPError(
+                f"The prompt has {count:,} tokens, but this model reads at most {limit:,}. "
+                "Shorten the prompt, or give --max-kv-size (max_kv_size=), with which each token "
+                "sees only so many before it. If the model was extended, its config.json must "
+                "say so (rope_scaling or max_position_embeddings)."
+            )
 
     def selecting_text(self, model: IFPModel, tokenizer: TokenizerWrapper) -> Text | None:
         """The task if there is one, else what the prompt says; None if no text selects."""

@@ -27,7 +27,7 @@ from ..prompt_cache.warm import claim
 from ..selection.keep import Keep, compact
 from ..selection.selection import Selection
 from ..selectors.selector import resolved_keep
-from .draft import load_draft_model
+from .draft import check_rollback, load_draft_model
 from .request import Request
 from .stats import Stats, WarmStart, parameter_counts
 
@@ -60,8 +60,10 @@ class Answer:
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
         self.tokens = request.encode(tokenizer)
+        request.check_length(tokenizer, model.checkpoint.config, self.tokens)
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
+        self._draft_model = self._load_draft_model()
         self.ready = model.prepare(
             self.text,
             selection=request.selection,
@@ -69,7 +71,6 @@ class Answer:
             selector=request.selector,
             keep=request.keep,
         )
-        self._draft_model = self._load_draft_model()
         self._prompt_cache = self._load_prompt_cache()
 
     def _leave_room(self) -> None:
@@ -88,9 +89,18 @@ class Answer:
         model.memory.expect(request.generation(self._tokenizer), k, dense=request.dense)
 
     def _load_draft_model(self) -> nn.Module | None:
-        draft_model = self.request.options.get("draft_model")
+        """The draft model, if there is one; it is refused before anything is selected."""
+        options = self.request.options
+        draft_model = options.get("draft_model")
+        if draft_model is None:
+            return None
+        trunk = self._model.trunk
+        # mlx-lm has one list for both, in which the answering model's layers come first.
+        prompt_cache = options.get("prompt_cache") or []
+        check_rollback(trunk, "this model", prompt_cache[: len(trunk.layers)])
         if isinstance(draft_model, str):
-            return load_draft_model(draft_model, self._tokenizer)
+            draft_model = load_draft_model(draft_model, self._tokenizer)
+        check_rollback(draft_model, "the draft model", prompt_cache[len(trunk.layers) :])
         return draft_model
 
     def _load_prompt_cache(self) -> PromptCache | None:

@@ -13,6 +13,9 @@ Text = str | list[int] | mx.array
 
 Prompt = Text | list[Message]
 
+# A prompt as mlx-lm is given it.
+Encoded = str | list[int] | mx.array
+
 
 def is_messages(prompt: Prompt) -> bool:
     """Whether a prompt is a list of messages, which the chat template formats."""
@@ -39,7 +42,7 @@ def encode_prompt(
     *,
     to_be_continued: bool = False,
     **template_kwargs: Any,
-) -> str | list[int] | mx.array:
+) -> Encoded:
     """What mlx-lm is given as the prompt: messages go through the chat template.
 
     A last message of the assistant is continued, not answered; so is any other one that is

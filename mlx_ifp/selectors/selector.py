@@ -8,11 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
+from ..errors import IFPError
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
 from ..selection.disk_cache import SelectionCache
@@ -183,11 +185,21 @@ class Selector:
                 return selection, "disk"
         mask = asdict(checkpoint.ifp.mask)
         scores = self.scores(text, selector=selector)
+        if self._in_half_precision() and not mx.isfinite(scores).all().item():
+            raise IFPError(
+                "The scores are not finite, as this model overflows float16. Run it in another "
+                "type with --dtype (dtype=): bfloat16 or float32."
+            )
         selection = select_channels(scores, ks, checkpoint=checkpoint.digest, **mask)
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)
         return selection, selector
+
+    def _in_half_precision(self) -> bool:
+        """Whether the trunk computes in float16, whose largest number is 65,504."""
+        arrays = tree_flatten(self.parent.trunk.parameters(), destination={}).values()
+        return any(array.dtype == mx.float16 for array in arrays)
 
     def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
         """What names a selection on disk: the hash of all that determines it.

@@ -36,6 +36,7 @@ from ...cli.arguments import check_given, load_model, named_task
 from ...device import default_dtype
 from ...errors import IFPError
 from ...files.atomic import check_writable, new_file
+from ...files.text import write_text
 from ...model import IFPModel
 from ...selection.task_library import Task
 from ..plot.figures import DPI, check_matplotlib, check_output
@@ -202,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{table(one, result['settings'])}")
     if args.json is not None:
         with new_file(args.json) as file:
-            file.write_text(json.dumps(result | {"shapes": geometry}, indent=2) + "\n")
+            write_text(file, json.dumps(result | {"shapes": geometry}, indent=2) + "\n")
     if args.chart is not None:
         with new_file(args.chart) as file:
             chart(result).savefig(file, format="png", dpi=DPI)

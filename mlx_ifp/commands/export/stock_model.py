@@ -20,6 +20,7 @@ from ...checkpoint.weights import load_tensors
 from ...errors import IFPError
 from ...files.atomic import new_directory
 from ...files.tensor_files import DTYPES, LazyTensor, write_safetensors
+from ...files.text import write_text
 from ...llm.build import quantization_of, with_width
 from ...llm.ffn import FFN
 from ...selection.selection import Selection, check_selection
@@ -267,5 +268,5 @@ def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, An
             weight_map |= dict.fromkeys(shard, name)
             write_safetensors(directory / name, shard, bar.update)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+    write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=4))
     save_config(config, directory / "config.json")

@@ -22,6 +22,7 @@ from ...cli.arguments import (
 )
 from ...errors import IFPError, one_line
 from ...files.atomic import check_writable, new_file
+from ...files.text import write_text
 from ...generation.request import Request
 from ...generation.stream import Answer
 from ...llm.prompt import Text
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         print(stats.table(), file=sys.stderr)
     if args.stats is not None:
         with new_file(args.stats) as file:
-            file.write_text(json.dumps(stats.to_dict(), indent=2) + "\n")
+            write_text(file, json.dumps(stats.to_dict(), indent=2) + "\n")
 
 
 def _show_selection(model: IFPModel, selection: Selection, text: Text | None) -> None:
