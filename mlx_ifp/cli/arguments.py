@@ -15,6 +15,7 @@ from ..errors import IFPError
 from ..files.atomic import check_writable
 from ..files.text import read_stdin, read_text
 from ..generation.request import Request
+from ..llm.prompt import Text
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
 from ..memory.table import table
@@ -76,7 +77,7 @@ def use_of(
     selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
-    text = request.task
+    text: Text | None = request.task
     if text is None:
         role = request.task_from or checkpoint.ifp.text.source
         text = selecting_text(request.prompt, role)

@@ -55,9 +55,9 @@ def parse_count(text: str) -> int:
 def parse_size(text: str) -> int:
     """``6GB``, ``800MB`` or bytes, as mlx-lm reads sizes: a GB is 10^9 bytes."""
     try:
-        digits, unit = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper()).groups()
-        size = int(Decimal(digits) * _SIZES[unit[:1]])
-    except (AttributeError, ValueError, ArithmeticError):
+        found = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper())
+        size = int(Decimal(found[1]) * _SIZES[found[2][:1]]) if found else 0
+    except (ValueError, ArithmeticError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 800MB or 800000000")

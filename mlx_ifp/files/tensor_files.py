@@ -247,7 +247,9 @@ def _bytes_of(block: mx.array | np.ndarray) -> memoryview:
         mx.eval(block)
     else:
         block = np.ascontiguousarray(block)
-    return memoryview(block).cast("B") if block.size else memoryview(b"")
+    # MLX's arrays have the buffer protocol, which its type stubs do not say.
+    buffer: Any = block
+    return memoryview(buffer).cast("B") if block.size else memoryview(b"")
 
 
 def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

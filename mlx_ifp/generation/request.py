@@ -9,7 +9,6 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError
-from ..llm.context import context_length
 from ..llm.kv_cache import Generation, KVSettings
 from ..llm.messages import Message
 from ..llm.prompt import (
@@ -106,13 +105,14 @@ class Request:
             IFPError: if it is empty, or the chat template does not take it.
         """
         begins = self.prompt_cache_file is None
-        if is_messages(self.prompt) and self.ignore_chat_template:
-            return tokenizer.encode(_first_of_user(self.prompt), add_special_tokens=begins)
-        if is_messages(self.prompt) and not begins:
-            return encode_continuation(tokenizer, self.prompt, **self.chat_template_kwargs)
+        prompt = self.prompt
+        if is_messages(prompt) and self.ignore_chat_template:
+            return tokenizer.encode(_first_of_user(prompt), add_special_tokens=begins)
+        if is_messages(prompt) and not begins:
+            return encode_continuation(tokenizer, prompt, **self.chat_template_kwargs)
         tokens = encode_prompt(
             tokenizer,
-            self.prompt,
+            prompt,
             to_be_continued=self.to_be_continued,
             **self.chat_template_kwargs,
         )
@@ -141,33 +141,6 @@ class Request:
             count += stored_positions(self.prompt_cache_file)
         prompt_cache = self.options.get("prompt_cache") or []
         return count + max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
-
-    def check_length(
-        self, tokenizer: TokenizerWrapper, config: Mapping[str, Any], tokens: Encoded
-    ) -> None:
-        """Refuse a prompt that the LLM has no positions for, before anything is computed.
-
-        With ``max_kv_size`` a prompt may have any length, as tokens only see the last ones.
-
-        Args:
-            tokenizer: the LLM's.
-            config: the LLM's.
-            tokens: what :meth:`encode` gives.
-
-        Raises:
-            IFPError: saying how to go on.
-        """
-        limit = context_length(config)
-        if limit is None or self.kv.max_kv_size is not None:
-            return
-        count = self.positions(tokenizer, tokens)
-        if count > limit:
-            raise IFPError(
-                f"The prompt has {count:,} tokens, but this model reads at most {limit:,}. "
-                "Shorten the prompt, or give --max-kv-size (max_kv_size=), with which each token "
-                "sees only so many before it. If the model was extended, its config.json must "
-                "say so (rope_scaling or max_position_embeddings)."
-            )
 
     def selecting_text(self, model: IFPModel, tokenizer: TokenizerWrapper) -> Text | None:
         """The task if there is one, else what the prompt says; None if no text selects."""

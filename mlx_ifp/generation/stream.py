@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, one_line
+from ..llm.messages import Message
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.prompt import Prompt, shared_prefix, token_ids
 from ..model import IFPModel
@@ -28,6 +29,7 @@ from ..selection.keep import Keep, compact
 from ..selection.selection import Selection
 from ..selectors.selector import resolved_keep
 from .draft import check_rollback, load_draft_model
+from .length import check_length
 from .request import Request
 from .stats import Stats, WarmStart, parameter_counts
 
@@ -60,7 +62,7 @@ class Answer:
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
         self.tokens = request.encode(tokenizer)
-        request.check_length(tokenizer, model.checkpoint.config, self.tokens)
+        check_length(model, tokenizer, request, self.tokens)
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
         self._draft_model = self._load_draft_model()
@@ -145,10 +147,10 @@ class Answer:
     def _start_warm(self) -> list[int]:
         """Set the prompt cache to the prompt's first tokens; those that are left."""
         start, warm, request = time.perf_counter(), self._model.warm, self.request
-        tokens = token_ids(self.tokens)
-        prefix = shared_prefix(
-            self._tokenizer, request.prompt, tokens, **request.chat_template_kwargs
-        )
+        # A warm prompt is made of messages: Request.check has seen to that.
+        tokens = token_ids(cast(list[int], self.tokens))
+        messages = cast(list[Message], request.prompt)
+        prefix = shared_prefix(self._tokenizer, messages, tokens, **request.chat_template_kwargs)
         before = warm.info
         self._prompt_cache, rest = warm.start(
             self.ready,

@@ -1,7 +1,7 @@
 """Prompts as strings, tokens or messages, and what they have in common."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -17,7 +17,7 @@ Prompt = Text | list[Message]
 Encoded = str | list[int] | mx.array
 
 
-def is_messages(prompt: Prompt) -> bool:
+def is_messages(prompt: Prompt) -> TypeGuard[list[Message]]:
     """Whether a prompt is a list of messages, which the chat template formats."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
@@ -33,7 +33,7 @@ def read_prompt(prompt: Prompt) -> Prompt:
 
 def token_ids(tokens: list[int] | mx.array) -> list[int]:
     """Token ids as a list, whatever array they come in."""
-    return tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+    return cast(list[int], tokens.tolist()) if isinstance(tokens, mx.array) else list(tokens)
 
 
 def encode_prompt(
@@ -54,7 +54,24 @@ def encode_prompt(
     if not is_messages(prompt):
         if len(prompt) == 0:
             raise IFPError("The prompt is empty; give some text.")
-        return prompt
+        return cast(Text, prompt)
+    return _apply_template(tokenizer, prompt, to_be_continued, **template_kwargs)
+
+
+def template_tokens(
+    tokenizer: TokenizerWrapper, messages: list[Message], **template_kwargs: Any
+) -> list[int]:
+    """The token ids of messages, as :func:`encode_prompt` gives them."""
+    return token_ids(_apply_template(tokenizer, messages, **template_kwargs))
+
+
+def _apply_template(
+    tokenizer: TokenizerWrapper,
+    prompt: list[Message],
+    to_be_continued: bool = False,
+    **template_kwargs: Any,
+) -> Any:
+    """Token ids, or text with ``tokenize=False``."""
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
     prefill = to_be_continued or prompt[-1]["role"] == "assistant"
@@ -93,7 +110,7 @@ def encode_continuation(
     content = messages[place]["content"]
     marked = [*messages]
     marked[place] = messages[place] | {"content": marker}
-    text = encode_prompt(tokenizer, marked, tokenize=False, **template_kwargs)
+    text: str = _apply_template(tokenizer, marked, tokenize=False, **template_kwargs)
     if marker not in text:
         raise IFPError(
             "The chat template changes its messages; --prompt-cache-file cannot be used."
@@ -130,7 +147,7 @@ def shared_prefix(
     n = len(tokens)
     # Beginnings of several kinds: a tokenizer may join one of them with what stands before it.
     for content in ("a", "B", "1", "?"):
-        other = [*before, {"role": "user", "content": content}]
-        other = token_ids(encode_prompt(tokenizer, other, **template_kwargs))
+        messages = [*before, {"role": "user", "content": content}]
+        other = template_tokens(tokenizer, messages, **template_kwargs)
         n = min(n, common_prefix(tokens, other))
     return n

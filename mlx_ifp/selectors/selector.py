@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -151,7 +151,8 @@ class Selector:
                 )
             if not own and self._tokenizer is None:
                 self._tokenizer = load_tokenizer_of(self.checkpoint, self._tokenizer_config)
-            return self._predictor_tokenizer if own else self._tokenizer
+            # One of the two was just made, if it was not there.
+            return cast(TokenizerWrapper, self._predictor_tokenizer if own else self._tokenizer)
 
     def select(
         self, text: Text, *, selector: str | None = None, keep: Keep | None = None
@@ -198,8 +199,8 @@ class Selector:
 
     def _in_half_precision(self) -> bool:
         """Whether the trunk computes in float16, whose largest number is 65,504."""
-        arrays = tree_flatten(self.parent.trunk.parameters(), destination={}).values()
-        return any(array.dtype == mx.float16 for array in arrays)
+        named = cast(list[tuple[str, mx.array]], tree_flatten(self.parent.trunk.parameters()))
+        return any(array.dtype == mx.float16 for _, array in named)
 
     def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
         """What names a selection on disk: the hash of all that determines it.

@@ -1,12 +1,13 @@
 """Prompts and tasks: which text selects, and what each tokenizer is given."""
 
 from collections.abc import Callable
+from typing import cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.config import TEXT_SOURCES, TextConfig
 from ..errors import IFPError
-from ..llm.prompt import Prompt, Text, encode_prompt, is_messages, token_ids
+from ..llm.prompt import Prompt, Text, is_messages, template_tokens, token_ids
 
 
 def selecting_text(
@@ -35,7 +36,8 @@ def selecting_text(
         raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
     if role == "system":
         raise IFPError("To select by the system message, give the prompt as a list of messages.")
-    return prompt if isinstance(prompt, str) or decode is None else decode(token_ids(prompt))
+    text = cast(Text, prompt)
+    return text if isinstance(text, str) or decode is None else decode(token_ids(text))
 
 
 def selector_tokens(
@@ -63,7 +65,7 @@ def selector_tokens(
         if how.format == "raw":
             tokens = tokenizer.encode(text)
         elif tokenizer.has_chat_template:
-            tokens = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+            tokens = template_tokens(tokenizer, [{"role": "user", "content": text}])
         else:
             raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
     if not tokens:

@@ -85,7 +85,7 @@ def benchmark(
     settings = settings or Settings()
     settings.check()
     saved = task if isinstance(task, Task) else None
-    text = task if saved is None else saved.text
+    text = task.text if isinstance(task, Task) else task
     _check_tasks(text, other_task)
     checkpoint = model.checkpoint
     files = None
@@ -103,7 +103,7 @@ def benchmark(
         "other_task": other_task,
         "settings": asdict(settings),
         "machine": {
-            "mlx": mx.__version__,
+            "mlx": version("mlx"),
             "mlx_lm": version("mlx_lm"),
             "device": f"{mx.device_info()['device_name']} ({mx.default_device().type.name})",
             "cores": os.cpu_count(),

@@ -4,14 +4,13 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generation_stream, wired_limit
 
 from ...generation.steps import token_steps
@@ -22,7 +21,7 @@ from ...selection.task_library import Task
 from ...subnetwork.prepared import Prepared
 from .experts import experts_model
 from .loading import ColdFiles, cold_seconds, copy_seconds
-from .same_size import float_dtype, memory_of, same_size_model
+from .same_size import arrays_of, float_dtype, memory_of, same_size_model
 from .settings import Settings
 
 ROWS = FIRST, REPEAT, SWITCH, OVERLAPPING, SAME_SIZE, FULL, EXPERTS = (
@@ -115,7 +114,7 @@ class Bench:
             those that answer: prefill is until the first token is there, decode is all that
             follow, of all samples. ``turn_seconds`` are of each turn of decoding.
         """
-        runs = {
+        runs: dict[str, Run] = {
             row: {
                 "source": have.source,
                 "bytes_read": have.bytes_read,
@@ -124,14 +123,16 @@ class Bench:
             }
             for row, have in ready.items()
         }
-        tokens: dict[str, Iterator[Any]] = {}
+        tokens: dict[str, Generator[Any]] = {}
         rows = [row for row in ready if row not in SWITCHES]
         left = self.settings.generation_tokens - 1
-        with wired_limit(ready[rows[0]].network, [generation_stream]), ExitStack() as stack:
+        # mlx-lm's stream is one of each thread, which the hint of its function does not say.
+        streams: list[Any] = [generation_stream]
+        with wired_limit(ready[rows[0]].network, streams), ExitStack() as stack:
             for row in rows:
                 mx.clear_cache()
                 start = time.perf_counter()
-                # Each may hold a stream context: the last to enter must be the first to leave.
+                # Each may hold a stream context, so the last to enter must be the first to leave.
                 steps = token_steps(
                     self.prompt,
                     ready[row].network,
@@ -169,6 +170,12 @@ class Bench:
         self.model.networks.clear()
         self.model.release_predictor()
         gc.collect()
+
+
+def selection_of(ready: Prepared) -> Selection:
+    """What a sub-network was made of."""
+    assert ready.selection is not None, "only the dense rows have no selection"
+    return ready.selection
 
 
 def _numbered(task: str) -> Iterator[str]:
@@ -240,7 +247,7 @@ def measure(
     uses_predictor = model.selector == "predictor" and bench.saved is None
     predictor = _predictor_bytes(model) if uses_predictor else 0
     ready = run_alone(REPEAT)
-    selection = ready.selection
+    selection = selection_of(ready)
     generation = Generation(
         prompt_tokens, settings.generation_tokens, prefill_step_size=settings.prefill_step_size
     )
@@ -297,14 +304,14 @@ def _trial(bench: Bench, number: int, files: ColdFiles | None) -> Trial:
     ready = bench.prepare_all()
     first = ready[FIRST]
     trial: Trial = {
-        "overlap": first.selection.overlap(ready[OVERLAPPING].selection)[0],
+        "overlap": selection_of(first).overlap(selection_of(ready[OVERLAPPING]))[0],
         "copy_seconds": copy_seconds(first.bytes_read),
     }
     rows = list(ready)
     turn = number % len(rows)
     trial["rows"] = bench.run({row: ready[row] for row in rows[turn:] + rows[:turn]})
     if files is not None:
-        trial |= cold_seconds(bench.model, first.selection, first.bytes_read, files)
+        trial |= cold_seconds(bench.model, selection_of(first), first.bytes_read, files)
     return trial
 
 
@@ -326,11 +333,11 @@ def _trial_notes(trials: list[Trial], saved: Task | None) -> list[str]:
 
 def _predictor_bytes(model: IFPModel) -> int:
     """What the predictor adds to the trunk; an embedding they share is the trunk's."""
-    trunk = {id(array) for _, array in tree_flatten(model.trunk.parameters())}
+    trunk = {id(array) for array in arrays_of(model.trunk)}
     predictor = model.predictor
     return sum(
         array.nbytes
         for module in (predictor.body, predictor.head)
-        for _, array in tree_flatten(module.parameters())
+        for array in arrays_of(module)
         if id(array) not in trunk
     )

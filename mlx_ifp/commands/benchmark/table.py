@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .runs import (
@@ -44,11 +45,13 @@ def summary(measured: Measured) -> dict[str, Any]:
         values = [figure(trial) for trial in trials]
         return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
+    def of_trial(row: str, name: str, trial: Trial) -> float:
+        return trial["rows"][row][name]
+
     def of_row(row: str) -> dict[str, Any]:
         names = [name for name, *_ in FIGURES if row not in SWITCHES or name in _TO_SELECT]
-        return {
-            name: over(lambda t, name=name: t["rows"][row][name]) for name in ["bytes_read", *names]
-        } | memory.get(row, {})
+        figures = {name: over(partial(of_trial, row, name)) for name in ["bytes_read", *names]}
+        return figures | memory.get(row, {})
 
     def decode_to(trial: Trial, other: str) -> float:
         turns = (trial["rows"][row]["turn_seconds"] for row in (other, REPEAT))

@@ -216,7 +216,7 @@ def table(settings: Settings, results: dict[str, list[tuple[float, int]]]) -> st
     theirs, ours = results.values()
     ratios = [own[0] / other[0] for own, other in zip(ours, theirs, strict=True)]
     lines = [
-        f"mlx {mx.__version__}, mlx-lm {version('mlx_lm')}, {os.cpu_count()} cores, "
+        f"mlx {version('mlx')}, mlx-lm {version('mlx_lm')}, {os.cpu_count()} cores, "
         f"keep {settings.keep}, batches of {settings.batch_size} x {settings.tokens} tokens, "
         f"median of {settings.num_trials} trials of {settings.steps} steps (min-max)",
         f"{'':<14}{'tokens/s':>24}{'peak MB':>10}",

@@ -259,7 +259,7 @@ def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, An
     shards = make_shards(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     tensors.clear()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Exporting") as bar:
         for i, shard in enumerate(shards, 1):
             name = "model.safetensors"

@@ -86,10 +86,12 @@ def run(args: argparse.Namespace) -> None:
         with one_line("--extra-eos-token"):
             tokenizer.add_eos_token(token)
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
-    if args.save_selection is not None:
-        save_selection(args.save_selection, answer.ready.selection)
-    if args.show_selection:
-        _show_selection(model, answer.ready.selection, answer.text)
+    selection = answer.ready.selection
+    # --dense has none, and excludes both flags.
+    if args.save_selection is not None and selection is not None:
+        save_selection(args.save_selection, selection)
+    if args.show_selection and selection is not None:
+        _show_selection(model, selection, answer.text)
     # Only now: making the sub-network must not move the random state of the sampler.
     if args.seed is not None:
         mx.random.seed(args.seed)
