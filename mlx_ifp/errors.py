@@ -1,4 +1,4 @@
-"""The one exception users meet, and what other libraries' exceptions say in its line."""
+"""The one exception that users meet, and how other libraries' exceptions become one."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ class IFPError(Exception):
     """
 
 
-# How a line ends that is no end of what it says, and how many characters of such lines are kept.
+# A line with such an ending goes on in the next one. So many characters of them are kept.
 _GOES_ON = (":", ",", ";")
 _LONGEST = 400
 

@@ -30,7 +30,7 @@ from ..selectors.text import selecting_text, selector_tokens
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
+    """The prompt of a command line, with mlx-lm's escapes; '-' reads stdin. It is never empty."""
     prompt = read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
     try:
         # Bytes of a command line that cannot be decoded come as surrogates.
@@ -100,11 +100,11 @@ def task_of(args: argparse.Namespace) -> str | None:
 def check_given(args: argparse.Namespace) -> None:
     """Raises IFPError if options contradict a selection that is given, or none can be saved.
 
-    To be called before anything is loaded; a command need not have all of these options.
+    It is to be called before anything is loaded. A command need not have all of these options.
     """
     for given in ("selection", "task_name", "dense"):
         for name in ("keep", "selector"):
-            # A selection has its channels; nothing scores or counts them anew.
+            # A selection has its channels already, so nothing is scored or counted.
             if getattr(args, given, None) and getattr(args, name) is not None:
                 raise IFPError(f"--{given.replace('_', '-')} and --{name} exclude each other.")
     if getattr(args, "save_selection", None) is not None:
@@ -157,7 +157,7 @@ def load_model(
             check(estimator, use, limit)
         sys.exit(0)
     if limit is not None:
-        # So that MLX gives freed buffers back before it exceeds the limit.
+        # With it MLX gives freed buffers back before it exceeds the limit.
         mx.set_memory_limit(limit)
     model = IFPModel(
         checkpoint,

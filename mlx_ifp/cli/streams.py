@@ -24,7 +24,7 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        # Of stderr Python replaces by itself, if nobody has exchanged it.
+        # Python's own stderr replaces characters already, by their escapes.
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="replace")
 

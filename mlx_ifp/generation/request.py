@@ -93,7 +93,7 @@ class Request:
 
     @property
     def kv(self) -> KVSettings:
-        """How keys and values are kept."""
+        """How the request's keys and values are kept."""
         return KVSettings.of(self.options)
 
     def encode(self, tokenizer: TokenizerWrapper) -> Encoded:
@@ -121,7 +121,7 @@ class Request:
         return tokens
 
     def generation(self, tokenizer: TokenizerWrapper) -> Generation:
-        """What determines the size of its keys and values.
+        """What determines the size of the request's keys and values.
 
         Raises:
             IFPError: if there is no limit of tokens, or a draft model: see :meth:`Generation.of`.

@@ -1,4 +1,4 @@
-"""Tokens of any mlx-lm model without an end: what is measured, one answer or several at once."""
+"""Tokens of any mlx-lm model, without an end, for measuring: one answer, or several at once."""
 
 from collections.abc import Callable, Generator
 from typing import Any, cast
@@ -12,7 +12,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..llm.modules import PREFILL_STEP_SIZE
 
-# As in mlx-lm's generate_step: how often it gives freed memory back.
+# Freed memory is given back once in so many tokens, as in mlx-lm's generate_step.
 _CLEAR_EVERY = 256
 
 
@@ -23,7 +23,7 @@ def token_steps(
     samples: int = 1,
     prefill_step_size: int = PREFILL_STEP_SIZE,
 ) -> Generator[Any, None, None]:
-    """mlx-lm's own loop past any end of sequence; for several samples :func:`sampled_steps`.
+    """Run mlx-lm's own loop past any end of sequence; several samples use :func:`sampled_steps`.
 
     Args:
         prompt (mx.array): [n] token ids, n >= 1.

@@ -76,7 +76,7 @@ class Answer:
         self._prompt_cache = self._load_prompt_cache()
 
     def _leave_room(self) -> None:
-        """Let the memory limit know what is coming; it refuses what does not fit."""
+        """Tell the memory limit what is coming, so that it can refuse what does not fit."""
         model, request = self._model, self.request
         if model.memory is None:
             return
@@ -112,7 +112,7 @@ class Answer:
 
     @property
     def key(self) -> CacheKey:
-        """What its keys and values are right for."""
+        """What the answer's keys and values are right for."""
         model = self._model
         return CacheKey.of(
             model.checkpoint.digest, model.dtype, self.ready.selection, self.request.kv
@@ -145,9 +145,9 @@ class Answer:
                 claim(prompt_cache, self.ready.selection)
 
     def _start_warm(self) -> list[int]:
-        """Set the prompt cache to the prompt's first tokens; those that are left."""
+        """Set the prompt cache to the prompt's first tokens, and give the tokens that are left."""
         start, warm, request = time.perf_counter(), self._model.warm, self.request
-        # A warm prompt is made of messages: Request.check has seen to that.
+        # Request.check has seen to it that a warm prompt is made of messages.
         tokens = token_ids(cast(list[int], self.tokens))
         messages = cast(list[Message], request.prompt)
         prefix = shared_prefix(self._tokenizer, messages, tokens, **request.chat_template_kwargs)

@@ -32,7 +32,7 @@ def read_prompt(prompt: Prompt) -> Prompt:
 
 
 def token_ids(tokens: list[int] | mx.array) -> list[int]:
-    """Token ids as a list, whatever array they come in."""
+    """Token ids as a list, whether they come as one or as an array."""
     return cast(list[int], tokens.tolist()) if isinstance(tokens, mx.array) else list(tokens)
 
 
@@ -43,7 +43,7 @@ def encode_prompt(
     to_be_continued: bool = False,
     **template_kwargs: Any,
 ) -> Encoded:
-    """What mlx-lm is given as the prompt: messages go through the chat template.
+    """Make of a prompt what mlx-lm is given; messages go through the chat template.
 
     A last message of the assistant is continued, not answered; so is any other one that is
     ``to_be_continued``.
@@ -145,7 +145,7 @@ def shared_prefix(
     roles = [message["role"] for message in messages]
     before = messages[: roles.index("user")] if "user" in roles else messages
     n = len(tokens)
-    # Beginnings of several kinds: a tokenizer may join one of them with what stands before it.
+    # Several beginnings are tried, as a tokenizer may join one with what stands before it.
     for content in ("a", "B", "1", "?"):
         messages = [*before, {"role": "user", "content": content}]
         other = template_tokens(tokenizer, messages, **template_kwargs)

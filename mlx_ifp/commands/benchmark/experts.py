@@ -116,7 +116,7 @@ def experts_model(
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
-            # It changes no shape and no time; and each architecture has its own words for it.
+            # It changes no shape and no time, and each architecture has its own words for it.
             "rope_scaling": None,
         }
     )
@@ -124,7 +124,7 @@ def experts_model(
     blocks = [f"{ffn.path.rpartition('.')[0]}.{place}" for ffn in ffns]
     theirs = _own_arrays(model, set(blocks))
     if theirs.keys() - trunk.keys() == {_OUTPUT}:
-        # Qwen2's has an output layer even where that is the embedding.
+        # Qwen2's mixture has an output layer even where the embedding serves as one.
         embedding = get_module(network, find_embedding(network))
         trunk[_OUTPUT] = _as_linear(cast(nn.Embedding | nn.QuantizedEmbedding, embedding))
     if _shapes(trunk) != _shapes(theirs):

@@ -35,10 +35,11 @@ ROWS = FIRST, REPEAT, SWITCH, OVERLAPPING, SAME_SIZE, FULL, EXPERTS = (
 )
 SWITCHES = (SWITCH, OVERLAPPING)
 SELECTED = (FIRST, REPEAT, *SWITCHES)
-# Tokens to decode before it is the next network's turn: so few that all meet the same disturbances,
-# so many that the wait at the end, when mlx-lm would run ahead, does not count.
+# Tokens to decode before it is the next network's turn. They are so few that all networks meet the
+# same disturbances, and so many that the wait at the end, where mlx-lm would run ahead, does not
+# count.
 TURN = 8
-# More of the files than this in memory still, and "cold" is the wrong word.
+# If more of the files than this is still in memory, "cold" is the wrong word.
 _STILL_COLD = 0.05
 Run = dict[str, Any]
 Trial = dict[str, Any]
@@ -91,7 +92,7 @@ class Bench:
         return self.first() if row == FIRST else self.again()
 
     def prepare_all(self) -> dict[str, Prepared]:
-        """Each row's, in an order in which each finds what it needs.
+        """Prepare all rows, in an order in which each finds what it needs.
 
         The overlapping task comes while only the first one is in memory; then back to that.
         """
@@ -103,7 +104,7 @@ class Bench:
 
     @property
     def rows(self) -> list[str]:
-        """Those there are."""
+        """The rows that can be measured."""
         return [row for row in ROWS if row in SELECTED or row in self.networks]
 
     def run(self, ready: dict[str, Prepared]) -> dict[str, Run]:
@@ -142,7 +143,7 @@ class Bench:
                 tokens[row] = stack.enter_context(closing(steps))
                 next(tokens[row])
                 prefill = time.perf_counter() - start
-                # The next token has been begun; that is not the next row's to wait for.
+                # The next token has been begun, and the next row must not wait for it.
                 mx.synchronize(generation_stream)
                 before = runs[row]["select_seconds"] + runs[row]["load_seconds"]
                 runs[row] |= {
@@ -179,7 +180,7 @@ def selection_of(ready: Prepared) -> Selection:
 
 
 def _numbered(task: str) -> Iterator[str]:
-    """The task, new each time."""
+    """The task with a number, so that it is new each time."""
     return (f"{task} [{i}]" for i in itertools.count())
 
 
@@ -274,7 +275,7 @@ def measure(
         run_alone(EXPERTS)
         memory[EXPERTS] |= mixture.memory
 
-    # Now all, in turns. Loading the predictor again is not the first trial's to pay.
+    # Now all run in turns. The predictor is loaded before, so that the first trial is like others.
     bench.networks[FULL] = model.dense()
     bench.networks[SAME_SIZE], _ = same_size_model(bench.prepare(FIRST).network, checkpoint.ffns)
     bench.prepare_all()

@@ -1,4 +1,4 @@
-"""A checkpoint of the paper's shapes with random weights: speed does not ask for trained ones."""
+"""A checkpoint of the paper's shapes with random weights, as trained ones would be no faster."""
 
 import math
 from pathlib import Path
@@ -148,7 +148,7 @@ def write_shapes(
         }
     channels = {ffn.module_path(projection) for ffn in ffns for projection in PROJECTIONS}
     model = build_model(llm, modules - channels)
-    # Only the names count.
+    # channel_tensors only asks which names are there.
     found = {f"{name}.scales": TensorInfo(path, "", (), 0, 0) for name in modules & channels}
     head = HeadConfig(
         [backbone["hidden_size"], shapes["P"], len(ffns) * ffns[0].d_ffn], [True, True]
@@ -198,7 +198,7 @@ def _random(
     quantization: tuple[int | None, int],
     key: mx.array,
 ) -> mx.array:
-    """Random numbers as of a new model, made when they are written; norms are 1, biases 0.
+    """Random numbers as in a new model, made when they are written; norms are 1, biases 0.
 
     The embedding is small, so that the whole of a text, not its last token, makes the scores.
     """

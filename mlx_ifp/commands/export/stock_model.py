@@ -88,7 +88,7 @@ class _Layer:
 
 
 def _padded(array: mx.array, width: int, projection: str) -> mx.array:
-    """Rows of zeros below, which add nothing; below each of the parts of a fused projection."""
+    """Add rows of zeros, which add nothing, below each of the parts of a fused projection."""
     count = len(stored_as(projection))
     short = width - array.shape[0] // count
     if not short:
@@ -255,7 +255,7 @@ def _trunk(checkpoint: Checkpoint, dequantize: bool) -> dict[str, LazyTensor]:
 
 
 def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
-    """Shards, index and config, as mlx-lm saves them."""
+    """Write shards, index and config, as mlx-lm saves them."""
     shards = make_shards(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     tensors.clear()

@@ -92,14 +92,14 @@ def run(args: argparse.Namespace) -> None:
         save_selection(args.save_selection, selection)
     if args.show_selection and selection is not None:
         _show_selection(model, selection, answer.text)
-    # Only now: making the sub-network must not move the random state of the sampler.
+    # The seed is set only now, as making the sub-network must not move the sampler's random state.
     if args.seed is not None:
         mx.random.seed(args.seed)
     try:
         for response in answer:
             print(response.text, end="", flush=True)
     except KeyboardInterrupt:
-        # The message of it begins a line.
+        # The message about it begins a new line.
         print(flush=True)
         raise
     print(flush=True)

@@ -107,8 +107,8 @@ def overlap_figure(
     n = len(matrix)
     shown = matrix[:, :, list(layers)]
     others = shown[~np.eye(n, dtype=bool)]
-    # The diagonal is always 1; the colours are for the rest. At least 0.1 is spanned, so that
-    # selections that hardly differ look so.
+    # The diagonal is always 1, so the colours are for the rest. They span at least 0.1, so that
+    # selections that hardly differ look alike.
     high = float(others.max())
     low = min(float(others.min()), high - 0.1)
     if low < 0:

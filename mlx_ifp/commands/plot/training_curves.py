@@ -161,7 +161,7 @@ def curves_figure(logs: Sequence[Log]) -> "Figure":
                 if not x:
                     continue
                 color = palette[(i if len(logs) == 1 else j) % len(palette)]
-                # One point makes no line, and of few the reader wants to see where they are.
+                # One point makes no line, and where there are few, the reader wants to see them.
                 few = len(x) == 1 or (curve.kind == "val" and len(x) <= 40)
                 axes.plot(x, y, color=color, marker="o" if few else "", markersize=3, **curve.style)
                 drawn = True
@@ -191,6 +191,6 @@ def _percent(axes: "Axes") -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    # Down to 0, so that a small share looks small, and a little below, so that a 0 is seen.
+    # The axis goes to 0, so that a small share looks small, and a little below, to show a 0.
     top = max(axes.dataLim.y1 * 1.05, 0.01)
     axes.set_ylim(-0.03 * top, top)

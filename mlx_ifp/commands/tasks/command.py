@@ -19,7 +19,7 @@ def _library(args: argparse.Namespace) -> TaskLibrary:
 def _add(args: argparse.Namespace) -> None:
     text = task_of(args)
     assert text is not None, "the parser requires one of --task and --task-file"
-    # What is wrong is found out before seconds are spent on selecting.
+    # What is wrong with the name is found out before seconds are spent on selecting.
     check_name(args.name)
     _library(args).check_new(args.name, force=args.force)
     model, _ = load_model(args)
