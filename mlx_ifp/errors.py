@@ -1,4 +1,4 @@
-"""The one exception users meet, and what other libraries' exceptions say in its line."""
+"""The one exception that users meet, and how other libraries' exceptions become one."""
 
 import contextlib
 import sys
@@ -12,11 +12,17 @@ class IFPError(Exception):
     """
 
 
-def reason_of(error: Exception) -> str:
-    """One line of another library's error.
+# A line with such an ending goes on in the next one. So many characters of them are kept.
+_GOES_ON = (":", ",", ";")
+_LONGEST = 400
 
-    The first line counts, and the next one too where that ends in a colon. The hub's errors say
-    only in their last lines that a repository is gated, private or missing: they are given whole.
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, in one line.
+
+    The first line counts. Where it announces more, with a colon, or goes on, with a comma, the next
+    lines count too, up to a sentence's length. The hub's errors say only in their last lines that a
+    repository is gated, private or missing, so they are given whole.
     """
     hub = sys.modules.get("huggingface_hub.errors")
     if hub is not None and isinstance(error, hub.HFValidationError):
@@ -27,8 +33,16 @@ def reason_of(error: Exception) -> str:
         return repr(error)
     if hub is not None and isinstance(error, hub.HfHubHTTPError):
         return " ".join(lines)
-    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
-    return " ".join(lines[: last + 1])
+    reason = lines[0]
+    for line in lines[1:]:
+        if not reason.endswith(_GOES_ON):
+            break
+        if len(reason) + len(line) > _LONGEST:
+            return f"{reason} ..."
+        reason += f" {line}"
+    if reason.endswith(":") and isinstance(error.__cause__, Exception):
+        return f"{reason} {reason_of(error.__cause__)}"
+    return reason
 
 
 @contextlib.contextmanager

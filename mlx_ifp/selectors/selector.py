@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -150,7 +150,8 @@ class Selector:
                 )
             if not own and self._tokenizer is None:
                 self._tokenizer = load_tokenizer_of(self.checkpoint, self._tokenizer_config)
-            return self._predictor_tokenizer if own else self._tokenizer
+            # One of the two was just made, if it was not there.
+            return cast(TokenizerWrapper, self._predictor_tokenizer if own else self._tokenizer)
 
     def select(
         self, text: Text, *, selector: str | None = None, keep: Keep | None = None

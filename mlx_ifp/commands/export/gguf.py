@@ -1,10 +1,10 @@
-"""GGUF through mlx-lm's exporter."""
+"""Write GGUF with mlx-lm's exporter."""
 
 import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.gguf import convert_to_gguf
@@ -39,8 +39,8 @@ def check_gguf(config: dict[str, Any]) -> None:
 def write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
     weights: dict[str, mx.array] = {}
     for file in sorted(directory.glob("model*.safetensors")):
-        weights |= mx.load(str(file))
-    # mlx-lm prints the name of a temporary directory.
+        weights |= cast(dict[str, mx.array], mx.load(str(file)))
+    # mlx-lm prints the name of a temporary directory, which says nothing to users.
     silent = contextlib.redirect_stdout(io.StringIO())
     with one_line("mlx-lm's GGUF exporter cannot write this model"), silent:
         convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))
