@@ -61,7 +61,8 @@ def find_body(model: nn.Module) -> str:
     for path, module in model.named_modules():
         own = module.get("layers") if path else None
         if isinstance(own, list) and layers and own[0] is layers[0]:
-            return path
+            # PLaMo's list is in a decoder, itself called layers, which takes no token ids.
+            return path.removesuffix(".layers")
     raise IFPError(f"{_name(model)} has no module that holds its layers.")
 
 

@@ -195,10 +195,12 @@ class _GivenHidden(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        # The output layer may be the embedding, which is the body's.
+        # The output layer may be the embedding, which is the body's, and its numbers, too.
         for name, child in body.children().items():
             if isinstance(child, (nn.Embedding, nn.QuantizedEmbedding)):
                 self[name] = child
+        for name, value in vars(body).items():
+            self.__dict__.setdefault(name, value)
 
     def __call__(self, hidden: mx.array, *_: object, **__: object) -> mx.array:
         return hidden

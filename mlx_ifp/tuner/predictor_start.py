@@ -118,6 +118,10 @@ def _first_layers(config: dict[str, Any], of: int, layers: int) -> dict[str, Any
                 part[name] = layers
             elif isinstance(value, list) and len(value) == of:
                 part[name] = value[:layers]
+        shared = part.get("num_kv_shared_layers")
+        if isinstance(shared, int):
+            # The last layers use the keys and values of earlier ones.
+            part["num_kv_shared_layers"] = max(0, layers - (of - shared))
     return config
 
 

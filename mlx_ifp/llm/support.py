@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ifp.errors import IFPError
-from mlx_ifp.llm.ffn import FFN, find_ffns
-from mlx_ifp.llm.modules import get_module, linear
+from ..errors import IFPError
+from .ffn import FFN, find_ffns
+from .modules import get_module, linear
 
 # transformers' names of the activations.
 _ACTIVATIONS = {
