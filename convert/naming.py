@@ -1,6 +1,5 @@
 """PyTorch's tensor names -> mlx-lm's, through mlx-lm's own ``sanitize``; none is lost unseen."""
 
-import copy
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ifp.errors import IFPError, one_line
+from mlx_ifp.errors import IFPError
 from mlx_ifp.files.tensor_files import DTYPES, LazyTensor
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns

@@ -4,10 +4,12 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+
+# A private name, but mlx-lm offers it as load_model's default `get_model_classes`.
 from mlx_lm.utils import _get_classes
 
 from ..errors import IFPError, one_line
@@ -95,12 +97,24 @@ def settle(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @contextlib.contextmanager
 def _untouched_random_state() -> Iterator[None]:
-    """A module is born with random weights; a user's seed must not feel that."""
-    high, low = mx.random.state[0].tolist()
+    """A new module draws random weights; the user's random state stays as it was."""
+    state = random_state()
     try:
         yield
     finally:
-        mx.random.seed(high << 32 | low)
+        set_random_state(state)
+
+
+def random_state() -> list[int]:
+    """What MLX's random numbers follow from, as two numbers."""
+    key: mx.array = cast(list, mx.random.state)[0]
+    return cast(list[int], key.tolist())
+
+
+def set_random_state(state: list[int]) -> None:
+    """Go on with the random numbers where :func:`random_state` was asked."""
+    high, low = state
+    mx.random.seed(high << 32 | low)
 
 
 def quantization_of(config: dict[str, Any], path: str, file: str = "config.json") -> dict[str, Any]:
@@ -112,7 +126,7 @@ def quantization_of(config: dict[str, Any], path: str, file: str = "config.json"
         file (str): what an error calls the config.
 
     Raises:
-        IFPError: if the config has no ``quantization``, or one that is none.
+        IFPError: if the config has no ``quantization``, or a malformed one.
     """
     quantization = config.get("quantization")
     if not isinstance(quantization, dict):
@@ -150,6 +164,8 @@ def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
         ]
     elif "intermediate_size_mlp" in config:  # Llama 4's dense layers
         config["intermediate_size_mlp"] = width
+    if config.get("model_type") == "recurrent_gemma":  # it counts gate and up projection
+        width *= 2
     per_layer = config.get("intermediate_size")
     many = isinstance(per_layer, list)
     config["intermediate_size"] = [width] * len(per_layer) if many else width

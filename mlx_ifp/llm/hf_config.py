@@ -1,7 +1,6 @@
 """A Hugging Face config -> the same as mlx-lm's models read it."""
 
 import contextlib
-import copy
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -62,7 +61,7 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
     the size of the vocabulary in ``text_config`` alone, some fields under another name. What is
     there already stays.
     """
-    config = copy.deepcopy(config)
+    config = {name: _plain(value) for name, value in config.items()}
     if config.get("text_config") is not None:
         if not isinstance(config["text_config"], dict):
             raise TypeError("text_config must be an object")
@@ -76,6 +75,15 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
     _add_rope(config)
     _add_layers(config)
     return config
+
+
+def _plain(value: Any) -> Any:
+    """A copy of a field; transformers 5 writes an infinite number as an object."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _add_aliases(config: dict[str, Any]) -> None:

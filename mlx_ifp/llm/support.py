@@ -46,7 +46,7 @@ def check_support(network: nn.Module, config: dict[str, Any]) -> list[str]:
     types = text.get("layer_types") or ["sliding_attention"]
     used = used and "sliding_attention" in types
     layered = "layer_types" in known and text.get("layer_types")
-    if not used or layered or "sliding_window_pattern" in known:
+    if not used or layered or known & {"sliding_window_pattern", "attention_window_size"}:
         return []
     if isinstance(context, int) and window >= context:
         return []

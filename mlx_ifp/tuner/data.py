@@ -70,7 +70,6 @@ def load_examples(
             the first chunks.
         chunk_size (int): in tokens, for ``pretrain``.
         task_texts (dict): descriptions of tasks by name. They select, not the prompts (``sft``).
-
         splits (sequence): of ``train``, ``valid`` and ``test``, those to read.
 
     Returns:
@@ -96,7 +95,7 @@ def load_examples(
         for row, where in rows:
             with _located(where):
                 examples[split] += make(row, *row_tokens(tokenizer, row, answer=stage == "sft"))
-    # Only chunks give nothing: a row of sft is an example or an error.
+    # Only stage pretrain can have none: a row of sft is an example or an error.
     _require(
         bool(examples["train"]),
         f"{data}: no text of train is longer than one chunk of {chunk_size:,} tokens; lower "
@@ -159,7 +158,7 @@ def _located(where: str) -> Iterator[None]:
 def _load_datasets(
     data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
 ) -> dict[str, _Rows]:
-    """Those splits that there are."""
+    """The splits that exist."""
     path = Path(data)
     _require(
         not path.is_file() and (path.suffix != ".jsonl" or path.exists()),
@@ -300,7 +299,7 @@ def _answer(
     else:
         _require(task is not None, "the row has no task, but task descriptions are to select.")
         _require(task in texts, f"the task {task!r} has no description.")
-        selects = texts[task]
+        selects = texts[str(task)]
     advice = "Shorten the row, or leave it out."
     selecting = selector_tokens(tokenizer, selects, how, advice)
     return [Example(tokens, offset, selecting, task)]
@@ -331,8 +330,8 @@ def _chunks(
             f"{how.max_tokens:,}; lower --chunk-size.",
         )
         end = min(start + size, len(tokens))
-        # The first chunks go, whole, until the rest fits.
+        # Whole chunks are left out from the beginning until the rest fits.
         left = math.ceil(max(0, end - limit) / size) * size
-        if selecting:  # nothing is left of a chunk of special tokens
+        if selecting:  # a chunk of special tokens alone decodes to nothing
             examples.append(Example(tokens[left:end], start - left, selecting, row.get("task")))
     return examples

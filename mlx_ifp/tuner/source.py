@@ -26,9 +26,9 @@ from ..llm.hf_config import buildable, mlx_config
 from ..llm.support import check_support
 from ..llm.trial import check_runs
 
-# What weights are trained in, whatever they are stored in. In float16 AdamW's epsilon and the
-# squares of most gradients are 0, and its first update divides 0 by 0. In bfloat16 most updates are
-# smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did not
+# The type that weights are trained in, whatever they are stored in. In float16 AdamW's epsilon and
+# the squares of most gradients are 0, and its first update divides 0 by 0. In bfloat16 most updates
+# are smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did not
 # change in 100 steps).
 TRAINED_IN = mx.float32
 
@@ -96,7 +96,7 @@ def load_source(
         config.pop(name, None)
     ffns = find_ffns(llm)
     check_runs(llm)
-    stored = next(a.dtype for _, a in tree_flatten(llm.parameters()) if _is_float(a))
+    stored = next(a.dtype for a in dict(tree_flatten(llm.parameters())).values() if _is_float(a))
     llm = _cast(llm, dtype or (default_dtype() if frozen else TRAINED_IN))
     mx.eval(llm.parameters())
     files = sorted(path.glob("*.safetensors"))
@@ -112,9 +112,7 @@ def _load_dense(
     with one_line(f"{model} cannot be loaded"):
         config = buildable(mlx_config(load_config(path)))
         llm, config = load_model(path, lazy=True, model_config=config)
-        tokenizer = load_tokenizer(
-            path, tokenizer_config, eos_token_ids=config.get("eos_token_id")
-        )
+        tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
         llm = dequantize_model(llm)
     complete(llm)
     for note in check_support(llm, config):
