@@ -22,12 +22,13 @@ from mlx_ifp.checkpoint.locate import TOKENIZER_PATTERNS, expanded, source_name
 from mlx_ifp.checkpoint.precision import Precisions
 from mlx_ifp.checkpoint.tokenizers import load_tokenizer_of
 from mlx_ifp.errors import IFPError, one_line
-from mlx_ifp.files.atomic import new_directory
+from mlx_ifp.files.atomic import new_directory, without_path
 
 from .calibrate import calibrate as order_channels
 from .dense import load_dense
 from .layouts import CHECKPOINT, TRAINED, detect_layout
 from .layouts.parts import Given
+from .layouts.split import is_split
 from .plan import Plan, plan_dense
 from .prompts import add_static_scores, read_prompts
 from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
@@ -43,12 +44,13 @@ SPARE_BYTES = 64 << 20
 HUB_PATTERNS = [
     *TOKENIZER_PATTERNS,
     *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
-    *("*.pt", "*.pth", "*.distcp", ".metadata", "channels*.safetensors"),
-    *("static*.safetensors", ORDER_FILE),
+    *("channels*.safetensors", "static*.safetensors", ORDER_FILE),
 ]
 
-# A repository may have its weights as safetensors and as pickles: the latter only if need be.
-WEIGHTS = (".safetensors", *PICKLES, ".distcp")
+# Weights under other names and as pickles, which many repositories have besides: only if need be.
+OTHER_WEIGHTS = ["*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.distcp", ".metadata"]
+# Copies of the weights in other programs' formats.
+NOT_OURS = ["original/*", "onnx/*", "openvino/*", "coreml/*"]
 
 
 def convert(model: str, mlx_path: str | Path = "mlx_model", **options: Any) -> Path:
@@ -91,7 +93,7 @@ def carry_out(request: ConversionRequest) -> Path:
             raise IFPError(f"{path} already exists. Delete it or name another path.")
         print_dry_run(_plan(request, precisions, None), path)
         return path
-    with new_directory(path) as directory:
+    with new_directory(path) as directory, without_path(directory, f"{request.model}"):
         plan = _plan(request, precisions, directory)
         report = report_of(plan)
         _write(plan, directory, path)
@@ -172,8 +174,11 @@ def _plan_trained(
 
 
 def _source(request: ConversionRequest) -> dict[str, Any]:
-    revision = {} if request.revision is None else {"revision": request.revision}
-    return {"model": source_name(request.model)} | revision
+    """What is recorded of the source; a local one has no revision, whatever was asked for."""
+    source = {"model": source_name(request.model)}
+    if request.revision is not None and not expanded(request.model).exists():
+        source["revision"] = request.revision
+    return source
 
 
 def _find(model: str, revision: str | None) -> Path:
@@ -182,9 +187,15 @@ def _find(model: str, revision: str | None) -> Path:
         return path
     with one_line(f"{model} cannot be loaded"):
         path = Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
-        if not any(file.suffix in WEIGHTS for file in path.rglob("*")):
-            patterns = [*HUB_PATTERNS, *(f"*{suffix}" for suffix in WEIGHTS)]
-            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if not any(path.glob("model*.safetensors")) and not is_split(path):
+            path = Path(
+                snapshot_download(
+                    model,
+                    revision=revision,
+                    allow_patterns=[*HUB_PATTERNS, *OTHER_WEIGHTS],
+                    ignore_patterns=NOT_OURS,
+                )
+            )
     return path
 
 
@@ -193,17 +204,27 @@ def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:
     _check_space(mlx_path, plan.nbytes)
     if plan.tokenizer is not None:
         plan.tokenizer.save_pretrained(str(directory))
-    for file in plan.extra_files:
-        shutil.copy(file, directory)
+    _copy(plan.extra_files, directory)
     if plan.predictor_config is not None:
         (directory / PREDICTOR).mkdir()
         save_config(dict(plan.predictor_config), directory / PREDICTOR / "config.json")
         if plan.predictor_tokenizer is not None:
             plan.predictor_tokenizer.save_pretrained(str(directory / PREDICTOR))
-        for file in plan.predictor_files:
-            shutil.copy(file, directory / PREDICTOR)
+        _copy(plan.predictor_files, directory / PREDICTOR)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Converting") as bar:
         write_checkpoint(directory, plan.config, plan.ifp, plan.tensors, bar.update)
+
+
+def _copy(files: list[Path], directory: Path) -> None:
+    """Copy files and whole directories, without what is hidden in them."""
+    for file in files:
+        if file.is_dir():
+            hidden = shutil.ignore_patterns(".*")
+            shutil.copytree(
+                file, directory / file.name, ignore=hidden, ignore_dangling_symlinks=True
+            )
+        else:
+            shutil.copy(file, directory)
 
 
 def _check_space(path: Path, needed: int) -> None:

@@ -9,19 +9,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_config, load_model
+from mlx_lm.utils import dequantize_model, load_config
 
 from mlx_ifp.checkpoint.config import CONFIG_FILE
+from mlx_ifp.checkpoint.directory import token_rows
 from mlx_ifp.checkpoint.locate import source_name
 from mlx_ifp.errors import IFPError, one_line
-from mlx_ifp.files.tensor_files import LazyTensor, read_any_header
+from mlx_ifp.files.tensor_files import LazyTensor
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns
 from mlx_ifp.llm.hf_config import mlx_config
 from mlx_ifp.llm.modules import get_module, linear
 from mlx_ifp.llm.trial import check_runs
 
+from .layouts.parts import generation_config
 from .naming import name_tensors
+from .quantized import load_quantized, record_quantization
 from .sources.files import open_tensors
 from .sources.gguf import load_gguf
 from .sources.tokenizer import open_tokenizer
@@ -38,6 +41,7 @@ class DenseModel:
         source: where it came from, for ``ifp_config.json``.
         tensors: mlx-lm's names -> how to read them.
         ffns: its FFNs.
+        token_rows: of its embedding; None if that is not known.
         extra_files: to be copied as they are.
         notes: what the user should know about the conversion.
         mapped: the source's tensor names -> mlx-lm's, where they are known.
@@ -50,6 +54,7 @@ class DenseModel:
     source: dict[str, Any]
     tensors: dict[str, LazyTensor]
     ffns: list[FFN]
+    token_rows: int | None
     extra_files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     mapped: dict[str, str] = field(default_factory=dict)
@@ -89,10 +94,11 @@ def load_dense(
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
     own = open_tokenizer(tokenizer or str(path), trust_remote_code)
     if _is_quantized(path, config):
-        dense = _load_quantized(model, path, config, own, dequantize)
+        network, config = load_quantized(model, path, config)
+        dense = _from_network(network, config, own, _source(model), dequantize)
     else:
         dense = _load_floats(model, path, config, own)
-    dense.extra_files = [f for f in [path / "generation_config.json"] if f.exists()]
+    dense.extra_files = generation_config(path)
     return dense
 
 
@@ -126,25 +132,11 @@ def _load_floats(
         _source(model),
         named.tensors,
         named.ffns,
+        token_rows(named.network),
         notes=named.notes,
         mapped=named.mapped,
         skipped=named.skipped,
     )
-
-
-def _load_quantized(
-    model: str,
-    path: Path,
-    config: dict[str, Any],
-    tokenizer: TokenizerWrapper,
-    dequantize: bool,
-) -> DenseModel:
-    """mlx-lm unpacks the formats of other quantizers."""
-    for file in sorted(path.glob("model*.safetensors")):
-        read_any_header(file)
-    with one_line(f"{model} cannot be loaded"):
-        network, config = load_model(path, lazy=True, model_config=config)
-    return _from_network(network, config, tokenizer, _source(model), dequantize)
 
 
 def _source(model: str) -> dict[str, Any]:
@@ -169,16 +161,19 @@ def _from_network(
         network = dequantize_model(network)
         for name in ("quantization", "quantization_config"):
             config.pop(name, None)
+    else:
+        record_quantization(network, config)
     ffns = find_ffns(network)
     check_runs(network)
     notes = _turn_quantized(network, config, ffns)
+    rows = token_rows(network)
     tensors = {
         name: LazyTensor.of(array)
         for name, array in dict(tree_flatten(network.parameters())).items()
     }
     # The model lets go of its arrays, so each can be freed as soon as it is written.
     network.update(tree_map(lambda _: mx.array([]), network.parameters()))
-    return DenseModel(network, config, tokenizer, source, tensors, ffns, notes=notes)
+    return DenseModel(network, config, tokenizer, source, tensors, ffns, rows, notes=notes)
 
 
 def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path) -> None:

@@ -20,6 +20,7 @@ from mlx_ifp.llm.trial import check_runs
 
 from .sources.tensor import SourceTensor
 from .streams import same_values
+from .wrappers import TRAINING_STATE, state_dicts
 
 _REASONS = (
     ("rotary_emb", "rotary frequencies, which mlx-lm computes"),
@@ -87,15 +88,19 @@ def name_tensors(
     if body_only:
         prefixes += list(dict.fromkeys(("model.", f"{find_body(network)}.")))
     problems = []
-    for prefix in prefixes:
-        named = {f"{prefix}{name}": tensor for name, tensor in sources.items()}
-        try:
-            model = _name(config, named, prefix, where, body_only)
+    for around, inner in state_dicts(sources):
+        for prefix in prefixes:
+            named = {f"{prefix}{name}": tensor for name, tensor in inner.items()}
+            try:
+                model = _name(config, named, prefix, where, body_only)
+            except IFPError as error:
+                problems.append(error)
+                continue
             model.notes = notes
+            used = {f"{around}{name}" for name in inner}
+            model.skipped |= {name: TRAINING_STATE for name in sources if name not in used}
             return model
-        except IFPError as error:
-            problems.append(error)
-    # A body's names fit one prefix at most; the message about that one tells more.
+    # Names fit one prefix at most; the message about that one tells more.
     raise min(problems, key=lambda error: getattr(error, "missing", 0))
 
 
@@ -194,6 +199,9 @@ def _check(
         hint = ""
         if missing == ["lm_head.weight"]:
             hint = "; if it is tied to the embedding, set tie_word_embeddings in the config"
+        elif len(missing) == len(expected):
+            some = ", ".join(sorted(model.mapped | model.skipped)[:3])
+            hint = f"; the names are others, such as {some}"
         raise _TensorError(f"{where}: the tensor {missing[0]} is missing{hint}.", len(missing))
     for name, array in expected.items():
         if sanitized[name].shape != array.shape:

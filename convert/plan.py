@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_ifp.checkpoint.config import IFPConfig, TextConfig, text_limit
 from mlx_ifp.checkpoint.directory import CHANNELS, TRUNK
 from mlx_ifp.checkpoint.precision import Precision, quantize_config
+from mlx_ifp.checkpoint.tokenizers import tokens_without_rows
 from mlx_ifp.llm.ffn import FFN
 from mlx_ifp.selection.keep import DEFAULT_KEEP, compact, resolve_keep
 
@@ -67,11 +68,12 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
         IFPError: if k or the precision does not fit the model.
     """
     d_ffn = dense.ffns[0].d_ffn
+    notes = note_tokens(dense.tokenizer, dense.token_rows, "the tokenizer")
     k = compact(resolve_keep(DEFAULT_KEEP if keep is None else keep, d_ffn, len(dense.ffns)))
     dtype = precision.dtype or dtype_of(dense.config)
     bytes_in = sum(tensor.nbytes for tensor in dense.tensors.values())
     precision.check()
-    config, how, notes = quantize_config(dense.config, dense.ffns, precision)
+    config, how, left = quantize_config(dense.config, dense.ffns, precision)
     trunk, channels = split_tensors(dense, dense.ffns, how, dtype)
     text = text_of(dense.config, text_format or format_of(dense.tokenizer))
     ifp = IFPConfig(k=k, text=text, source=with_versions(dense.source))
@@ -88,8 +90,29 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
         extra_files=dense.extra_files,
         sources={"LLM": dense.mapped},
         skipped={"LLM": dense.skipped},
-        notes=dense.notes + notes,
+        notes=dense.notes + notes + left,
     )
+
+
+def note_tokens(tokenizer: TokenizerWrapper, rows: int | None, what: str) -> list[str]:
+    """What the user should know of a model's tokenizer: tokens that the model does not know.
+
+    Args:
+        tokenizer: of the model.
+        rows (int): of its embedding, or None if that is not known.
+        what (str): names the tokenizer in messages, such as ``"the predictor's tokenizer"``.
+
+    Raises:
+        IFPError: if the tokenizer is another model's.
+    """
+    tokens = tokens_without_rows(tokenizer, rows, what)
+    if not tokens:
+        return []
+    named = ", ".join(tokens[:8]) + (f" and {len(tokens) - 8} more" if len(tokens) > 8 else "")
+    return [
+        f"{what[0].upper()}{what[1:]} has tokens beyond the embedding's {rows} rows: {named}. "
+        "A text with one of them has no meaning to the model."
+    ]
 
 
 def split_tensors(

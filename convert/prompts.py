@@ -21,7 +21,7 @@ from mlx_ifp.subnetwork.parent import Parent
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file what selects in ``messages``, ``prompt`` or ``text``."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         prompts = read_jsonl(path, lambda row, _: selecting_text(row_messages(row)))
     else:
         prompts = [line for line in read_text(path).split("\n") if line.strip()]

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import CHAT_TEMPLATE_DIR
+
 from mlx_ifp.checkpoint.config import CONFIG_FILE
 from mlx_ifp.checkpoint.directory import (
     CHANNELS,
@@ -37,8 +39,8 @@ from .plan import Plan, with_versions
 from .sources.tensor import SourceTensor, file_rows
 from .streams import Tensors, dequantized, split_model
 
-# Written anew, or of a directory that mlx-lm would read.
-_NOT_COPIED = {"config.json", CONFIG_FILE, "model.safetensors.index.json"}
+# Written anew.
+_NOT_COPIED = ("config.json", CONFIG_FILE)
 _COPIED = (*TOKENIZER_PATTERNS, "*.py")
 
 
@@ -204,6 +206,18 @@ def _stored(
 
 
 def _files(directory: Path) -> list[Path]:
-    """Tokenizer, generation config and the report on the source: to be copied."""
+    """Tokenizer, generation config and the report on the source: to be copied.
+
+    Neither hidden files are, nor the indexes of weights, which are those of another model.
+    """
     found = {file for pattern in _COPIED for file in directory.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in _NOT_COPIED)
+    copied = [
+        file
+        for file in sorted(found)
+        if file.name not in _NOT_COPIED
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+    ]
+    # A tokenizer with several templates has all but the first in a directory.
+    templates = directory / CHAT_TEMPLATE_DIR
+    return [*copied, templates] if templates.is_dir() else copied

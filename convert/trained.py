@@ -6,7 +6,14 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_ifp.checkpoint.config import IFPConfig
-from mlx_ifp.checkpoint.directory import CHANNELS, HEAD_STEM, PREDICTOR_STEM, STATIC_FILE, TRUNK
+from mlx_ifp.checkpoint.directory import (
+    CHANNELS,
+    HEAD_STEM,
+    PREDICTOR_STEM,
+    STATIC_FILE,
+    TRUNK,
+    token_rows,
+)
 from mlx_ifp.checkpoint.precision import Precisions, quantize_config, quantize_head
 from mlx_ifp.errors import IFPError
 from mlx_ifp.files.tensor_files import LazyTensor
@@ -15,7 +22,7 @@ from mlx_ifp.selection.keep import compact, resolve_keep
 
 from .layouts.parts import TrainedModel, TrainedPredictor
 from .naming import NamedModel, name_tensors
-from .plan import Plan, format_of, split_tensors, text_of, with_versions
+from .plan import Plan, format_of, note_tokens, split_tensors, text_of, with_versions
 from .shared import leave_out_embedding, same_tokens, shared_embedding
 from .sources.tensor import SourceTensor
 from .sources.tokenizer import open_tokenizer
@@ -45,6 +52,7 @@ def plan_trained(
     _check_shape(trained, layers, d_ffn)
     config, how, notes = quantize_config(llm.config, ffns, precisions.llm)
     tokenizer = open_tokenizer(trained.tokenizer, trust_remote_code)
+    notes += note_tokens(tokenizer, token_rows(llm.network), "the LLM's tokenizer")
     ifp = IFPConfig(
         k=compact(resolve_keep(trained.keep, d_ffn, layers)),
         selector="static",
@@ -93,7 +101,9 @@ def _add_predictor(
     head = predictor.head_config()
     _check_head(predictor, head.widths, plan, backbone)
     config, how, _ = quantize_config(backbone.config, [], precisions.predictor)
-    plan.predictor_tokenizer = open_tokenizer(predictor.tokenizer, trust_remote_code)
+    own = open_tokenizer(predictor.tokenizer, trust_remote_code)
+    plan.predictor_tokenizer = own
+    plan.notes += note_tokens(own, token_rows(backbone.network), "the predictor's tokenizer")
     if same_tokens(plan.tokenizer, plan.predictor_tokenizer):
         paths = shared_embedding(llm, backbone)
         # An embedding that is to be stored in another precision is another one.

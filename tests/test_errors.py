@@ -14,6 +14,7 @@ from mlx_ifp.errors import IFPError, one_line, reason_of
         (ValueError("first\nsecond"), "first"),
         (RuntimeError("\n\nMissing:\n  layers.0\nmore"), "Missing: layers.0"),
         (RuntimeError("it ends in a colon:"), "it ends in a colon:"),
+        (ValueError("Unknown: \n a,\n b.\nmore"), "Unknown: a, b."),
         (KeyError("rope_theta"), "KeyError('rope_theta')"),
         (AssertionError(), "AssertionError()"),
         (RecursionError("too deep"), "too deep"),

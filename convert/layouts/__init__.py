@@ -6,6 +6,7 @@ from pathlib import Path
 from mlx_ifp.checkpoint.config import CONFIG_FILE
 from mlx_ifp.errors import IFPError
 
+from ..sources.files import kind_of
 from . import manifest, module, split
 from .parts import Given, TrainedModel
 
@@ -29,7 +30,9 @@ def detect_layout(path: Path) -> str:
         IFPError: if it holds several checkpoints.
     """
     if path.is_file():
-        return "dense" if path.suffix == ".gguf" else "module"
+        # A damaged file is told by its name.
+        kind = kind_of(path) or path.suffix.lower().removeprefix(".")
+        return "dense" if kind == "gguf" else "module"
     if (path / CONFIG_FILE).exists():
         return CHECKPOINT
     if split.is_split(path):

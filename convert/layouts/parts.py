@@ -12,6 +12,7 @@ from mlx_ifp.errors import IFPError, one_line
 
 from ..sources.files import read_json
 from ..sources.tensor import SourceTensor
+from ..wrappers import state_dicts
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,9 @@ def take_head(
     Raises:
         IFPError: if one is missing or left over.
     """
+    # The dict inside the file that has them, if one has.
+    inside = (found for _, found in state_dicts(tensors) if names.keys() <= found.keys())
+    tensors = next(inside, tensors)
     for name in names:
         if name not in tensors:
             raise IFPError(f"{where}: the tensor {name} is missing.")

@@ -10,64 +10,133 @@ from mlx_ifp.files.tensor_files import (
     read_any_header,
 )
 
+from ..wrappers import check_merged, unwrapped
 from .tensor import SourceTensor, file_rows
 
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
-# transformers looks for them in this order.
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+# What transformers calls a model's weights: one file, shards (listed in FILE.index.json), variants.
+_OWN = (
+    ("model.safetensors", "model-*-of-*.safetensors", "model*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model*.bin"),
+)
+# What it never does; only a directory that has none of the above is searched for these.
+_OTHER_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
+# Of a trainer, beside the weights.
+_TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+# The largest header that safetensors allows.
+_HEADER_BYTES = 100_000_000
+_GIT_LFS = b"version https://git-lfs"
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file is by its first bytes, whatever its name says.
+
+    Returns:
+        str: ``safetensors``, ``torch`` (zipped or pickled) or ``gguf``; None if it is none of them.
+
+    Raises:
+        IFPError: if it cannot be read, or is what Git LFS leaves in place of a file.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_GIT_LFS))
+    except FileNotFoundError as error:
+        raise IFPError(f"{path}: the file is missing.") from error
+    except OSError as error:
+        raise IFPError(f"{path}: cannot be read ({error.strerror}).") from error
+    if start == _GIT_LFS:
+        raise IFPError(
+            f"{path}: only a pointer to the file; get the file itself with git lfs pull."
+        )
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _HEADER_BYTES:
+        return "safetensors"
+    if start.startswith(b"GGUF"):
+        return "gguf"
+    return "torch" if start.startswith((b"PK\x03\x04", b"\x80")) else None
 
 
 def open_tensors(path: Path) -> dict[str, SourceTensor]:
     """The tensors of a file, or of all files of a directory, their data unread.
 
+    Names come without what wrappers such as DistributedDataParallel put into them.
+
     Args:
-        path: a ``.safetensors``, ``.pt``, ``.bin`` or ``.pth`` file; or a directory that holds
-            one, shards with an index, or a checkpoint of ``torch.distributed.checkpoint``.
+        path: a safetensors file or one of PyTorch's; or a directory that holds one, shards with an
+            index, or a checkpoint of ``torch.distributed.checkpoint``.
 
     Raises:
-        IFPError: if a file is missing, damaged, refused, or of another kind.
+        IFPError: if a file is missing, damaged, refused, or of another kind; if it holds adapters
+            that are not merged.
     """
-    if path.is_dir():
-        return _open_directory(path)
-    if path.suffix == ".safetensors":
+    tensors = _open_directory(path) if path.is_dir() else _open_file(path)
+    tensors = unwrapped(tensors, str(path))
+    check_merged(tensors, str(path))
+    return tensors
+
+
+def _open_file(path: Path) -> dict[str, SourceTensor]:
+    kind, suffix = kind_of(path), path.suffix.lower()
+    # A damaged file has the kind of its name: that kind's reader says what is wrong with it.
+    if kind == "safetensors" or (kind is None and suffix == ".safetensors"):
         return _open_safetensors(path)
-    if path.suffix in PICKLES:
+    if kind == "torch" or (kind is None and suffix in PICKLES):
         from .torch_files import open_torch_file
 
         return open_torch_file(path)
+    if kind == "gguf":
+        raise IFPError(f"{path}: a GGUF file, which cannot be a part of another model.")
     raise IFPError(f"{path}: not a .safetensors file nor one of {', '.join(PICKLES)}.")
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold a directory's weights: one file, or those of an index.
 
-    What transformers would take comes first, so that a stale index does no harm.
+    transformers' names come first, in its order, so that neither a stale index nor the files of
+    another program do harm. Hidden files are never meant.
 
     Raises:
         IFPError: if there are none, several without an index, or the index names a file that is
             missing or outside of the directory.
     """
-    for pattern, index in zip(SINGLE, INDEXES, strict=True):
-        if (directory / pattern).is_file():
-            return [directory / pattern]
-        for file in sorted(directory.glob(index)):
-            return sorted(_indexed(file))
-        if pattern.endswith(".safetensors"):
-            for shards in ("model*.safetensors", "*.safetensors"):
-                if found := sorted(directory.glob(shards)):
-                    return found
-    found = sorted(f for f in directory.iterdir() if f.suffix in PICKLES)
+    for single, *several in _OWN:
+        if (directory / single).is_file():
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            return sorted(_indexed(index))
+        for pattern in several:
+            if found := _visible(directory, pattern):
+                return found
+    for pattern in _OTHER_INDEXES:
+        indexes = _visible(directory, pattern)
+        if len(indexes) > 1:
+            names = ", ".join(file.name for file in indexes)
+            raise IFPError(f"{directory} holds {names}; delete or rename all but one of them.")
+        if indexes:
+            return sorted(_indexed(indexes[0]))
+    if found := _visible(directory, "*.safetensors"):
+        return found
+    found = [file for file in _visible(directory, "*") if file.suffix.lower() in PICKLES]
+    found = [file for file in found if not file.name.startswith(_TRAINING_STATE)]
     if len(found) == 1:
         return found
     if found:
         names = ", ".join(f.name for f in found[:4])
         raise IFPError(f"{directory} holds {names}; name the one to convert with --model.")
-    if found := sorted(directory.glob("*.gguf")):
+    if found := [f for f in _visible(directory, "*") if f.suffix.lower() == ".gguf"]:
         raise IFPError(
             f"{directory} holds {found[0].name}; name the GGUF file itself with --model."
         )
     raise IFPError(f"{directory} holds no weights (.safetensors, .pt, .bin or .pth).")
+
+
+def _visible(directory: Path, pattern: str) -> list[Path]:
+    """Files of a directory, not hidden ones; a link whose file is gone counts, so it is named."""
+    return sorted(
+        file
+        for file in directory.glob(pattern)
+        if not file.name.startswith(".") and not file.is_dir()
+    )
 
 
 def _indexed(index: Path) -> set[Path]:
@@ -85,13 +154,15 @@ def _indexed(index: Path) -> set[Path]:
 
 
 def _open_directory(directory: Path) -> dict[str, SourceTensor]:
-    if (directory / ".metadata").is_file():
+    metadata = directory / ".metadata"
+    # Other programs have hidden files of this name, too.
+    if metadata.is_file() and kind_of(metadata) == "torch":
         from .torch_files import open_distributed_checkpoint
 
         return open_distributed_checkpoint(directory)
     tensors: dict[str, SourceTensor] = {}
     for file in weight_files(directory):
-        for name, tensor in open_tensors(file).items():
+        for name, tensor in _open_file(file).items():
             if name in tensors:
                 raise IFPError(f"{file}: {name} is in {tensors[name].path.name} too.")
             tensors[name] = tensor
@@ -124,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
         IFPError: naming the file.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise IFPError(f"{path}: the file is missing.") from error
     except (ValueError, RecursionError) as error:

@@ -57,6 +57,8 @@ class Checkpoint:
         static: name -> tensor of the static scores.
         order: name -> tensor of the order in which channels are stored.
         digest: sha256 over the configs, which hold the sha256 of all weights.
+        token_rows, predictor_rows: of the embeddings of LLM and predictor, as in
+            :func:`token_rows`.
     """
 
     path: Path
@@ -71,6 +73,8 @@ class Checkpoint:
     static: dict[str, TensorInfo]
     order: dict[str, TensorInfo]
     digest: str
+    token_rows: int | None = None
+    predictor_rows: int | None = None
 
     @property
     def d_ffn(self) -> int:
@@ -125,10 +129,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_tensors(path, trunk, trunk_tensors(model, ffns))
     check_tensors(path, channels, channel_tensors(config, ffns, channels))
     _check_k(path, ifp, ffns)
-    predictor_config = None
+    predictor_config, predictor_rows = None, None
     if ifp.head is not None:
         predictor_config = _load_llm_config(path / PREDICTOR)
-        _check_predictor(path, ifp, predictor_config, model, tensors(PREDICTOR_STEM))
+        backbone = _check_predictor(path, ifp, predictor_config, model, tensors(PREDICTOR_STEM))
+        predictor_rows = token_rows(backbone)
         _check_head(path, ifp.head, predictor_config, ffns, files.get(HEAD_FILE, {}))
     static = files.get(STATIC_FILE, {})
     if static or ifp.selector == "static":
@@ -153,7 +158,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         static=static,
         order=order,
         digest=_digest(path),
+        token_rows=token_rows(model),
+        predictor_rows=predictor_rows,
     )
+
+
+def token_rows(model: nn.Module) -> int | None:
+    """Rows of a model's embedding of tokens; None if it has none, or others besides."""
+    try:
+        embedding = get_module(model, find_embedding(model))
+    except IFPError:
+        return None
+    return embedding_shape(embedding)[0]
 
 
 def _load_llm_config(path: Path) -> dict[str, Any]:
@@ -209,13 +225,14 @@ def _check_predictor(
     config: dict[str, Any],
     llm: nn.Module,
     tensors: dict[str, TensorInfo],
-) -> None:
+) -> nn.Module:
     """The backbone is a stock mlx-lm model without its output layer, and maybe its embedding."""
     backbone = build_model(config, quantized_modules(tensors))
     own = ifp.predictor_embedding == "own"
     if not own:
         _check_shared_embedding(path, llm, backbone)
     check_tensors(path / PREDICTOR, tensors, backbone_tensors(backbone, own))
+    return backbone
 
 
 def _check_shared_embedding(path: Path, llm: nn.Module, backbone: nn.Module) -> None:

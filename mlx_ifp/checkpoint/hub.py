@@ -65,7 +65,7 @@ def upload_checkpoint(directory: Path, repo: str, base_model: str | None = None)
     with uploading(directory, repo):
         api = HfApi()
         api.create_repo(repo_id=repo, exist_ok=True)
-        api.upload_large_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
+        api.upload_folder(folder_path=str(directory), repo_id=repo, repo_type="model")
 
 
 @contextlib.contextmanager

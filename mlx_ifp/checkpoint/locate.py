@@ -11,7 +11,10 @@ from huggingface_hub.errors import (
 from ..errors import IFPError, one_line
 from .config import CONFIG_FILE
 
-TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+# A pattern of the hub's covers directories too, such as that of a tokenizer's other templates.
+TOKENIZER_PATTERNS = [
+    *("*.json", "*.jsonl", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jinja"),
+]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "*.py"]
 # The package's own checkpoint, for those who name none.
 DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"

@@ -1,20 +1,65 @@
 """A checkpoint's tokenizers: its LLM's, and its predictor's own."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from ..errors import one_line
+from ..errors import IFPError, one_line
 from .directory import PREDICTOR, Checkpoint
 
 
+def tokens_without_rows(tokenizer: TokenizerWrapper, rows: int | None, where: str) -> list[str]:
+    """Tokens that were added to a tokenizer and whose ids have no row in the embedding.
+
+    MLX reads beyond the array for such an id, and answers are garbage. Models are published with
+    a few, which no text is meant to use (Gemma 3's ``<image_soft_token>``). A whole vocabulary
+    beyond the embedding is that of another model.
+
+    Args:
+        tokenizer: of the model.
+        rows (int): of its embedding; None leaves it unchecked.
+        where (str): names the tokenizer in messages.
+
+    Returns:
+        list: the tokens, by id.
+
+    Raises:
+        IFPError: if an id beyond the embedding is no added token's.
+    """
+    # Tokenizers of other classes than transformers' may lack a vocabulary.
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        if rows is None:
+            return []
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        beyond = sorted((id, token) for token, id in vocabulary.items() if id >= rows)
+        for id, token in beyond:
+            if token not in added:
+                raise IFPError(
+                    f"{where}: the token {token!r} has the id {id}, but the model's embedding has "
+                    f"only {rows} rows. Use the tokenizer that belongs to the model."
+                )
+        return [token for _, token in beyond]
+    return []
+
+
+def _fits(tokenizer: TokenizerWrapper, rows: int | None) -> bool:
+    """Whether there are no more tokens than rows; counting them is a thousand times as fast."""
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+        return rows is None or tokenizer.vocab_size + len(tokenizer.get_added_vocab()) <= rows
+    return False
+
+
 def _load_tokenizer(
-    path: Path, config: dict[str, Any] | None, eos_token_ids: Any = None
+    path: Path, config: dict[str, Any] | None, rows: int | None, eos_token_ids: Any = None
 ) -> TokenizerWrapper:
     with one_line(f"{path}: the tokenizer cannot be loaded"):
-        return load_tokenizer(path, config, eos_token_ids=eos_token_ids)
+        tokenizer = load_tokenizer(path, config, eos_token_ids=eos_token_ids)
+    if not _fits(tokenizer, rows):
+        tokens_without_rows(tokenizer, rows, str(path))
+    return tokenizer
 
 
 def load_tokenizer_of(
@@ -23,13 +68,18 @@ def load_tokenizer_of(
     """The tokenizer of a checkpoint's LLM; ``config`` is passed on, as in mlx-lm.
 
     Raises:
-        IFPError: if it cannot be loaded.
+        IFPError: if it cannot be loaded, or is another model's.
     """
-    return _load_tokenizer(checkpoint.path, config, checkpoint.config.get("eos_token_id"))
+    ids = checkpoint.config.get("eos_token_id")
+    return _load_tokenizer(checkpoint.path, config, checkpoint.token_rows, ids)
 
 
 def load_predictor_tokenizer(
     checkpoint: Checkpoint, config: dict[str, Any] | None = None
 ) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint's predictor, which has one of its own."""
-    return _load_tokenizer(checkpoint.path / PREDICTOR, config)
+    """The tokenizer of a checkpoint's predictor, which has one of its own.
+
+    Raises:
+        IFPError: if it cannot be loaded, or is another model's.
+    """
+    return _load_tokenizer(checkpoint.path / PREDICTOR, config, checkpoint.predictor_rows)

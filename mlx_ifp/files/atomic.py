@@ -117,6 +117,24 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def without_path(directory: Path, what: str) -> Iterator[None]:
+    """Errors do not name a temporary directory, which is gone when they are read.
+
+    Args:
+        directory (Path): from :func:`new_directory`.
+        what (str): what was to be written or converted, in its place.
+    """
+    try:
+        yield
+    except IFPError as error:
+        message = str(error)
+        if str(directory) not in message:
+            raise
+        inside = message.replace(f"{directory}/", "").replace(str(directory), "the directory")
+        raise IFPError(f"{what}: {inside}") from error
+
+
+@contextlib.contextmanager
 def _removed_at_death(path: Path) -> Iterator[None]:
     """Let a shell remove a directory if this process dies.
 

@@ -285,8 +285,8 @@ def test_uploading(tmp_path, monkeypatch):
         def create_repo(self, **kwargs):
             calls.append(("create_repo", kwargs))
 
-        def upload_large_folder(self, **kwargs):
-            calls.append(("upload_large_folder", kwargs))
+        def upload_folder(self, **kwargs):
+            calls.append(("upload_folder", kwargs))
 
     monkeypatch.setattr(hub, "HfApi", Recorder)
     out = convert(
@@ -295,7 +295,7 @@ def test_uploading(tmp_path, monkeypatch):
     assert calls == [
         ("create_repo", {"repo_id": "me/trained-ifp", "exist_ok": True}),
         (
-            "upload_large_folder",
+            "upload_folder",
             {"folder_path": str(out), "repo_id": "me/trained-ifp", "repo_type": "model"},
         ),
     ]

@@ -194,7 +194,8 @@ def test_a_missing_shard(tmp_path):
 def test_without_pytorch_the_extra_is_named(tmp_path):
     """Where PyTorch is installed, too: this command cannot import it."""
     run = damaged(tmp_path, "split")
-    (run / "extractor.safetensors").rename(run / "extractor.pt")
+    (run / "extractor.safetensors").unlink()
+    (run / "extractor.pt").write_bytes(b"PK\x03\x04")
     (tmp_path / "blocked").mkdir()
     block = "import sys; sys.modules['torch'] = None"
     (tmp_path / "blocked" / "sitecustomize.py").write_text(block)

@@ -18,14 +18,15 @@ from ...checkpoint.directory import Checkpoint
 from ...checkpoint.rows import parts_of, stored_as
 from ...checkpoint.weights import load_tensors
 from ...errors import IFPError
-from ...files.atomic import new_directory
+from ...files.atomic import new_directory, without_path
 from ...files.tensor_files import DTYPES, LazyTensor, write_safetensors
 from ...files.text import write_text
-from ...llm.build import quantization_of, with_width
+from ...llm.build import quantization_of
 from ...llm.ffn import FFN
 from ...selection.selection import Selection, check_selection
 from ...subnetwork.channels import ChannelReader
 from ...subnetwork.rows import FFNRows, read_layer
+from .config import config_of_width
 from .gguf import check_gguf, write_gguf
 
 DOWN_BITS = 8
@@ -144,8 +145,8 @@ def export(
         list: notes on what could not be kept as it is.
 
     Raises:
-        IFPError: if the selection is of another model, the path exists, or mlx-lm has no GGUF of
-            this architecture; nothing is left behind.
+        IFPError: if the selection is of another model, the path exists, mlx-lm has no GGUF of
+            this architecture, or would not open what is written; nothing is left behind.
     """
     if selection is not None:
         check_selection(selection, checkpoint.ffns)
@@ -153,7 +154,7 @@ def export(
             raise IFPError("The selection was made with another checkpoint.")
     ks = [checkpoint.d_ffn] if selection is None else selection.ks
     width = max(ks)
-    config = with_width(copy.deepcopy(checkpoint.config), width)
+    config = copy.deepcopy(checkpoint.config)
     if dequantize:
         for name in ("quantization", "quantization_config"):
             config.pop(name, None)
@@ -197,8 +198,11 @@ def export(
             f"The down projections of {left} layers are left unquantized: k = {width} is no "
             "multiple of the group size."
         )
+    _record_quantized(config, tensors)
+    config, more = config_of_width(config, checkpoint.d_ffn, width, tensors)
+    notes += more
     save_path = Path(save_path)
-    with new_directory(save_path) as directory:
+    with new_directory(save_path) as directory, without_path(directory, f"{save_path}"):
         _write(directory, dict(sorted(tensors.items())), config)
         tokenizer.save_pretrained(str(directory))
         generation = checkpoint.path / "generation_config.json"
@@ -208,6 +212,17 @@ def export(
         if gguf:
             notes += write_gguf(directory, config)
     return notes
+
+
+def _record_quantized(config: dict[str, Any], tensors: dict[str, LazyTensor]) -> None:
+    """Take modules out of a config's quantization that are not quantized in what is written."""
+    said = config.get("quantization")
+    if isinstance(said, dict):
+        config["quantization"] = {
+            name: how
+            for name, how in said.items()
+            if not isinstance(how, dict) or f"{name}.scales" in tensors
+        }
 
 
 def _down_quantization(checkpoint: Checkpoint, ffn: FFN) -> dict[str, Any] | None:
