@@ -18,10 +18,12 @@ from mlx_ifp.errors import IFPError, one_line
 from mlx_ifp.files.tensor_files import LazyTensor
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.hf_config import mlx_config
 from mlx_ifp.llm.modules import get_module, linear
+from mlx_ifp.llm.trial import check_runs
 
 from .layouts.parts import generation_config
-from .naming import mlx_config, name_tensors
+from .naming import name_tensors
 from .quantized import load_quantized, record_quantization
 from .sources.files import open_tensors
 from .sources.gguf import load_gguf
@@ -164,6 +166,7 @@ def _from_network(
     else:
         record_quantization(network, config)
     ffns = find_ffns(network)
+    check_runs(network)
     notes = _turn_quantized(network, config, ffns)
     rows = token_rows(network)
     tensors = {
@@ -182,8 +185,9 @@ def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path)
 
 def dtype_of(config: dict[str, Any]) -> str | None:
     """The type that a config names; ``mlx_lm.convert`` stores floats in it."""
-    text_config = config.get("text_config") or {}
-    dtype = config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    parts = (config, config.get("text_config") or {})
+    names = (part.get(name) for part in parts for name in ("torch_dtype", "dtype"))
+    dtype = next((str(name).removeprefix("torch.") for name in names if name), None)
     return dtype if dtype in MODEL_CONVERSION_DTYPES else None
 
 

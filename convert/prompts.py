@@ -10,8 +10,10 @@ from mlx_ifp.checkpoint.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.checkpoint.directory import STATIC_FILE, open_checkpoint
 from mlx_ifp.device import default_dtype
 from mlx_ifp.errors import IFPError
-from mlx_ifp.files.jsonl import read_jsonl, row_messages
+from mlx_ifp.files.jsonl import read_jsonl
 from mlx_ifp.files.tensor_files import write_safetensors
+from mlx_ifp.files.text import read_text
+from mlx_ifp.llm.messages import row_messages
 from mlx_ifp.selectors.selector import Selector
 from mlx_ifp.selectors.text import selecting_text
 from mlx_ifp.subnetwork.parent import Parent
@@ -22,11 +24,7 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix.lower() == ".jsonl":
         prompts = read_jsonl(path, lambda row, _: str(selecting_text(row_messages(row))))
     else:
-        try:
-            lines = [line.decode() for line in path.read_bytes().splitlines()]
-        except UnicodeDecodeError as error:
-            raise IFPError(f"{path} is not a text file.") from error
-        prompts = [line for line in lines if line.strip()]
+        prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise IFPError(f"{path} has no prompts.")
     return prompts

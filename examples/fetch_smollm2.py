@@ -2,7 +2,7 @@
 
     python examples/fetch_smollm2.py
 
-It lies in examples/smollm2/ afterwards. The tests and the other examples use it.
+The file is in examples/smollm2/ afterwards. The tests and the other examples use it.
 """
 
 import os
@@ -18,7 +18,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch() -> Path:
-    """Download the file unless it is there."""
+    """Download the file, unless it is there, and return its path."""
     target = FOLDER / FILE
     if target.exists():
         return target

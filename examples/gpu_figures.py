@@ -359,7 +359,7 @@ class Checks:
         held = mx.get_active_memory() - before
         estimator = Estimator(model.checkpoint, mx.float32)
         k = int(0.3 * model.checkpoint.d_ffn)
-        expected = estimator.trunk + estimator.network(k)
+        expected = estimator.trunk + estimator.network([k] * len(model.checkpoint.ffns))
         del network
         try:
             self._model("float32", memory_limit=estimator.trunk // 2)

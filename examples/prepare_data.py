@@ -1,10 +1,10 @@
-"""Chat data with task names -> the {train,valid}.jsonl of a training run.
+"""Chat data with task names becomes the {train,valid}.jsonl of a training run.
 
     python prepare_data.py instructions-train.jsonl instructions-valid.jsonl data
 
-Each input line is ``{"messages": [...], "task": "math"}``. The first lines of each task are kept,
-in turns, so that any beginning of the file holds all tasks. ``--train-skip-per-task`` leaves out
-lines that an earlier run has seen.
+Each input line is ``{"messages": [...], "task": "math"}``. The first lines of each task are kept.
+Tasks take turns, so that any beginning of the file has all tasks. ``--train-skip-per-task`` leaves
+out lines that an earlier run has seen.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
     )
     for split, per_task, skip in parts:
         rows = balanced(getattr(args, split), per_task, skip)
-        (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+        (args.output / f"{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         print(f"{args.output / split}.jsonl: {len(rows)} examples")
 
 

@@ -35,17 +35,17 @@ def run(command: str, *args: str) -> None:
 
 @script
 def main() -> None:
-    """Fetch, convert, and generate under two tasks; the second task twice."""
+    """Fetch, convert, and generate under two tasks, the second one twice."""
     gguf = os.path.relpath(fetch())
     checkpoint = os.path.relpath(CHECKPOINT)
     model = ("--model", checkpoint)
     if not CHECKPOINT.exists():
         run("convert", "--model", gguf, "--mlx-path", checkpoint, "--keep", "0.75")
-    # Two tasks; then a second prompt of the second task, which pays nothing for the selection.
+    # The second task has two prompts. The second of them pays nothing for the selection.
     run("generate", *model, "--task", PROGRAMMER, "--prompt", SUM, "-m", "60")
     run("generate", *model, "--task", GEOGRAPHER, "--prompt", PARIS, "-m", "60", "--show-selection")
     run("generate", *model, "--task", GEOGRAPHER, "--prompt", RIVER, "-m", "60")
-    # For comparison: the whole model, and half of the channels, which is a lot to lose untrained.
+    # The whole model is for comparison. Half of the channels is a lot to lose without training.
     run("generate", *model, "--prompt", PARIS, "-m", "60", "--dense")
     run("generate", *model, "--prompt", PARIS, "-m", "60", "--keep", "0.5")
 

@@ -1,8 +1,8 @@
 """The words that flags and checks know. Nothing is imported here, so that help answers at once."""
 
-# How mlx-lm quantizes.
+# The modes in which mlx-lm quantizes.
 QUANTIZATION_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-# What mx.quantize takes in the mode affine.
+# The bits and group sizes that mx.quantize takes in the mode affine.
 Q_BITS = (2, 3, 4, 5, 6, 8)
 Q_GROUP_SIZES = (32, 64, 128)
 # mlx-lm's mixed-bit recipes.

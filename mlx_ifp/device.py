@@ -9,12 +9,12 @@ import numpy as np
 
 
 def default_dtype() -> mx.Dtype | None:
-    """float32 on a CPU device, where half precision is slow and, quantized, wrong; else as is."""
+    """float32 on a CPU, where half precision is slow or, quantized, wrong; else None."""
     return mx.float32 if mx.default_device().type == mx.DeviceType.cpu else None
 
 
 def default_cache_bytes() -> int:
-    """Half of the memory MLX may use: Metal says how much that is, CUDA what the card has."""
+    """Half of the memory that MLX may use, as Metal says, or that the CUDA card or machine has."""
     info = mx.device_info()
     limit = (
         info.get("max_recommended_working_set_size")
@@ -36,9 +36,9 @@ def shares_memory() -> bool:
 def copy_to_device(rows: np.ndarray) -> mx.array:
     """Bytes [n, width] in the device's own memory, evaluated.
 
-    ``mx.array`` alone leaves them where both sides can reach them. What an operation of the device
-    makes lies with the device, unless the operation may reuse its input's memory: therefore the
-    input is still held when it runs.
+    ``mx.array`` alone leaves them where both sides can reach them. The result of a device's
+    operation lies with the device, unless the operation reuses its input's memory. The input is
+    therefore held while the operation runs.
     """
     shared = mx.array(rows)
     copied = shared | mx.array(0, mx.uint8)
@@ -52,5 +52,6 @@ def default_cache_dir() -> Path:
         return Path(own).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx_ifp"
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mlx_ifp"
+    # The XDG specification has a path that is not absolute ignored.
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "mlx_ifp"

@@ -1,11 +1,8 @@
-"""The one exception users meet, and what other libraries' exceptions say in its line."""
+"""The one exception that users meet, and how other libraries' exceptions become one."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
-
-# A longer list is cut off.
-_LINES = 5
 
 
 class IFPError(Exception):
@@ -15,12 +12,17 @@ class IFPError(Exception):
     """
 
 
-def reason_of(error: Exception) -> str:
-    """One line of another library's error.
+# A line with such an ending goes on in the next one. So many characters of them are kept.
+_GOES_ON = (":", ",", ";")
+_LONGEST = 400
 
-    The first line counts, and the next ones too where it goes on: after a colon, and through a
-    list. The hub's errors say only in their last lines that a repository is gated, private or
-    missing: they are given whole.
+
+def reason_of(error: Exception) -> str:
+    """What another library's error says, in one line.
+
+    The first line counts. Where it announces more, with a colon, or goes on, with a comma, the next
+    lines count too, up to a sentence's length. The hub's errors say only in their last lines that a
+    repository is gated, private or missing, so they are given whole.
     """
     hub = sys.modules.get("huggingface_hub.errors")
     if hub is not None and isinstance(error, hub.HFValidationError):
@@ -31,10 +33,16 @@ def reason_of(error: Exception) -> str:
         return repr(error)
     if hub is not None and isinstance(error, hub.HfHubHTTPError):
         return " ".join(lines)
-    ends = (i for i, line in enumerate(lines, 1) if not line.endswith((":", ",")))
-    count = next(ends, len(lines))
-    cut = " ..." if count > _LINES else ""
-    return " ".join(lines[: min(count, _LINES)]).rstrip(",") + cut
+    reason = lines[0]
+    for line in lines[1:]:
+        if not reason.endswith(_GOES_ON):
+            break
+        if len(reason) + len(line) > _LONGEST:
+            return f"{reason} ..."
+        reason += f" {line}"
+    if reason.endswith(":") and isinstance(error.__cause__, Exception):
+        return f"{reason} {reason_of(error.__cause__)}"
+    return reason
 
 
 @contextlib.contextmanager

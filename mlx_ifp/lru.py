@@ -1,4 +1,4 @@
-"""What was used last is kept, and what several threads want at once is made by one of them."""
+"""A least-recently-used cache, in which one thread makes what several want at once."""
 
 import threading
 from collections import OrderedDict
@@ -32,7 +32,7 @@ class Once:
             key: what is asked for.
             look (Callable): gives the value if it is there, else None. Called with the lock held.
             make (Callable): makes the value and keeps it. Called without the lock, never by two
-                threads at once for one key. What it raises, those who wait raise too.
+                threads at once for one key. The threads that wait raise what it raises, too.
 
         Returns:
             tuple: the value, and whether this call made it.
@@ -49,7 +49,7 @@ class Once:
             try:
                 return future.result(), False
             except (KeyboardInterrupt, SystemExit):
-                # If it is the other thread that was interrupted, it is this one's turn.
+                # If the other thread was interrupted, it is this one's turn.
                 if not future.done() or future.exception() is None:
                     raise
 
@@ -68,14 +68,15 @@ class Once:
 
 
 class LRU(Generic[Key, Value]):
-    """Values by key, of which those used last are kept. Thread-safe.
+    """Values by key; those that were used last are kept. Thread-safe.
 
     Args:
-        most (int): the bound of all sizes together: of a count, if every size is 1, or of bytes.
-        in_use (Container): keys that are never evicted; whoever owns it changes it under ``lock``.
+        most (int): the bound of all sizes together: a count, if every size is 1, or bytes.
+        in_use (Container): keys that are never evicted; their owner changes them under ``lock``.
 
     Attributes:
-        most: the bound; lowering it evicts nothing until something is kept, or :meth:`shrink`.
+        most: the bound. If it is lowered, nothing is evicted until the next :meth:`keep` or
+            :meth:`shrink`.
         lock: guards the entries; it is never held while a value is made.
         evictions: how many were evicted since it was made.
     """
@@ -89,7 +90,7 @@ class LRU(Generic[Key, Value]):
         self._once = Once(self.lock)
 
     def get(self, key: Key) -> Value | None:
-        """The value of a key, which is used now; None if it is not there."""
+        """The value of a key, which counts as used now; None if it is not there."""
         with self.lock:
             if key not in self._entries:
                 return None
@@ -97,7 +98,7 @@ class LRU(Generic[Key, Value]):
             return self._entries[key][0]
 
     def keep(self, key: Key, value: Value, size: int = 1) -> Value:
-        """Keep a value, unless it alone is larger than the bound; a value in use always is.
+        """Keep a value, unless it alone is larger than the bound. A value in use is always kept.
 
         Returns:
             the value that is there: the older one, if another thread has kept one meanwhile.
@@ -123,7 +124,7 @@ class LRU(Generic[Key, Value]):
         return self._once.get(key, lambda: self.get(key), lambda: self.keep(key, *make()))
 
     def shrink(self, size: int) -> None:
-        """Evict until the sizes are at most that together, or all that are left are in use."""
+        """Evict until all sizes together are at most ``size``, or only values in use are left."""
         with self.lock:
             while self.size > size:
                 free = next((key for key in self._entries if key not in self._in_use), None)
@@ -133,7 +134,7 @@ class LRU(Generic[Key, Value]):
                 self.evictions += 1
 
     def clear(self) -> None:
-        """Drop all that is not in use; that is no eviction."""
+        """Drop all that is not in use. This does not count as evictions."""
         with self.lock:
             for key in [key for key in self._entries if key not in self._in_use]:
                 del self._entries[key]
@@ -145,7 +146,7 @@ class LRU(Generic[Key, Value]):
             return sum(size for _, size in self._entries.values())
 
     def items(self) -> list[tuple[Key, Value]]:
-        """What is kept, least recently used first; looking is no use."""
+        """What is kept, least recently used first. Listing does not count as use."""
         with self.lock:
             return [(key, value) for key, (value, _) in self._entries.items()]
 

@@ -1,4 +1,4 @@
-"""text -> selection -> sub-network: what ties the layers below together."""
+"""Text -> selection -> sub-network: this ties the layers below together."""
 
 import time
 from contextlib import AbstractContextManager
@@ -36,20 +36,20 @@ from .subnetwork.store import Loaded, SubnetworkStore
 
 
 class IFPModel:
-    """A checkpoint in use: trunk in memory, sub-networks made and cached as texts ask for them.
+    """A checkpoint in use: its trunk is in memory, sub-networks are made as texts ask for them.
 
-    Made by :func:`load`. Thread-safe.
+    :func:`load` makes it. Thread-safe.
 
     Attributes:
         checkpoint: what was opened.
-        tokenizer: its LLM's.
-        dtype: the type that floats are cast to; None for as they are stored.
+        tokenizer: that of its LLM.
+        dtype: the type that floats are cast to; None leaves them as they are stored.
         memory: what keeps it within its memory limit, or None.
         parent: the trunk, and the reader of the channels.
         text_selector: text -> selection.
-        store: selection -> network.
+        store: selection -> sub-network.
         networks: the sub-networks in memory.
-        reuse: what stands in for a new selection that is nearly the same, or None.
+        reuse: finds the stand-in for a new selection that is nearly the same; None for no reuse.
         tasks: the named tasks of this checkpoint: ``model.tasks.load("python").selection``.
         warm: the prompts whose keys and values are kept.
     """
@@ -78,8 +78,8 @@ class IFPModel:
         )
         memory = None
         if memory_limit is not None:
-            # Before the first weight is read.
-            use = use or Use(compact(ks), Generation(1), default)
+            # What does not fit is refused before the first weight is read.
+            use = use or Use(ks, Generation(1), default)
             memory = MemoryLimit(memory_limit, Estimator(checkpoint, dtype), self.networks, use)
         self.memory = memory
         self.parent = Parent.of(checkpoint, load_trunk(checkpoint, max(ks), dtype), dtype)
@@ -91,7 +91,8 @@ class IFPModel:
             default=default,
             on_disk=selection_cache,
             tokenizer_config=tokenizer_config,
-            # Not methods of this object: a cycle would keep its memory until it is collected.
+            # These are no methods of this object, because a cycle of references would keep its
+            # memory until the garbage collector runs.
             make_room=None if memory is None else memory.before_selecting,
             keeps_predictor=None if memory is None else lambda: memory.keeps_predictor,
         )
@@ -103,7 +104,7 @@ class IFPModel:
             files = WarmPromptFiles(selection_cache.directory, str(checkpoint.path))
         self.warm = WarmPrompts(checkpoint.digest, dtype, files)
         if memory_limit is not None:
-            # They are not part of the estimate; on disk they may be kept.
+            # Their bytes are not in the estimate, so they are kept on disk only.
             self.warm.max_bytes = 0
 
     # Text -> selection.
@@ -140,12 +141,12 @@ class IFPModel:
 
     @property
     def predictor_loads(self) -> int:
-        """How often the predictor was loaded."""
+        """How many times the predictor was loaded."""
         return self.text_selector.predictor_loads
 
     @property
     def selector_runs(self) -> int:
-        """How often a selector computed scores."""
+        """How many times a selector computed scores."""
         return self.text_selector.runs
 
     def release_predictor(self) -> None:
@@ -223,16 +224,21 @@ class IFPModel:
             dense (bool): use all channels.
             selector (str): None for the default.
             keep: channels to keep; None for the checkpoint's k.
+
+        Raises:
+            IFPError: if nothing of these is given, the text is empty or too long, the selection is
+                of another checkpoint, or the network does not fit the memory limit.
         """
         start = time.perf_counter()
-        source = "dense" if dense else "given"
+        source, selected, overlap = "dense" if dense else "given", start, None
         if selection is None and not dense:
+            if text is None:
+                raise IFPError("Nothing selects: give a text, a selection, or dense=True.")
             selection, source = self.text_selector.find(text, selector, keep)
-        selected = time.perf_counter()
-        overlap = None
-        # A selection that was given is used as it is.
-        if self.reuse is not None and source not in ("given", "dense"):
-            selection, overlap = self.reuse.stand_in(selection)
+            selected = time.perf_counter()
+            # A selection that is given never has a stand-in.
+            if self.reuse is not None:
+                selection, overlap = self.reuse.stand_in(selection)
         loaded = self._load(selection)
         return Prepared(
             network=loaded.network,
@@ -248,9 +254,9 @@ class IFPModel:
     def using(self, prepared: Prepared) -> AbstractContextManager[nn.Module]:
         """``with model.using(prepared) as network``: keep it in memory while the block runs.
 
-        Without this a sub-network may be evicted while it generates. It lives on, but its bytes do
-        not count, and whoever asks for it loads it a second time. :func:`mlx_ifp.stream_generate`
-        does this by itself.
+        Without this, a sub-network may be evicted while it generates. It lives on, but its bytes
+        do not count, and the next call that asks for it loads it a second time.
+        :func:`mlx_ifp.stream_generate` does this by itself.
 
         Args:
             prepared (Prepared): from :meth:`prepare`.
@@ -266,11 +272,11 @@ class IFPModel:
     ) -> int:
         """Prefill a prefix, such as a system prompt, and keep it: see :meth:`WarmPrompts.warm`.
 
-        ``prompt_cache, rest = model.warm.fetch(prepared, tokens)`` uses it: the two are mlx-lm's
-        ``prompt_cache`` and ``prompt``.
+        ``prompt_cache, rest = model.warm.fetch(prepared, tokens)`` uses it. The two are the
+        ``prompt_cache`` and the ``prompt`` of mlx-lm.
 
         Returns:
-            int: tokens that the network processed now; 0 if it was kept already.
+            int: tokens that the network processed now; 0 if the prefix was kept already.
         """
         with self.using(prepared):
             return self.warm.warm(prepared, tokens, settings, **kwargs)
@@ -303,24 +309,27 @@ def load(
     """Load a checkpoint: its trunk and tokenizer, but no FFN and no predictor yet.
 
     Args:
-        path_or_hf_repo: a local directory or a hub repository; None for the package's own model.
+        path_or_hf_repo: a local directory or a hub repository; None takes the package's own model.
         tokenizer_config (dict): passed to the tokenizer, as in mlx-lm.
         revision (str): of a hub repository.
-        dtype (mx.Dtype): run in this type. By default as stored on a GPU, float32 on a CPU.
+        dtype (mx.Dtype): run in this type. The default is float32 on a CPU, and on a GPU the type
+            of the stored weights.
         keep: channels to keep in each layer: a count, a list of L counts, or a fraction (float).
-            By default what the checkpoint says.
-        selector (str): ``predictor``, ``activations`` or ``static``. By default what the
+            The default is what the checkpoint says.
+        selector (str): ``predictor``, ``activations`` or ``static``. The default is what the
             checkpoint says.
         cache (bool): keep selections on disk.
-        cache_dir: where, and named tasks beside them; by default the platform's place for caches.
-        cache_bytes (int): bound of the sub-networks kept in memory; by default half of the
-            memory MLX may use.
-        reuse_overlap (float): above 0, at most 1. Where a text's selection overlaps that much (mean
+        cache_dir: where they are kept, with named tasks beside them. The default is the
+            platform's place for caches.
+        cache_bytes (int): bound of the sub-networks kept in memory. The default is half of the
+            memory that MLX may use.
+        reuse_overlap (float): above 0, at most 1. If a text's selection overlaps that much (mean
             over layers) with one whose sub-network is in memory, ``prepare`` and ``generate`` use
-            that one: nothing is loaded. ``select`` and ``subnetwork`` stay exact. None: never.
+            that sub-network and load nothing. ``select`` and ``subnetwork`` stay exact. None turns
+            this off.
         memory_limit (int): bytes that trunk, predictor, sub-networks, keys and values may take
-            together. Sub-networks have what the rest leaves of it; the predictor only stays in
-            memory if there is room. One generation at a time is counted.
+            together. Sub-networks get what the rest leaves. The predictor only stays in memory if
+            there is room. One generation at a time is counted.
 
     Returns:
         tuple: the model, and the LLM's tokenizer.

@@ -54,7 +54,7 @@ def relative_error(a: mx.array, b: mx.array) -> float:
 
 @dataclass
 class Peak:
-    """The most bytes that MLX held above what it held before; set when the block has ended."""
+    """The most bytes that MLX held above what it held before. They are set when the block ends."""
 
     nbytes: int | None = None
 
@@ -62,8 +62,8 @@ class Peak:
 @contextmanager
 def memory_peak() -> Iterator[Peak]:
     """Measures a block: ``with memory_peak() as peak: ...``, then ``peak.nbytes``."""
-    # What earlier tests left in cycles must not be freed in the block: it would hide as many bytes.
-    # Nor may earlier work still run.
+    # Earlier work must have ended, and cycles of earlier tests must be freed before the block. If
+    # they were freed inside it, they would hide as many bytes.
     mx.synchronize()
     gc.collect()
     mx.clear_cache()

@@ -15,10 +15,17 @@ from mlx_ifp.errors import IFPError, one_line, reason_of
         (RuntimeError("\n\nMissing:\n  layers.0\nmore"), "Missing: layers.0"),
         (RuntimeError("it ends in a colon:"), "it ends in a colon:"),
         (ValueError("Unknown: \n a,\n b.\nmore"), "Unknown: a, b."),
-        (ValueError("Unknown:\na,\nb,\nc,\nd,\ne,\nf."), "Unknown: a, b, c, d ..."),
         (KeyError("rope_theta"), "KeyError('rope_theta')"),
         (AssertionError(), "AssertionError()"),
         (RecursionError("too deep"), "too deep"),
+        (
+            ValueError("None of:\n(1) a file,\n(2) a slow one.\nmore"),
+            "None of: (1) a file, (2) a slow one.",
+        ),
+        (
+            ValueError("Received 2 parameters:\n" + "a" * 300 + ",\n" + "b" * 300 + "."),
+            "Received 2 parameters: " + "a" * 300 + ", ...",
+        ),
     ],
 )
 def test_any_error_becomes_one_line(error, line):
@@ -27,6 +34,12 @@ def test_any_error_becomes_one_line(error, line):
         raise error
     assert str(caught.value) == f"The model cannot be read: {line}"
     assert caught.value.__cause__ is error
+
+
+def test_a_reason_that_ends_in_a_colon_goes_on_with_its_cause():
+    error = ValueError("Validation error for field 'eps':")
+    error.__cause__ = TypeError("expected float, got None")
+    assert reason_of(error) == "Validation error for field 'eps': expected float, got None"
 
 
 def test_an_error_of_ours_passes_unchanged():

@@ -1,4 +1,4 @@
-"""What was used last is kept, within a bound."""
+"""A cache keeps what was used last, within a bound."""
 
 import threading
 

@@ -11,7 +11,7 @@ from mlx_ifp.commands.train.given import options_of
 from mlx_ifp.commands.train.options import defaults
 
 K = 64
-# Of a run that goes on from a checkpoint: its predictor is trained on, not a new one.
+# Options of a run that goes on from a checkpoint, whose own predictor it trains.
 OWN_PREDICTOR = {"predictor_layers": None, "head_width": None}
 
 
@@ -54,7 +54,7 @@ def log(path: Path) -> list[dict]:
 
 
 def losses(path: Path) -> dict[int, float]:
-    """Its training losses by iteration; of one that was repeated, the last."""
+    """A run's training losses by iteration. If an iteration was repeated, the last one counts."""
     return {r["iteration"]: r["train_loss"] for r in log(path) if "train_loss" in r}
 
 

@@ -109,7 +109,7 @@ def _check_kind(metadata: dict[str, Any]) -> None:
 
 
 def _read_config(metadata: dict[str, Any], tensors: dict[str, GGUFTensor]) -> dict[str, Any]:
-    def positive(key: str, default: float | None = None, kind: type = int) -> Any:
+    def positive(key: str, default: float | None = None, kind: type[float] = int) -> Any:
         value = metadata.get(f"llama.{key}", default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]  # one per layer, all the same

@@ -352,7 +352,10 @@ class BatchOrder:
             full = len(members) // size * size
             batches += list(members[:full].reshape(-1, size))
             rest = members[full:]
-        if len(rest):
+        if len(rest) == 1 and batches:
+            # A batch of one row would be compiled for itself.
+            batches[-1] = np.concatenate([batches[-1], rest])
+        elif len(rest):
             batches.append(rest)
         return [batches[i] for i in random.permutation(len(batches))]
 

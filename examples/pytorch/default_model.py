@@ -9,6 +9,7 @@ stage are in ``timing.json``.
 """
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -146,20 +147,24 @@ def settings(args: argparse.Namespace, memory: float) -> dict[str, list[object]]
                        "--valid-examples", 8],
             "evaluate": ["--examples", 12, "--max-answer-tokens", 8],
         }  # fmt: skip
-    # A 135M model, its teacher and the optimizer take 3 GB, a token of a batch about 1.5 MB.
-    tokens = int(max(2048, min(16384, (memory - 4) / 0.0015 // 2048 * 2048)))
+    # A 135M model, its teacher and the optimizer take 3 GB, a token of a batch 0.8 MB (measured on
+    # an H200: 15.5 GB at 16,384). With 16,384 tokens a step took 0.17 s and the GPU mostly waited
+    # for its host, so batches are as large as fits.
+    tokens = int(max(2048, min(65536, (memory - 6) / 0.001 // 2048 * 2048)))
     both = ["--batch-tokens", tokens, "--learning-rate", args.learning_rate,
-            "--warm-start-iters", 100, "--valid-examples", 256]  # fmt: skip
+            "--warm-start-iters", 200, "--valid-examples", 256, "--schedule", "linear"]  # fmt: skip
     if memory:
         both.append("--compile")
     else:
         both += ["--dtype", "float32"]
     return {
         "synthesize": ["--prompts-count", 8850, "--valid-prompts-count", 240,
-                       "--split-valid", 480],
+                       "--split-valid", 480, *(["--count", 1000] if args.data else [])],
         "train": [*both, "--predictor-layers", 4,
                   "--predictor-learning-rate", args.predictor_learning_rate],
-        "static": [*both, "--predictor-learning-rate", args.predictor_learning_rate],
+        # Too short to be worth a compilation.
+        "static": [*(flag for flag in both if flag != "--compile"), "--valid-examples", 64,
+                   "--predictor-learning-rate", args.predictor_learning_rate],
         "evaluate": ["--max-answer-tokens", 96],
     }  # fmt: skip
 
@@ -182,8 +187,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="a directory that is empty or not there yet")
     add("--work", type=Path, help="a new directory for models and data (default: a temporary one)")
-    add("--learning-rate", type=float, default=6e-4)
-    add("--predictor-learning-rate", type=float, default=2e-4)
+    # 6e-4 and 2e-4 at 16,384 tokens a batch diverged after 320 steps.
+    add("--learning-rate", type=float, default=4e-4)
+    add("--predictor-learning-rate", type=float, default=1e-4)
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE.jsonl.gz",
+        help="conversations that the model wrote earlier; then few new ones are made, to validate",
+    )
+    add("--q-group-size", type=int, choices=[32, 64, 128], default=64)
+    add("--no-static", action="store_true", help="leave out the static mask, for a longer training")
     add("--seed", type=int, default=0)
     add("--tiny", action="store_true", help="small settings: to try it on a CPU with a tiny model")
     return parser  # fmt: skip
@@ -192,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     gguf = None if args.model else args.gguf or GGUF
-    for path in (args.model, gguf, args.prompts, args.valid_prompts):
+    for path in (args.model, gguf, args.prompts, args.valid_prompts, args.data):
         if path is not None and not path.exists():
             raise fail(f"{path} is not there; name a model, GGUF file or prompts that are.")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
@@ -226,8 +240,8 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
             return False
     keep = channels_kept(dense)
 
-    # A third of the time, from the start, is for data.
-    seconds = 0.33 * limit - (limit - runner.left)
+    # A third of the time, from the start, is for data; less if most of it is there.
+    seconds = (0.2 if args.data else 0.33) * limit - (limit - runner.left)
     data, report = work / "train.jsonl", output / "synthesize.json"
     given = ["--prompts", args.prompts] if args.prompts else []
     if args.valid_prompts:
@@ -241,6 +255,8 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     names = ("rows", "valid_rows", "sampled_tokens", "tokens_per_second", "truncated", "batch_size")
     runner.note("synthesize", **{name: made[name] for name in names if name in made})
     valid = work / "train-valid.jsonl"
+    if args.data:
+        append_rows(args.data, data)
     if not data.exists() or data.stat().st_size == 0:
         if not args.prompts:
             return False
@@ -250,12 +266,14 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
 
     # What follows the training: its evaluation, and the static mask with a fifth of its time.
     after = min(90, 0.25 * limit)
-    seconds = (runner.left - after) / 1.2
+    # Imports, compilation and first validation come before any training.
+    before_training = min(25, 0.1 * limit)
+    seconds = (runner.left - after - before_training) / (1 if args.no_static else 1.2)
     checked = ["--valid", valid] if valid.exists() else []
     common = [
         "--model", dense, "--data", data, *checked, "--keep", keep[0], keep[-1],
         "--distill-weight", 1, "--distill-on", "all", "--quantize-from", 0.8, "--q-bits", 4,
-        "--q-group-size", 64, "--seed", args.seed,
+        "--q-group-size", args.q_group_size, "--seed", args.seed,
     ]  # fmt: skip
     trained = work / "prompt"
     # Nothing cuts it but the limit: without its weights all was in vain.
@@ -278,11 +296,13 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     if not (trained / MANIFEST).exists():
         return False
     packed = output / "packed"
-    if not runner.stage("pack", "pack_model.py", trained, packed, timeout=120):
+    group = ["--q-group-size", args.q_group_size]
+    if not runner.stage("pack", "pack_model.py", trained, packed, *group, timeout=120):
         # As it is, if it cannot be packed: larger, but not lost.
         shutil.copytree(trained, output / "checkpoint", ignore=shutil.ignore_patterns("state*"))
 
-    evaluation = ["--dense", dense, "--keep", *keep, "--rounded", 4, 64, *flags["evaluate"]]
+    evaluation = ["--dense", dense, "--keep", *keep, "--rounded", 4, args.q_group_size]
+    evaluation += flags["evaluate"]
     if valid.exists():
         evaluation += ["--data", valid]
     questions = HERE / "questions.txt"
@@ -296,9 +316,11 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
         "--output", results[0], timeout=max(60, runner.left),
     )  # fmt: skip
 
-    static, before = work / "static", runner.left
-    seconds = min(seconds / 5, before - max(10, after / 4))
-    if seconds > 5 and valid.exists():
+    static = work / "static"
+    seconds = min(seconds / 5 + before_training, runner.left - max(10, after / 4))
+    if args.no_static:
+        print("static: left out", flush=True)
+    elif seconds > 5 and valid.exists():
         runner.stage(
             "static", "train.py", *common, "--output", static, "--minutes", seconds / 60,
             "--select-by", "static", *flags["static"], timeout=max(runner.left, 30) + 15,
@@ -308,13 +330,24 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
         if (static / MANIFEST).exists():
             runner.stage(
                 "evaluate-static", "evaluate.py", *evaluation, "--static", static,
-                "--output", results[1], timeout=max(30, runner.left + 30),
+                "--output", results[1], timeout=max(60, runner.left + 30),
             )  # fmt: skip
     else:
         print("static: no time left for it", flush=True)
-    write_table(results, output / "table.md")
+    steps = {
+        name: runner.timing["stages"].get(stage, {})
+        for name, stage in (("prompt", "train"), ("static", "static"))
+    }
+    write_table(results, steps, output / "table.md")
     runner.write_timing()
     return True
+
+
+def append_rows(source: Path, data: Path) -> None:
+    """Add the rows of a file, gzipped or not, to the training data."""
+    opened = gzip.open if source.suffix == ".gz" else open
+    with opened(source, "rt", encoding="utf-8") as rows, open(data, "a", encoding="utf-8") as file:
+        shutil.copyfileobj(rows, file)
 
 
 def keep_samples(data: Path, valid: Path, output: Path) -> None:
@@ -331,18 +364,24 @@ def copy_log(run: Path, to: Path) -> None:
         shutil.copy(run / "log.jsonl", to)
 
 
-def write_table(results: list[Path], to: Path) -> None:
-    """The tables of all evaluations as one, printed and written."""
+def write_table(results: list[Path], steps: dict[str, dict[str, Any]], to: Path) -> None:
+    """The tables of all evaluations as one, and what each run was trained, printed and written."""
     # Imported late: until here nothing needs PyTorch in this process.
     from evaluate import table
 
     runs = {}
     for path in results:
         runs |= read_json(path).get("runs", {})
-    if runs:
-        text = table(runs)
-        to.write_text(text + "\n")
-        print(text, flush=True)
+    if not runs:
+        return
+    lines = [table(runs), ""]
+    for name in runs:
+        count, tokens = (steps[name].get(key, 0) for key in ("iterations", "trained_tokens"))
+        lines.append(f"{name}: {count:,} steps, {tokens:,} tokens")
+        if count < 100:
+            lines.append(f"[WARNING] {name} was hardly trained; its rows compare nothing.")
+    to.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
 
 
 def _scales(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +85,12 @@ def unpack(codes: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     return torch.where(codes == codes.amax(-1, keepdim=True), far, values).flatten(-2)
 
 
+def _own(weight: Tensor) -> Tensor:
+    """The part of a weight that this process holds."""
+    weight = weight.detach()
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 class Rounding:
     """While this context is open, an LLM's weights are what its quantized checkpoint will have.
 
@@ -109,8 +116,8 @@ class Rounding:
         group_size: int = 64,
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        if bits not in BITS or group_size not in (32, 64, 128):
-            raise ValueError("--q-bits must be 2, 3, 4, 5, 6 or 8, --q-group-size 32, 64 or 128")
+        if bits not in BITS or group_size not in GROUP_SIZES:
+            raise ValueError(f"bits must be one of {BITS}, the group size one of {GROUP_SIZES}")
         self.bits, self.group_size, self.dtype = bits, group_size, dtype
         turned = {id(down.weight) for down in downs}
         found = {}
@@ -119,7 +126,12 @@ class Rounding:
                 weight = module.weight
                 if weight.shape[0 if id(weight) in turned else 1] % group_size == 0:
                     found[id(weight)] = weight
-        self.weights = [(weight, name in turned) for name, weight in found.items()]
+        self.weights = [(_own(weight), name in turned) for name, weight in found.items()]
+        if any(turned and weight.shape[0] % group_size for weight, turned in self.weights):
+            raise ValueError(
+                f"the processes' parts of the hidden size are no multiples of {group_size}; use "
+                "fewer processes or no --quantize-from"
+            )
         self._floats: list[Tensor] = []
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ def save_checkpoint(
     *,
     dtype: torch.dtype = torch.float16,
     shard_size: str = "4GB",
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint; files appear under their names when all of them are whole.
 
@@ -54,15 +55,18 @@ def save_checkpoint(
         dtype (torch.dtype): of the weights in the files. A run that trained rounded weights is
             saved in the type in which it rounded them: ``convert -q`` makes the same of them.
         shard_size (str): of the LLM's files at most, as transformers takes it.
+        state (dict): the model's state dict, if its own weights are parts of it.
     """
     temporary = output / ".saving"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     llm, predictor = model.llm, model.predictor
     # Tied tensors stay tied, and are written once.
-    stored = {tensor.data_ptr(): _stored(tensor, dtype) for tensor in llm.state_dict().values()}
-    state = {name: stored[tensor.data_ptr()] for name, tensor in llm.state_dict().items()}
-    llm.save_pretrained(temporary, state_dict=state, max_shard_size=shard_size)
+    whole = model.state_dict() if state is None else state
+    of_llm, of_predictor = (_below(whole, prefix) for prefix in ("llm.", "predictor."))
+    stored = {tensor.data_ptr(): _stored(tensor, dtype) for tensor in of_llm.values()}
+    of_llm = {name: stored[tensor.data_ptr()] for name, tensor in of_llm.items()}
+    llm.save_pretrained(temporary, state_dict=of_llm, max_shard_size=shard_size)
     _set_dtype(temporary / "config.json", dtype)
     tokenizer.save_pretrained(temporary)
     manifest = {
@@ -72,15 +76,15 @@ def save_checkpoint(
         "mask_operator": model.operator,
         "mask_temperature": model.temperature,
         # What inference does: a mask that was trained hard is used hard.
-        "mask_mode": "soft" if model.mode == "soft" else "hard",
+        "keep_soft_values": model.mode == "soft",
         "softtopk_iters": 40,
         "chat_template_format": "raw",
     }
     if isinstance(predictor, StaticScores):
-        save_file({"scores": predictor.scores.detach().float().cpu()}, temporary / STATIC)
-        manifest["select_by"] = "static"
+        save_file({"scores": _stored(of_predictor["scores"], torch.float32)}, temporary / STATIC)
+        manifest |= {"select_by": "static", "static_scores": STATIC}
     else:
-        tensors = {name: _stored(t, dtype) for name, t in predictor.state_dict().items()}
+        tensors = {name: _stored(tensor, dtype) for name, tensor in of_predictor.items()}
         save_file(tensors, temporary / PREDICTOR)
         predictor.extractor.config.save_pretrained(temporary / CONFIG_DIRECTORY)
         _set_dtype(temporary / CONFIG_DIRECTORY / "config.json", dtype)
@@ -95,6 +99,10 @@ def save_checkpoint(
             shutil.rmtree(old)
         os.replace(new, old)
     temporary.rmdir()
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +155,7 @@ def load_checkpoint(
             k=manifest["target_intermediate_dim"],
             operator=manifest.get("mask_operator", "sigmoid"),
             temperature=manifest["mask_temperature"],
-            mode=manifest.get("mask_mode", "hard"),
+            mode="soft" if manifest.get("keep_soft_values") else "hard",
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]

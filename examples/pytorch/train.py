@@ -42,7 +42,7 @@ from model import (  # noqa: E402
     load_backbone,
     load_llm,
 )
-from rounding import Rounding  # noqa: E402
+from rounding import BITS, GROUP_SIZES, Rounding  # noqa: E402
 from save import is_checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
@@ -100,6 +100,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--warmup-iters", type=int, default=20, help="Steps in which the rates rise")
     add("--weight-decay", type=float, default=0.01, help="AdamW's, of matrices")
     add("--max-grad-norm", type=float, default=1.0, help="Gradients are clipped; 0 for never")
+    add("--skip-above", type=float, default=5.0,
+        help="A step is skipped if its gradients' norm is so many times the usual one")  # fmt: skip
     add("--batch-tokens", type=int, default=16384, help="Tokens of a batch, padding included")
     add("--grad-accumulation-steps", type=int, default=1, help="Batches of a step, each process")
     add("--seed", type=int, default=0)
@@ -139,7 +141,8 @@ def check_options(args: argparse.Namespace) -> None:
         ("learning_rate", 0, math.inf), ("predictor_learning_rate", 0, math.inf),
         ("batch_tokens", 1, math.inf), ("grad_accumulation_steps", 1, math.inf),
         ("steps_per_report", 1, math.inf), ("max_length", 2, math.inf), ("seed", 0, 2**32 - 1),
-        ("chunk_size", 1, math.inf), ("blend_iters", 0, math.inf), ("warmup_iters", 0, math.inf),
+        ("chunk_size", 1, math.inf), ("skip_above", 1, math.inf),
+        ("blend_iters", 0, math.inf), ("warmup_iters", 0, math.inf),
     ):  # fmt: skip
         if not low <= getattr(args, name) <= high:
             flag = "--" + name.replace("_", "-")
@@ -148,6 +151,8 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise fail(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.q_bits not in BITS or args.q_group_size not in GROUP_SIZES:
+        raise fail(f"--q-bits must be one of {BITS}, --q-group-size one of {GROUP_SIZES}")
     if args.iters is None and args.minutes is None:
         raise fail("say how long to train: --iters or --minutes")
     if len(args.keep) > 2:
@@ -227,7 +232,17 @@ class Step(nn.Module):
         self.model = model
         self.settings = (teacher, dtype, block, terms_of)
 
-    def forward(
+    def forward(self, work: str, *args: Any) -> Any:
+        """``loss`` or ``measure``: what shards a module's weights gathers them around this call."""
+        return getattr(self, work)(*args)
+
+    def measure(self, teacher: MaskedLM, data: DeviceData, batches: Any, k: int) -> dict[str, Any]:
+        """What :func:`validate.validate` says."""
+        _, dtype, block, _ = self.settings
+        with torch.autocast(data.device.type, dtype, enabled=dtype != torch.float32):
+            return validate(self.model, teacher, data, batches, k, block=block, dtype=dtype)
+
+    def loss(
         self, batch: Any, k: int, temperature: float, blend: float, ce: float, kl: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and as values its cross-entropy and KL.
@@ -274,12 +289,12 @@ def try_compile(
 
     One graph serves all layers, and shapes are symbols in it: one compilation a model.
     """
-    # The mask is an attribute of a module, and has as many rows as the batch.
-    torch._dynamo.config.force_nn_module_property_static_shapes = False
-    # A batch of as many rows as a head has values is no special case.
-    torch.fx.experimental._config.use_duck_shape = False
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     try:
+        # The mask is an attribute of a module, and has as many rows as the batch.
+        torch._dynamo.config.force_nn_module_property_static_shapes = False
+        # A batch of as many rows as a head has values is no special case.
+        torch.fx.experimental._config.use_duck_shape = False
+        torch._dynamo.config.cache_size_limit = 64
         # A trial: a missing compiler shows here, and not in the middle of a step.
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
@@ -309,17 +324,12 @@ class Trainer:
         self.model.k = self.valid_k
         self.train_data, self.valid_data = self._load_data()
         self.order = BatchOrder(self.train_data.lengths, args.batch_tokens, args.seed)
-        self.rounding = None
-        if args.quantize_from < 1:
-            try:
-                self.rounding = Rounding(
-                    self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
-                    DTYPES[args.save_dtype],
-                )  # fmt: skip
-            except ValueError as error:
-                raise fail(error) from error
+        self.rounding: Rounding | None = None
         self.iteration = self.trained_tokens = 0
         self.pieces, self.compiled = 1, False
+        # The gradients' usual norm, and how many steps were skipped; both stay on the device.
+        self.usual_norm: Tensor | None = None
+        self.skipped = torch.zeros((), device=self.device)
         self.now = 0.0  # the share of the run that is done
         self.seconds_before = 0.0  # of earlier sessions of this run
         self.reserve = 5.0  # seconds that the last validation and save take
@@ -413,6 +423,12 @@ class Trainer:
         step = Step(self.model, self.teacher if distils else None, self.dtype, self.block, terms_of)
         self.optimizer = self._optimizer()
         self.step, self.optimizer = self.accelerator.prepare(step, self.optimizer)
+        if args.quantize_from < 1:
+            # Of the weights as they are now: several processes may hold a part each.
+            self.rounding = Rounding(
+                self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
+                DTYPES[args.save_dtype],
+            )  # fmt: skip
         if args.resume:
             self._resume()
         elif self.valid_data is not None:
@@ -502,14 +518,36 @@ class Trainer:
         own = batches[accelerator.process_index :: processes]
         with self._rounded(progress):
             total = self._gradients(own, on, (k, temperature, blend, ce, kl))
-        if args.max_grad_norm:
-            accelerator.clip_grad_norm_(self.step.parameters(), args.max_grad_norm)
+        self._clip()
         rate = self._rate(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base"] * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, every
+
+    def _clip(self) -> None:
+        """Clip gradients, and let a step count for nothing whose gradients are far from usual.
+
+        A rate of 6e-4 went well for 320 steps, then one bad stretch undid all of them: the loss
+        rose from 0.45 to 1.9 and the masks collapsed. Nothing here waits for the device.
+        """
+        args = self.args
+        norm = self.accelerator.clip_grad_norm_(
+            self.step.parameters(), args.max_grad_norm or math.inf
+        )
+        # With FSDP2 both are divided among the processes.
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach().float()
+        usual = norm if self.usual_norm is None else self.usual_norm
+        odd = norm > args.skip_above * usual
+        # An odd step moves what is usual a little: if it goes on, it is the new usual.
+        self.usual_norm = torch.where(odd, 1.02 * usual, 0.98 * usual + 0.02 * norm)
+        self.skipped += odd.float()
+        keep = (~odd).float()
+        for parameter in self.step.parameters():
+            grad = parameter.grad
+            if grad is not None:
+                (grad.to_local() if hasattr(grad, "to_local") else grad).mul_(keep)
 
     def _gradients(self, own: list[np.ndarray], on: str, inputs: tuple[Any, ...]) -> Tensor:
         """Add up gradients of this process's batches; the summed loss and its parts.
@@ -527,7 +565,7 @@ class Trainer:
                     batch = self.train_data.batch(piece, on)
                     last = i == len(pieces) - 1
                     with contextlib.nullcontext() if last else accelerator.no_sync(self.step):
-                        loss, *parts = self.step(batch, *inputs)
+                        loss, *parts = self.step("loss", batch, *inputs)
                         accelerator.backward(loss)
                     total += torch.stack([loss.detach(), *parts])
                 return total
@@ -590,6 +628,7 @@ class Trainer:
             "peak_memory": peak,
             "k": draw_k(self.low, self.high, self.iteration - 1, self.args.seed),
             "progress": self.now,
+            "skipped_updates": int(self.skipped.item()),
             "rounded": self.rounding is not None and self.now >= self.args.quantize_from,
             "seconds": time.time() - START,
         }
@@ -601,36 +640,28 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Validate on the first process, and report."""
-        if self.main:
-            start = time.perf_counter()
-            batches = by_length(self.valid_data, self.args.batch_tokens, self.args.valid_examples)
-            with (
-                torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
-                # Other shapes and no gradients: compiling them would take longer than this.
-                torch.compiler.set_stance("force_eager"),
-                self._rounded(self.now),
-            ):
-                report = validate(
-                    self.model, self.teacher, self.valid_data, batches, self.valid_k,
-                    block=self.block, dtype=self.dtype,
-                )  # fmt: skip
-            report = {"iteration": self.iteration, **report}
-            between = report["overlap_between"]
-            self.log(
-                report,
-                f"Iter {self.iteration}: Val loss {report['val_loss']:.3f}, dense "
-                f"{report['dense_loss']:.3f}, KL to dense {report['val_kl']:.3f} (mean of tasks "
-                f"{report['mean_task_kl']:.3f}) at k = {self.valid_k}, same token "
-                f"{report['agreement']:.1%}, overlap between tasks "
-                f"{'-' if between is None else f'{between:.3f}'}, dead channels "
-                f"{report['dead_channels']:.1%}, Val took {report['val_time']:.1f}s",
-            )
-            share = self.valid_k / self.model.channels
-            if self.args.select_by != "static" and (warning := collapse_warning(report, share)):
-                print(f"[WARNING] {warning}", flush=True)
-            self.reserve = max(self.reserve, 5.0 + 1.5 * (time.perf_counter() - start))
-        self.accelerator.wait_for_everyone()
+        """Validate, each process alike, and report."""
+        start = time.perf_counter()
+        batches = by_length(self.valid_data, self.args.batch_tokens, self.args.valid_examples)
+        # Other shapes and no gradients: compiling them would take longer than this.
+        with torch.compiler.set_stance("force_eager"), self._rounded(self.now), torch.no_grad():
+            report = self.step("measure", self.teacher, self.valid_data, batches, self.valid_k)
+        report = {"iteration": self.iteration, **report}
+        between = report["overlap_between"]
+        self.log(
+            report,
+            f"Iter {self.iteration}: Val loss {report['val_loss']:.3f}, dense "
+            f"{report['dense_loss']:.3f}, KL to dense {report['val_kl']:.3f} (mean of tasks "
+            f"{report['mean_task_kl']:.3f}) at k = {self.valid_k}, same token "
+            f"{report['agreement']:.1%}, overlap between tasks "
+            f"{'-' if between is None else f'{between:.3f}'}, dead channels "
+            f"{report['dead_channels']:.1%}, Val took {report['val_time']:.1f}s",
+        )
+        share = self.valid_k / self.model.channels
+        warning = collapse_warning(report, share)
+        if warning and self.main and self.args.select_by != "static":
+            print(f"[WARNING] {warning}", flush=True)
+        self.reserve = max(self.reserve, 5.0 + 1.5 * (time.perf_counter() - start))
 
     def _warm_start(self) -> None:
         """Each process does the same."""
@@ -665,6 +696,7 @@ class Trainer:
                 "iteration": self.iteration,
                 "trained_tokens": self.trained_tokens,
                 "seconds": time.time() - self.begin,
+                "usual_norm": None if self.usual_norm is None else self.usual_norm.item(),
                 "identity": self.identity(),
             }
             (temporary / "run.json").write_text(json.dumps(where))
@@ -689,10 +721,14 @@ class Trainer:
         self.accelerator.load_state(str(states[-1]))
         self.iteration, self.trained_tokens = where["iteration"], where["trained_tokens"]
         self.seconds_before = where["seconds"]
+        if where.get("usual_norm") is not None:
+            self.usual_norm = torch.tensor(where["usual_norm"], device=self.device)
 
     def finish(self) -> None:
         """Write the checkpoint, then validate: weights come first."""
         args = self.args
+        # Weights that are divided among processes come together on the first.
+        state = self.accelerator.get_state_dict(self.step)
         if self.main:
             save_checkpoint(
                 self.output, self.model, self.tokenizer, self.predictor_tokenizer,
@@ -708,6 +744,7 @@ class Trainer:
                     else {"bits": args.q_bits, "group_size": args.q_group_size},
                 },
                 dtype=DTYPES[args.save_dtype], shard_size=args.shard_size,
+                state={name.removeprefix("model."): tensor for name, tensor in state.items()},
             )  # fmt: skip
             print(f"Saved {self.output}", flush=True)
         if self.valid_data is not None:

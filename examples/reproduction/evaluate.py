@@ -1,10 +1,11 @@
-"""Compare the arms on validation data, each as a user would run it.
+"""Compare the arms on validation data. Each runs as a user would run it.
 
     python evaluate.py --model smollm2-float --data data --runs runs --output results.json
 
-Every answer is scored under the sub-network that its own text selects: cross-entropy, full
-KL(dense || sub-network) of each token, and whether greedy decoding gives the reference answer (that
-is, every token of it is the likeliest). Results are written after each arm; run it again to go on.
+Every answer is scored under the sub-network that its own text selects. The scores are
+cross-entropy, the full KL(dense || sub-network) of each token, and whether greedy decoding gives
+the reference answer (that is, every token of it is the likeliest). Results are written after each
+arm. Run the script again to go on.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from mlx_ifp.tuner.data import Example, load_examples
 HERE = Path(__file__).parent
 # The tasks whose answers are a few words.
 SHORT = ("commonsense", "paraphrase", "reading", "science")
-# Some stay, for the prompts of one task or for reuse.
+# Some sub-networks stay in memory, for the prompts of one task or for reuse.
 CACHE_BYTES = 4 << 30
 Prepare = Callable[[Example], Prepared]
 
@@ -49,7 +50,7 @@ def first_of_each(examples: list[Example], per_task: int) -> list[Example]:
 
 
 def answer_logprobs(network: Any, example: Example) -> mx.array:
-    """float32 [answer's tokens, vocabulary]."""
+    """Log-probabilities of an answer's tokens: float32 [tokens, vocabulary]."""
     logits = network(mx.array([example.tokens[:-1]]))[0, example.offset - 1 :]
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -83,7 +84,7 @@ class Scorer:
         }
 
     def arm(self, prepare: Prepare, math: int) -> dict[str, Any]:
-        """All examples under the networks that ``prepare`` gives.
+        """Score all examples under the networks that ``prepare`` gives.
 
         Args:
             prepare (Callable): example -> a network ready to run.
@@ -125,7 +126,7 @@ class Scorer:
         return result
 
     def _solves(self, network: Any, example: Example) -> bool:
-        """Whether the last number of a decoded answer is the reference's."""
+        """Whether the last number of a decoded answer is that of the reference."""
         reference = self.tokenizer.decode(example.tokens[example.offset :])
         answer = mlx_lm.generate(
             network, self.tokenizer, example.tokens[: example.offset], max_tokens=160
@@ -145,7 +146,7 @@ def random_selection(model: IFPModel, k: int, seed: int) -> Selection:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table: means over tasks."""
+    """A Markdown table of means over tasks."""
     tasks = sorted(next(iter(results.values()))["tasks"])
     lines = [
         "| arm | CE | KL | exact | begins | math | within | between | "
@@ -185,13 +186,13 @@ def main() -> None:
         help="Also with sub-networks reused for selections that overlap this much",
     )
     args = parser.parse_args()
-    results = json.loads(args.output.read_text()) if args.output.exists() else {}
+    results = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
 
     source, tokenizer = load(args.model, cache=False, cache_bytes=CACHE_BYTES)
-    texts = yaml.safe_load((HERE / "tasks.yaml").read_text())
+    texts = yaml.safe_load((HERE / "tasks.yaml").read_text(encoding="utf-8"))
 
     def examples_of(model: IFPModel, task_texts: dict[str, str] | None = None) -> list[Example]:
-        # What selects is tokenized as each model's config says, and they differ in that.
+        # The text that selects is tokenized as each model's config says, and the configs differ.
         text = model.checkpoint.ifp.text
         own = model.selector_tokenizer()
         data = load_examples(args.data, tokenizer, own, text, task_texts=task_texts)

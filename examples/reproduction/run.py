@@ -1,9 +1,9 @@
-"""Train all arms of the comparison, one after another; run it again to go on.
+"""Train all arms of the comparison, one after another. Run the script again to go on.
 
     python run.py --model smollm2-dense --data data --runs runs
 
-Each arm is one ``mlx_ifp.train``: the same data in the same order, the same number of tokens, the
-same k. They differ in what selects the channels. Other flags go to ``mlx_ifp.train``.
+Each arm is one ``mlx_ifp.train`` with the same data in the same order, the same number of tokens
+and the same k. The arms differ in what selects the channels. Other flags go to ``mlx_ifp.train``.
 """
 
 import argparse

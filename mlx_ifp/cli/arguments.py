@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,14 +13,15 @@ from ..checkpoint.tokenizers import load_predictor_tokenizer
 from ..device import default_dtype
 from ..errors import IFPError
 from ..files.atomic import check_writable
+from ..files.text import read_stdin, read_text
 from ..generation.request import Request
+from ..llm.prompt import Text
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
 from ..memory.table import table
 from ..model import IFPModel, open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
-from ..selection.keep import compact
 from ..selection.selection import Selection
 from ..selection.task_library import Task, TaskLibrary
 from ..selectors.selector import resolved_keep
@@ -29,14 +29,12 @@ from ..selectors.text import selecting_text, selector_tokens
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt of a command line: escapes as in mlx-lm, '-' for stdin; never empty."""
-    prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    """The prompt of a command line, with mlx-lm's escapes; '-' reads stdin. It is never empty."""
+    prompt = read_stdin() if prompt == "-" else prompt.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        # Without a standard input Python has None there.
-        prompt = (sys.stdin.read() if sys.stdin else "") if prompt == "-" else prompt
-        # In some locales Python lets undecodable bytes through as surrogates.
+        # Bytes of a command line that cannot be decoded come as surrogates.
         prompt.encode()
-    except UnicodeError as error:
+    except UnicodeEncodeError as error:
         raise IFPError("The prompt is not UTF-8 text.") from error
     if not prompt.strip():
         raise IFPError("The prompt is empty; give some text with --prompt, or - and stdin.")
@@ -71,44 +69,42 @@ def use_of(
     """
     generation = request.generation(tokenizer)
     if request.dense:
-        return Use(checkpoint.d_ffn, generation, networks=args.cached_tasks, dense=True)
+        ks = resolved_keep(checkpoint, 1.0)
+        return Use(ks, generation, networks=args.cached_tasks, dense=True)
     if request.selection is not None:
         return Use(request.selection.ks, generation, networks=args.cached_tasks)
-    k = compact(resolved_keep(checkpoint, args.keep))
     selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
-    text = request.task
+    text: Text | None = request.task
     if text is None:
         role = request.task_from or checkpoint.ifp.text.source
         text = selecting_text(request.prompt, role)
     tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
-    return Use(k, generation, selector, len(tokens), args.cached_tasks)
+    ks = resolved_keep(checkpoint, args.keep)
+    return Use(ks, generation, selector, len(tokens), args.cached_tasks)
 
 
 def task_of(args: argparse.Namespace) -> str | None:
     """The task description of the command line, or None."""
     if args.task_file is None:
         try:
-            # Undecodable bytes of a command line come as surrogates.
+            # Bytes of a command line that cannot be decoded come as surrogates.
             (args.task or "").encode()
         except UnicodeEncodeError as error:
             raise IFPError("The task is not UTF-8 text.") from error
         return args.task
-    try:
-        return Path(args.task_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise IFPError(f"{args.task_file} is not a text file.") from error
+    return read_text(args.task_file)
 
 
 def check_given(args: argparse.Namespace) -> None:
     """Raises IFPError if options contradict a selection that is given, or none can be saved.
 
-    To be called before anything is loaded; a command need not have all of these options.
+    It is to be called before anything is loaded. A command need not have all of these options.
     """
     for given in ("selection", "task_name", "dense"):
         for name in ("keep", "selector"):
-            # A selection has its channels; nothing scores or counts them anew.
+            # A selection has its channels already, so nothing is scored or counted.
             if getattr(args, given, None) and getattr(args, name) is not None:
                 raise IFPError(f"--{given.replace('_', '-')} and --{name} exclude each other.")
     if getattr(args, "save_selection", None) is not None:
@@ -161,7 +157,7 @@ def load_model(
             check(estimator, use, limit)
         sys.exit(0)
     if limit is not None:
-        # So that MLX gives freed buffers back before it exceeds the limit.
+        # With it MLX gives freed buffers back before it exceeds the limit.
         mx.set_memory_limit(limit)
     model = IFPModel(
         checkpoint,

@@ -10,7 +10,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 
-from ..errors import IFPError
+from ..errors import IFPError, reason_of
+from .streams import close_output, discard_output, open_streams, say
 
 # Name -> package.
 COMMANDS = {
@@ -60,19 +61,26 @@ def script(main: Callable[[], None]) -> Callable[[], None]:
 @contextlib.contextmanager
 def ending_in_one_line() -> Iterator[None]:
     """End the process in one line, without a traceback, on a user's error and on Ctrl-C."""
+    open_streams()
     name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_, **__: f"[WARNING] {message}\n"
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            close_output()
+            raise
+        # An error of the output is one line here; at exit it would not be.
+        close_output()
     except IFPError as error:
         _end(f"{name}: error: {' '.join(str(error).split())}", 1)
     except BrokenPipeError:
-        # The reader has gone; what is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has gone, and wants no more of it.
+        discard_output()
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _end(f"{name}: error: {where}{error.strerror or error}", 1)
+        _end(f"{name}: error: {where}{error.strerror or reason_of(error)}", 1)
     except KeyboardInterrupt:
         if threading.current_thread() is threading.main_thread():
             # A second Ctrl-C ends the process at once, without a traceback.
@@ -81,13 +89,19 @@ def ending_in_one_line() -> Iterator[None]:
 
 
 def _end(line: str, code: int) -> None:
-    sys.stdout.flush()
-    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        close_output()
+    say(line)
     sys.exit(code)
 
 
 def main() -> None:
     """Run ``mlx_ifp COMMAND ...``."""
+    with ending_in_one_line():
+        _dispatch()
+
+
+def _dispatch() -> None:
     usage = (
         f"usage: mlx_ifp COMMAND [options]\n\ncommands: {', '.join(COMMANDS)}\n\n"
         "example: mlx_ifp generate --help"

@@ -32,21 +32,21 @@ def parse_keep(text: str) -> Keep:
 
 
 def parse_seed(text: str) -> int:
-    """A seed that MLX takes: 64 bits, no sign."""
+    """Read a seed that MLX takes: 64 bits without a sign."""
     if not text.isdecimal() or int(text) >= 1 << 64:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 2**64 - 1")
     return int(text)
 
 
 def parse_number(text: str) -> int:
-    """A number from 0."""
+    """Read a number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
     return int(text)
 
 
 def parse_count(text: str) -> int:
-    """A number above 0."""
+    """Read a number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return int(text)
@@ -55,9 +55,9 @@ def parse_count(text: str) -> int:
 def parse_size(text: str) -> int:
     """``6GB``, ``800MB`` or bytes, as mlx-lm reads sizes: a GB is 10^9 bytes."""
     try:
-        digits, unit = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper()).groups()
-        size = int(Decimal(digits) * _SIZES[unit[:1]])
-    except (AttributeError, ValueError, ArithmeticError):
+        found = re.fullmatch(r"([\d.]*)\s*(|M|MB|G|GB)\s*", text.upper())
+        size = int(Decimal(found[1]) * _SIZES[found[2][:1]]) if found else 0
+    except (ValueError, ArithmeticError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 6GB, 800MB or 800000000")
@@ -85,7 +85,7 @@ def new_parser(
 
 
 def add_trust_option(group: argparse._ActionsContainer) -> None:
-    """Whether code of the model's repository may run."""
+    """Add the flag that lets code of the model's repository run."""
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -94,7 +94,7 @@ def add_trust_option(group: argparse._ActionsContainer) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Which checkpoint, and where what belongs to it is kept."""
+    """Add the flags that name a checkpoint, and where its selections and tasks are kept."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -107,7 +107,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> argparse._Argumen
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, and how it is used."""
+    """Add the flags that name a checkpoint, and say how it is used."""
     group = add_checkpoint_options(parser)
     add_trust_option(group)
     group.add_argument(
@@ -128,7 +128,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """What selects."""
+    """Add the flags that say what selects."""
     group = parser.add_argument_group("task").add_mutually_exclusive_group()
     group.add_argument("--task", metavar="TEXT", help="A description of the task, which selects")
     group.add_argument("--task-file", metavar="FILE", help="A file with such a description")
@@ -144,12 +144,12 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_task_name_option(group: argparse._ActionsContainer) -> None:
-    """A task of the library selects."""
+    """Add the flag that lets a task of the library select."""
     group.add_argument("--task-name", metavar="NAME", help="Use a task of mlx_ifp.tasks")
 
 
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
-    """How keys and values are kept."""
+    """Add the flags that say how keys and values are kept."""
     group = parser.add_argument_group("key-value cache")
     group.add_argument(
         "--max-kv-size", type=parse_count, help="Maximum size of the key-value cache"
@@ -175,7 +175,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """How much memory may be used."""
+    """Add the flags that bound the memory."""
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--memory-limit",

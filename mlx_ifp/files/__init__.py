@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, JSON lines, safetensors."""
+"""Files: text, JSON lines and safetensors, and how a file is written whole or not at all."""

@@ -13,7 +13,7 @@ from ..errors import IFPError
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises IFPError if no file can be made there: before the work for it, not after."""
+    """Raises IFPError if no file can be made there, so that the work for it need not be done."""
     if Path(path).is_dir():
         raise IFPError(f"{path} is a directory; name a file.")
     parent = Path(path).parent
@@ -24,7 +24,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def by_last_use(files: Iterable[Path]) -> list[Path]:
-    """Most recently used first, without those that another process deletes meanwhile."""
+    """Sort files, the most recently used first; those that another process deletes are left out."""
     used = []
     with contextlib.suppress(OSError):
         for file in files:
@@ -48,8 +48,8 @@ def new_file(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         raise IFPError(f"{path} is a directory; name a file.")
     name = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
-        # Not mkstemp: it lets nobody else read, and giving a file the usual rights after that takes
-        # the process's umask, which cannot be read without changing it for all threads.
+        # mkstemp would let nobody else read the file. To give it the usual rights afterwards, the
+        # process's umask is needed, which cannot be read without changing it for all threads.
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         # The name of the temporary file would tell the user nothing.
@@ -94,7 +94,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not mkdtemp, for the reason that new_file has.
+        # mkdtemp is not used, for the reason that new_file has.
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}").absolute()
         temporary.mkdir()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, and what a row of prompts holds."""
+"""Files of JSON objects, one a line."""
 
 import json
 from collections.abc import Callable
@@ -16,25 +16,27 @@ def read_jsonl(
     *,
     last_may_be_cut: bool = False,
 ) -> list[T]:
-    """What ``make`` makes of each row; blank lines are skipped.
+    """Read rows, and give what ``make`` makes of each; blank lines are skipped.
 
     Args:
-        path: one JSON object a line, in UTF-8.
+        path: one JSON object a line, in UTF-8, with or without a byte order mark.
         make: is given a row and the number of its line; what it raises need not say where.
-        last_may_be_cut (bool): leave out a last line that is no JSON: whoever wrote it was killed.
+        last_may_be_cut (bool): leave out a last line that is no JSON; its writer was killed.
 
     Raises:
         IFPError: naming the file and the first line that is not usable.
     """
     made = []
     try:
-        # Of bytes, so that a line that is not UTF-8 has a number.
+        # Bytes are read, so that a line that is not UTF-8 has a number.
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
                 try:
-                    row = json.loads(line.decode())
+                    # A file that was saved on Windows may begin with a byte order mark.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not text.strip():
+                        continue
+                    row = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     if last_may_be_cut and next(lines, None) is None:
                         break
@@ -55,26 +57,3 @@ def _reason(error: Exception) -> str:
         return "not UTF-8 text."
     # A JSONDecodeError counts lines of its own; its msg leaves them out.
     return f"not JSON that can be read ({getattr(error, 'msg', error)})."
-
-
-def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row in one of mlx-lm's formats; a prompt or a text is the user's.
-
-    Raises:
-        IFPError: what is wrong with it, without where.
-    """
-    if not row.get("messages"):
-        for name in ("prompt", "text"):
-            if isinstance(row.get(name), str):
-                return [{"role": "user", "content": row[name]}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise IFPError("a row has messages, a list that is not empty, or a string: prompt or text.")
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else 0
-        parts = content if isinstance(content, list) else []
-        if not isinstance(content, str | list | None) or not all(
-            isinstance(part, dict) and isinstance(part.get("text", ""), str) for part in parts
-        ):
-            raise IFPError("a message must be an object with role and content.")
-    return messages

@@ -17,7 +17,7 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 
 from ..errors import IFPError
 
-# safetensors' names of the types we store; the rest has no place in a checkpoint.
+# The types that a checkpoint may hold, by their names in safetensors.
 DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
@@ -26,9 +26,9 @@ DTYPES = {
     "U8": mx.uint8,
 }
 FLOATS = ("F32", "F16", "BF16")
-# What is read at a time. Two MB stay in a processor's cache until they are written.
+# Bytes that are read at a time. Two MB stay in a processor's cache until they are written.
 BLOCK_BYTES = 2 << 20
-# How many blocks are hashed behind the one that is written.
+# How many blocks hashing may lag behind the one that is written.
 BLOCKS_HELD = 4
 _BYTES = {name: dtype.size for name, dtype in DTYPES.items()} | {"I64": 8, "I32": 4, "F64": 8}
 
@@ -51,7 +51,7 @@ class TensorInfo:
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], int]:
-    """huggingface_hub's reading of the header, and the first byte of the data."""
+    """Read the header with huggingface_hub, and find the first byte of the data."""
     try:
         size = path.stat().st_size
         tensors = parse_local_safetensors_file_metadata(path).tensors
@@ -137,7 +137,7 @@ class LazyTensor:
 
     @classmethod
     def of(cls, array: mx.array) -> "LazyTensor":
-        """Around an array, evaluated or not."""
+        """Wrap an array, evaluated or not."""
         return cls(
             tuple(array.shape),
             array.dtype,
@@ -247,7 +247,9 @@ def _bytes_of(block: mx.array | np.ndarray) -> memoryview:
         mx.eval(block)
     else:
         block = np.ascontiguousarray(block)
-    return memoryview(block).cast("B") if block.size else memoryview(b"")
+    # MLX's arrays have the buffer protocol, which its type stubs do not say.
+    buffer: Any = block
+    return memoryview(buffer).cast("B") if block.size else memoryview(b"")
 
 
 def cast(array: mx.array, dtype: mx.Dtype | None) -> mx.array:

@@ -6,12 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError
 from ..llm.kv_cache import Generation, KVSettings
-from ..llm.prompt import Prompt, Text, encode_continuation, encode_prompt, is_messages
+from ..llm.messages import Message
+from ..llm.prompt import (
+    Encoded,
+    Prompt,
+    Text,
+    encode_continuation,
+    encode_prompt,
+    is_messages,
+    read_prompt,
+)
 from ..model import IFPModel
 from ..prompt_cache.files import stored_positions
 from ..selection.keep import Keep
@@ -58,6 +66,14 @@ class Request:
     prompt_cache_file: str | Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Give messages the one form that selection and chat template read.
+
+        Raises:
+            IFPError: naming a message that cannot be read.
+        """
+        object.__setattr__(self, "prompt", read_prompt(self.prompt))
+
     def check(self) -> None:
         """Raises IFPError if parts of it exclude each other."""
         others = ("prompt_cache", "draft_model")
@@ -77,25 +93,26 @@ class Request:
 
     @property
     def kv(self) -> KVSettings:
-        """How keys and values are kept."""
+        """How the request's keys and values are kept."""
         return KVSettings.of(self.options)
 
-    def encode(self, tokenizer: TokenizerWrapper) -> str | list[int] | mx.array:
+    def encode(self, tokenizer: TokenizerWrapper) -> Encoded:
         """The prompt as mlx-lm is given it: text or token ids.
 
-        Of a prompt that continues a stored one, only what follows that.
+        Where the prompt continues a stored one, only what follows that one is given.
 
         Raises:
             IFPError: if it is empty, or the chat template does not take it.
         """
         begins = self.prompt_cache_file is None
-        if is_messages(self.prompt) and self.ignore_chat_template:
-            return tokenizer.encode(_first_of_user(self.prompt), add_special_tokens=begins)
-        if is_messages(self.prompt) and not begins:
-            return encode_continuation(tokenizer, self.prompt, **self.chat_template_kwargs)
+        prompt = self.prompt
+        if is_messages(prompt) and self.ignore_chat_template:
+            return tokenizer.encode(_first_of_user(prompt), add_special_tokens=begins)
+        if is_messages(prompt) and not begins:
+            return encode_continuation(tokenizer, prompt, **self.chat_template_kwargs)
         tokens = encode_prompt(
             tokenizer,
-            self.prompt,
+            prompt,
             to_be_continued=self.to_be_continued,
             **self.chat_template_kwargs,
         )
@@ -104,18 +121,26 @@ class Request:
         return tokens
 
     def generation(self, tokenizer: TokenizerWrapper) -> Generation:
-        """What determines the size of its keys and values.
+        """What determines the size of the request's keys and values.
 
         Raises:
             IFPError: if there is no limit of tokens, or a draft model: see :meth:`Generation.of`.
         """
-        tokens = self.encode(tokenizer)
+        return Generation.of(self.positions(tokenizer), **self.options)
+
+    def positions(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> int:
+        """Tokens of the prompt, with those before it in a stored prompt or a prompt cache.
+
+        Args:
+            tokenizer: the LLM's.
+            tokens: what :meth:`encode` gives; None encodes the prompt.
+        """
+        tokens = self.encode(tokenizer) if tokens is None else tokens
         count = len(tokenizer.encode(tokens) if isinstance(tokens, str) else tokens)
         if self.prompt_cache_file is not None:
             count += stored_positions(self.prompt_cache_file)
         prompt_cache = self.options.get("prompt_cache") or []
-        count += max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
-        return Generation.of(count, **self.options)
+        return count + max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
 
     def selecting_text(self, model: IFPModel, tokenizer: TokenizerWrapper) -> Text | None:
         """The task if there is one, else what the prompt says; None if no text selects."""
@@ -130,8 +155,8 @@ class Request:
         return selecting_text(self.prompt, role, decode)
 
 
-def _first_of_user(messages: list[dict[str, Any]]) -> str:
+def _first_of_user(messages: list[Message]) -> str:
     for message in messages:
-        if message.get("role") == "user":
+        if message["role"] == "user":
             return message["content"]
     raise IFPError("There is no user message; add one.")

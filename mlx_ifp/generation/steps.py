@@ -1,7 +1,7 @@
-"""Tokens of any mlx-lm model without an end: what is measured, one answer or several at once."""
+"""Tokens of any mlx-lm model, without an end, for measuring: one answer, or several at once."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +12,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from ..llm.modules import PREFILL_STEP_SIZE
 
-# As in mlx-lm's generate_step: how often it gives freed memory back.
+# Freed memory is given back once in so many tokens, as in mlx-lm's generate_step.
 _CLEAR_EVERY = 256
 
 
@@ -22,8 +22,8 @@ def token_steps(
     *,
     samples: int = 1,
     prefill_step_size: int = PREFILL_STEP_SIZE,
-) -> Iterator[Any]:
-    """mlx-lm's own loop past any end of sequence; for several samples :func:`sampled_steps`.
+) -> Generator[Any, None, None]:
+    """Run mlx-lm's own loop past any end of sequence; several samples use :func:`sampled_steps`.
 
     Args:
         prompt (mx.array): [n] token ids, n >= 1.
@@ -43,7 +43,7 @@ def sampled_steps(
     *,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     sampler: Callable[[mx.array], mx.array] | None = None,
-) -> Iterator[list[int]]:
+) -> Generator[list[int], None, None]:
     """mlx-lm's ``generate_step`` for N samples of one prompt, without an end.
 
     The prompt runs as a batch of one. Its keys and values are repeated for each sample. The
@@ -85,7 +85,7 @@ def sampled_steps(
     while True:
         following = step(tokens[:, None])
         mx.async_eval(following)
-        yield tokens.tolist()
+        yield cast(list[int], tokens.tolist())
         if count % _CLEAR_EVERY == 0:
             mx.clear_cache()
         tokens = following

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,16 +18,19 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, one_line
+from ..llm.messages import Message
 from ..llm.modules import PREFILL_STEP_SIZE
+from ..llm.overflow import computing_type, not_finite
 from ..llm.prompt import Prompt, shared_prefix, token_ids
 from ..model import IFPModel
 from ..prompt_cache.files import PromptCache, load_cache_file
 from ..prompt_cache.key import CacheKey
 from ..prompt_cache.warm import claim
-from ..selection.keep import Keep, compact
+from ..selection.keep import Keep
 from ..selection.selection import Selection
 from ..selectors.selector import resolved_keep
-from .draft import load_draft_model
+from .draft import check_rollback, load_draft_model
+from .length import check_length
 from .request import Request
 from .stats import Stats, WarmStart, parameter_counts
 
@@ -60,8 +63,10 @@ class Answer:
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
         self.tokens = request.encode(tokenizer)
+        check_length(model, tokenizer, request, self.tokens)
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
+        self._draft_model = self._load_draft_model()
         self.ready = model.prepare(
             self.text,
             selection=request.selection,
@@ -69,28 +74,36 @@ class Answer:
             selector=request.selector,
             keep=request.keep,
         )
-        self._draft_model = self._load_draft_model()
         self._prompt_cache = self._load_prompt_cache()
 
     def _leave_room(self) -> None:
-        """Let the memory limit know what is coming; it refuses what does not fit."""
+        """Tell the memory limit what is coming, so that it can refuse what does not fit."""
         model, request = self._model, self.request
         if model.memory is None:
             return
         if request.dense:
-            k: int | list[int] = model.checkpoint.d_ffn
+            ks = resolved_keep(model.checkpoint, 1.0)
         elif request.selection is not None:
-            k = request.selection.ks
+            ks = request.selection.ks
         elif request.keep is not None:
-            k = compact(resolved_keep(model.checkpoint, request.keep))
+            ks = resolved_keep(model.checkpoint, request.keep)
         else:
-            k = model.k
-        model.memory.expect(request.generation(self._tokenizer), k, dense=request.dense)
+            ks = model.text_selector.ks
+        model.memory.expect(request.generation(self._tokenizer), ks, dense=request.dense)
 
     def _load_draft_model(self) -> nn.Module | None:
-        draft_model = self.request.options.get("draft_model")
+        """The draft model, if there is one; it is refused before anything is selected."""
+        options = self.request.options
+        draft_model = options.get("draft_model")
+        if draft_model is None:
+            return None
+        trunk = self._model.trunk
+        # mlx-lm has one list for both, in which the answering model's layers come first.
+        prompt_cache = options.get("prompt_cache") or []
+        check_rollback(trunk, "this model", prompt_cache[: len(trunk.layers)])
         if isinstance(draft_model, str):
-            return load_draft_model(draft_model, self._tokenizer)
+            draft_model = load_draft_model(draft_model, self._tokenizer)
+        check_rollback(draft_model, "the draft model", prompt_cache[len(trunk.layers) :])
         return draft_model
 
     def _load_prompt_cache(self) -> PromptCache | None:
@@ -100,7 +113,7 @@ class Answer:
 
     @property
     def key(self) -> CacheKey:
-        """What its keys and values are right for."""
+        """What the answer's keys and values are right for."""
         model = self._model
         return CacheKey.of(
             model.checkpoint.digest, model.dtype, self.ready.selection, self.request.kv
@@ -125,6 +138,7 @@ class Answer:
             try:
                 for response in mlx_lm.stream_generate(network, self._tokenizer, tokens, **options):
                     if self._last is None:
+                        self._check_finite(response)
                         self._first_token_seconds = before + time.perf_counter() - start
                     self._last = response
                     yield response
@@ -132,13 +146,20 @@ class Answer:
                 # With kv_bits mlx-lm puts new, quantized layers into the list.
                 claim(prompt_cache, self.ready.selection)
 
+    def _check_finite(self, response: GenerationResponse) -> None:
+        """Raises IFPError for logits from which no token can be chosen; mlx-lm would choose one."""
+        if mx.isnan(response.logprobs).any():
+            model = self._model
+            weights = model.checkpoint.trunk.values()
+            raise not_finite("The logits are no numbers", computing_type(model.dtype, weights))
+
     def _start_warm(self) -> list[int]:
-        """Set the prompt cache to the prompt's first tokens; those that are left."""
+        """Set the prompt cache to the prompt's first tokens, and give the tokens that are left."""
         start, warm, request = time.perf_counter(), self._model.warm, self.request
-        tokens = token_ids(self.tokens)
-        prefix = shared_prefix(
-            self._tokenizer, request.prompt, tokens, **request.chat_template_kwargs
-        )
+        # Request.check has seen to it that a warm prompt is made of messages.
+        tokens = token_ids(cast(list[int], self.tokens))
+        messages = cast(list[Message], request.prompt)
+        prefix = shared_prefix(self._tokenizer, messages, tokens, **request.chat_template_kwargs)
         before = warm.info
         self._prompt_cache, rest = warm.start(
             self.ready,

@@ -1,26 +1,39 @@
 """Prompts as strings, tokens or messages, and what they have in common."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, one_line
+from .messages import Message, read_messages
 
 Text = str | list[int] | mx.array
 
-Prompt = Text | list[dict[str, Any]]
+Prompt = Text | list[Message]
+
+# A prompt as mlx-lm is given it.
+Encoded = str | list[int] | mx.array
 
 
-def is_messages(prompt: Prompt) -> bool:
+def is_messages(prompt: Prompt) -> TypeGuard[list[Message]]:
     """Whether a prompt is a list of messages, which the chat template formats."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
+def read_prompt(prompt: Prompt) -> Prompt:
+    """A prompt that is checked: messages in the form that :func:`read_messages` gives them.
+
+    Raises:
+        IFPError: if a message cannot be read.
+    """
+    return read_messages(prompt) if is_messages(prompt) else prompt
+
+
 def token_ids(tokens: list[int] | mx.array) -> list[int]:
-    """Token ids as a list, whatever array they come in."""
-    return tokens.tolist() if hasattr(tokens, "tolist") else list(tokens)
+    """Token ids as a list, whether they come as one or as an array."""
+    return cast(list[int], tokens.tolist()) if isinstance(tokens, mx.array) else list(tokens)
 
 
 def encode_prompt(
@@ -29,8 +42,8 @@ def encode_prompt(
     *,
     to_be_continued: bool = False,
     **template_kwargs: Any,
-) -> str | list[int] | mx.array:
-    """What mlx-lm is given as the prompt: messages go through the chat template.
+) -> Encoded:
+    """Make of a prompt what mlx-lm is given; messages go through the chat template.
 
     A last message of the assistant is continued, not answered; so is any other one that is
     ``to_be_continued``.
@@ -41,10 +54,27 @@ def encode_prompt(
     if not is_messages(prompt):
         if len(prompt) == 0:
             raise IFPError("The prompt is empty; give some text.")
-        return prompt
+        return cast(Text, prompt)
+    return _apply_template(tokenizer, prompt, to_be_continued, **template_kwargs)
+
+
+def template_tokens(
+    tokenizer: TokenizerWrapper, messages: list[Message], **template_kwargs: Any
+) -> list[int]:
+    """The token ids of messages, as :func:`encode_prompt` gives them."""
+    return token_ids(_apply_template(tokenizer, messages, **template_kwargs))
+
+
+def _apply_template(
+    tokenizer: TokenizerWrapper,
+    prompt: list[Message],
+    to_be_continued: bool = False,
+    **template_kwargs: Any,
+) -> Any:
+    """Token ids, or text with ``tokenize=False``."""
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
-    prefill = to_be_continued or prompt[-1].get("role") == "assistant"
+    prefill = to_be_continued or prompt[-1]["role"] == "assistant"
     with one_line("The chat template does not take these messages"):
         tokens = tokenizer.apply_chat_template(
             prompt,
@@ -58,7 +88,7 @@ def encode_prompt(
 
 
 def encode_continuation(
-    tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], **template_kwargs: Any
+    tokenizer: TokenizerWrapper, messages: list[Message], **template_kwargs: Any
 ) -> list[int]:
     """The tokens of messages that go on where a stored prompt ends: inside the user's message.
 
@@ -66,18 +96,21 @@ def encode_continuation(
 
     Args:
         tokenizer: the LLM's.
-        messages (list): one of them is the user's.
+        messages (list): they go on in the first message of the user.
         template_kwargs: arguments for the chat template.
 
     Raises:
-        IFPError: if the template changes what it is given.
+        IFPError: if there is no message of the user, or the template changes it.
     """
     marker = "<query>"
-    place = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise IFPError("There is no user message; add one.")
+    place = roles.index("user")
     content = messages[place]["content"]
     marked = [*messages]
     marked[place] = messages[place] | {"content": marker}
-    text = encode_prompt(tokenizer, marked, tokenize=False, **template_kwargs)
+    text: str = _apply_template(tokenizer, marked, tokenize=False, **template_kwargs)
     if marker not in text:
         raise IFPError(
             "The chat template changes its messages; --prompt-cache-file cannot be used."
@@ -94,7 +127,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def shared_prefix(
     tokenizer: TokenizerWrapper,
-    messages: list[dict[str, Any]],
+    messages: list[Message],
     tokens: list[int],
     **template_kwargs: Any,
 ) -> int:
@@ -109,12 +142,12 @@ def shared_prefix(
         tokens (list): the prompt's ids, as :func:`encode_prompt` makes them of ``messages``.
         template_kwargs: as for that.
     """
-    roles = [message.get("role") for message in messages]
+    roles = [message["role"] for message in messages]
     before = messages[: roles.index("user")] if "user" in roles else messages
     n = len(tokens)
-    # Beginnings of several kinds: a tokenizer may join one of them with what stands before it.
+    # Several beginnings are tried, as a tokenizer may join one with what stands before it.
     for content in ("a", "B", "1", "?"):
-        other = [*before, {"role": "user", "content": content}]
-        other = token_ids(encode_prompt(tokenizer, other, **template_kwargs))
+        messages = [*before, {"role": "user", "content": content}]
+        other = template_tokens(tokenizer, messages, **template_kwargs)
         n = min(n, common_prefix(tokens, other))
     return n

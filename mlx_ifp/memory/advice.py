@@ -1,4 +1,4 @@
-"""What to do if a budget does not fit."""
+"""What users can do if a budget does not fit."""
 
 from dataclasses import replace
 
@@ -6,19 +6,21 @@ from ..errors import IFPError
 from ..selection.keep import WIDTH_MULTIPLE
 from .budget import Budget, Estimator, Use, k_text, size_text
 
+# A measure's text and the use that it leads to. The functions below give None if a measure
+# cannot be taken or, with `alone`, does not suffice.
 Measure = tuple[str, Use]
 
 
 def check(estimator: Estimator, use: Use, limit: int) -> Budget:
-    """The parts of a use, if they fit.
+    """The parts of a use, after a check that they fit.
 
     Args:
         estimator (Estimator): of the checkpoint.
-        use (Use): what for.
+        use (Use): what the checkpoint is to be used for.
         limit (int): bytes.
 
     Raises:
-        IFPError: if they do not: one line with the numbers, and what would fit.
+        IFPError: if they do not fit: one line with the numbers, and what would fit.
     """
     if limit < estimator.trunk:
         raise IFPError(
@@ -37,10 +39,10 @@ def check(estimator: Estimator, use: Use, limit: int) -> Budget:
 
 
 def advice(estimator: Estimator, use: Use, limit: int) -> list[str]:
-    """What would make a use fit, each by itself, the least harm first.
+    """Measures that would make a use fit, each by itself. The least harmful one comes first.
 
-    Fewer sub-networks cost time; 8-bit keys and values hardly change the answers; a smaller k
-    and another selector do. If no measure does it alone, the first three together.
+    Fewer sub-networks cost time, and 8-bit keys and values hardly change the answers. A smaller k
+    and another selector do change them. If no measure suffices alone, the first three are joined.
     """
     measures = (_fewer_networks, _quantized_kv, _smaller_k, _unselected)
     alone = [found[0] for measure in measures if (found := measure(estimator, use, limit))]
@@ -90,10 +92,9 @@ def _smaller_k(estimator: Estimator, use: Use, limit: int, alone: bool = True) -
         text = "--keep {} instead of --dense" if use.dense else "a selection of --keep {}"
         selector, tokens = estimator.checkpoint.ifp.selector, use.generation.prompt_tokens
         use = replace(use, selector=selector, selector_tokens=tokens, dense=False)
-    k = max(use.k) if isinstance(use.k, list) else use.k
-    first = (k - 1) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
+    first = (max(use.ks) - 1) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
     for smaller in range(first, 0, -WIDTH_MULTIPLE):
-        other = replace(use, k=smaller)
+        other = replace(use, ks=[smaller] * len(use.ks))
         if _fits(estimator, other, limit):
             return text.format(smaller), other
     return None
@@ -113,13 +114,13 @@ def _unselected(estimator: Estimator, use: Use, limit: int) -> Measure | None:
 
 
 def _sum_text(budget: Budget, use: Use, limit: int) -> str:
-    """The parts that are too much together."""
+    """The parts whose sum is too much."""
     parts = [f"trunk {size_text(budget.trunk)}"]
     if budget.generating > limit:
         what = "network" if use.dense else "sub-network"
         what = what if budget.networks == 1 else f"{budget.networks} {what}s"
         size = size_text(budget.networks * budget.network)
-        parts.append(f"{what} {size} ({k_text(use.k)})")
+        parts.append(f"{what} {size} ({k_text(use.ks)})")
         parts.append(f"keys and values {size_text(budget.kv)} ({use.generation.tokens} positions)")
         return f"{size_text(budget.generating)} are needed: {', '.join(parts)}"
     if budget.networks > 1:

@@ -1,4 +1,4 @@
-"""What a checkpoint will take in memory, from headers and configs, before anything is read."""
+"""The bytes that a checkpoint will take in memory, computed before any weight is read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class Use:
     """What a checkpoint is to be used for.
 
     Attributes:
-        k: channels kept in each layer; d_ffn for the dense model.
+        ks: channels kept in each of L layers; d_ffn for the dense model.
         generation: lengths, and how keys and values are kept.
-        selector: what selects, or None if nothing is left to select.
-        selector_tokens: of the text that selects.
-        networks: sub-networks that are in memory together.
-        dense: it is the dense model.
+        selector: what selects, or None if nothing has to be selected.
+        selector_tokens: the number of tokens of the text that selects.
+        networks: the number of sub-networks that are in memory at the same time.
+        dense: whether it is the dense model.
     """
 
-    k: int | list[int]
+    ks: list[int]
     generation: Generation
     selector: str | None = None
     selector_tokens: int = 1
@@ -44,16 +44,16 @@ class Use:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes in memory, by part. What a step computes in between is not counted.
+    """Bytes in memory, by part. Intermediate results of a step are not counted.
 
     Attributes:
         trunk: all of the LLM but its FFN channels; always there.
         selector: what selects, or None.
         selector_weights: bytes of the predictor, or of the one FFN that ``activations`` holds.
-        selector_kv: of the selector's own keys and values.
-        network: of one sub-network's channels.
+        selector_kv: bytes of the selector's own keys and values.
+        network: bytes of one sub-network's channels.
         networks: how many sub-networks are counted.
-        kv: of the LLM's keys and values.
+        kv: bytes of the LLM's keys and values.
     """
 
     trunk: int
@@ -66,18 +66,18 @@ class Budget:
 
     @property
     def selecting(self) -> int:
-        """While the selector runs: the sub-network to come is not there yet."""
+        """Bytes while the selector runs, when the next sub-network is not there yet."""
         others = (self.networks - 1) * self.network
         return self.trunk + others + self.selector_weights + self.selector_kv
 
     @property
     def generating(self) -> int:
-        """While tokens are generated, the selector gone."""
+        """Bytes while tokens are generated, when the selector is gone."""
         return self.trunk + self.networks * self.network + self.kv
 
     @property
     def least(self) -> int:
-        """The least limit that this fits into."""
+        """The smallest limit that this fits into."""
         return max(self.selecting, self.generating) if self.selector else self.generating
 
     @property
@@ -92,7 +92,7 @@ class Budget:
         return self.total <= limit
 
     def fitting_networks(self, limit: int) -> int:
-        """How many sub-networks fit, the predictor staying only if it may with ``networks``."""
+        """How many sub-networks fit. The predictor's bytes count if it may stay in memory."""
         stays = self.selector_weights if self.selector == "predictor" else 0
         stays = stays if self.keeps_predictor(limit) else 0
         return max(0, (limit - self.trunk - self.kv - stays) // self.network)
@@ -103,7 +103,7 @@ class Estimator:
 
     Args:
         checkpoint (Checkpoint): an opened one.
-        dtype (mx.Dtype): floats will be cast to this type; None keeps them.
+        dtype (mx.Dtype): the type that floats will be cast to; None keeps them.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype | None) -> None:
@@ -126,7 +126,7 @@ class Estimator:
 
     @cached_property
     def _llm(self) -> nn.Module:
-        """The LLM's modules, lazy, their FFNs replaced by what has the same effect on types."""
+        """The LLM's modules with lazy weights. Stand-ins for FFNs have the same effect on types."""
         model = build_trunk(self.checkpoint, self.checkpoint.d_ffn)
         self._placeholders(model, self.checkpoint.trunk)
         for ffn in self.checkpoint.ffns:
@@ -153,30 +153,28 @@ class Estimator:
 
     @cached_property
     def trunk(self) -> int:
-        """Bytes of the trunk, tables of rotary embeddings included."""
+        """Bytes of the trunk, including tables of rotary embeddings."""
         tensors = sum(map(self._nbytes, self.checkpoint.trunk.values()))
         return tensors + _bytes_of_tables(self._llm)
 
     @cached_property
     def predictor(self) -> int:
-        """Bytes of the predictor: its backbone, without an embedding of the trunk's, and head."""
+        """Bytes of the predictor: head and backbone, without an embedding that the trunk has."""
         checkpoint = self.checkpoint
         tensors = [*checkpoint.predictor.values(), *checkpoint.head.values()]
         body = get_module(self._backbone, find_body(self._backbone))
         return sum(map(self._nbytes, tensors)) + _bytes_of_tables(body)
 
-    def network(self, k: int | list[int], *, dense: bool = False) -> int:
+    def network(self, ks: list[int], *, dense: bool = False) -> int:
         """Bytes of the channels of a sub-network.
 
         Args:
-            k: channels of each layer.
-            dense (bool): it is the dense model, which has no soft values.
+            ks (list): channels of each of L layers.
+            dense (bool): whether it is the dense model, which has no soft values.
         """
-        ffns = self.checkpoint.ffns
-        ks = k if isinstance(k, list) else [k] * len(ffns)
         soft = self.checkpoint.ifp.mask.keep_soft_values and not dense
         total = 0
-        for ffn, kept in zip(ffns, ks, strict=True):
+        for ffn, kept in zip(self.checkpoint.ffns, ks, strict=True):
             channels = dict(self._channels(ffn))
             total += kept * sum(self._nbytes(t) // t.shape[0] for t in channels.values())
             # 8-bit scales cannot take the soft values; a float down projection can.
@@ -190,7 +188,7 @@ class Estimator:
 
         Args:
             selector (str): ``predictor``, ``activations``, ``static``, or None for none.
-            tokens (int): of the text that selects.
+            tokens (int): the number of tokens of the text that selects.
         """
         if selector is None:
             return 0, 0
@@ -203,12 +201,12 @@ class Estimator:
         for ffn in self.checkpoint.ffns:
             tensors = [tensor for _, tensor in self._channels(ffn)]
             layers.append(sum(map(self._nbytes, tensors)))
-            # The rows as they are on disk are there until all of them are cast.
+            # Rows in the type that they have on disk stay in memory until all of them are cast.
             layers[-1] += sum(t.nbytes for t in tensors if self._dtype(t) != DTYPES[t.dtype])
         return max(layers), self.kv(generation, selector=True)
 
     def _kv(self, generation: Generation, *, backbone: bool = False, selector: bool = False) -> int:
-        """Bytes of keys and values of the LLM, or of the predictor's backbone."""
+        """Bytes of the keys and values of the LLM or of the predictor's backbone."""
         model = self._backbone if backbone else self._llm
         return kv_bytes(model, generation, selector=selector)
 
@@ -224,14 +222,14 @@ class Estimator:
             selector=use.selector,
             selector_weights=weights,
             selector_kv=selector_kv,
-            network=self.network(use.k, dense=use.dense),
+            network=self.network(use.ks, dense=use.dense),
             networks=use.networks,
             kv=self.kv(use.generation),
         )
 
 
 class _TypeOfFFN(nn.Module):
-    """Stands in for an FFN where only shapes and types count: weights decide the result's type."""
+    """Stands in for an FFN where only types count: the result has the type that weights give it."""
 
     def __init__(self, dtypes: list[mx.Dtype]) -> None:
         super().__init__()
@@ -244,17 +242,17 @@ class _TypeOfFFN(nn.Module):
 
 
 def _bytes_of_tables(model: nn.Module) -> int:
-    """Bytes of arrays that are no parameters, such as frequencies of rotary embeddings."""
-    parameters = {name for name, _ in tree_flatten(model.parameters())}
+    """Bytes of arrays that are not parameters, such as frequencies of rotary embeddings."""
+    parameters = dict(tree_flatten(model.parameters()))
     tables = {
         id(array): array.nbytes
-        for name, array in tree_flatten(model)
+        for name, array in dict(tree_flatten(model)).items()
         if isinstance(array, mx.array) and name not in parameters
     }
     return sum(tables.values())
 
 
-def k_text(k: int | list[int]) -> str:
-    """``k = 768``, or the least and the most of the layers."""
-    least, most = (k, k) if isinstance(k, int) else (min(k), max(k))
+def k_text(ks: list[int]) -> str:
+    """``k = 768``, or the smallest and the largest k if layers differ."""
+    least, most = min(ks), max(ks)
     return f"k = {least}" if least == most else f"k = {least} to {most}"

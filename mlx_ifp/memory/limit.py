@@ -1,28 +1,27 @@
-"""Keeping to a memory limit: what does not fit, what would, and what has to go."""
+"""A memory limit is kept: what does not fit is refused, and sub-networks make room."""
 
 from ..llm.kv_cache import Generation
+from ..selection.keep import per_layer
 from ..selection.selection import Selection
 from ..subnetwork.cache import SubnetworkCache
 from .advice import check
 from .budget import Estimator, Use
 
-# Each measure gives its text and the use that it leads to, or None if it can't be taken or,
-# taken alone, does not suffice.
-
 
 class MemoryLimit:
-    """Keeps a model in use within its limit: makes room, and says whether the predictor may stay.
+    """Keeps a model within its limit: it makes room, and says whether the predictor may stay.
 
-    One generation at a time is counted, and one network that it uses.
+    It counts one generation at a time and the one network that this generation uses.
 
     Args:
         limit (int): bytes.
         estimator (Estimator): of the checkpoint.
-        networks (SubnetworkCache): what gives way; its bound is lowered to what is left.
-        use (Use): what is expected.
+        networks (SubnetworkCache): the networks that make room; their bound is lowered to what is
+            left.
+        use (Use): what the model is expected to be used for.
 
     Raises:
-        IFPError: if that does not fit; nothing has been read then.
+        IFPError: if that does not fit. No weight has been read then.
     """
 
     def __init__(
@@ -33,22 +32,22 @@ class MemoryLimit:
         self._networks = networks
         self._most = networks.max_bytes
         check(estimator, use, limit)
-        self.expect(use.generation, use.k, dense=use.dense)
+        self.expect(use.generation, use.ks, dense=use.dense)
 
-    def expect(self, generation: Generation, k: int | list[int], *, dense: bool = False) -> None:
-        """Leave room for a generation with a network of k channels.
+    def expect(self, generation: Generation, ks: list[int], *, dense: bool = False) -> None:
+        """Leave room for a generation with a network of ``ks`` channels in its layers.
 
         Raises:
-            IFPError: if there is none.
+            IFPError: if there is no room.
         """
-        budget = check(self.estimator, Use(k, generation, dense=dense), self.limit)
+        budget = check(self.estimator, Use(ks, generation, dense=dense), self.limit)
         self._generation, self._kv, self._network = generation, budget.kv, budget.network
         self._networks.max_bytes = min(self._most, self._left())
         self._networks.shrink(self._networks.max_bytes)
 
     @property
     def keeps_predictor(self) -> bool:
-        """Whether the predictor may stay beside the network and its keys and values."""
+        """Whether the predictor may stay in memory beside the network and its keys and values."""
         needed = self.estimator.trunk + self._network + self._kv + self._predictor
         return needed <= self.limit
 
@@ -61,25 +60,31 @@ class MemoryLimit:
         stays = self._predictor if self.keeps_predictor else 0
         return self.limit - self.estimator.trunk - self._kv - stays
 
+    def _in_all_layers(self, k: int) -> list[int]:
+        return per_layer(k, len(self.estimator.checkpoint.ffns))
+
     def before_selecting(self, selector: str, tokens: int) -> None:
-        """Let networks go until a selector has room to run.
+        """Drop networks until a selector has room to run.
 
         Raises:
-            IFPError: if it has none even then.
+            IFPError: if it has no room even without them.
         """
-        check(self.estimator, Use(1, Generation(1), selector, tokens), self.limit)
+        smallest = Use(self._in_all_layers(1), Generation(1), selector, tokens)
+        check(self.estimator, smallest, self.limit)
         needed = self.estimator.trunk + sum(self.estimator.selector(selector, tokens))
         if selector != "predictor" and self.keeps_predictor:
             needed += self._predictor
         self._networks.shrink(max(0, self.limit - needed))
 
     def before_loading(self, selection: Selection | None) -> None:
-        """Let networks go until that of a selection, or the dense one for None, has room.
+        """Drop networks until that of a selection has room; None is the dense model.
 
         Raises:
-            IFPError: if it has none even then.
+            IFPError: if it has no room even without them.
         """
-        dense = selection is None
-        k = selection.ks if selection is not None else None
-        self.expect(self._generation, k or self.estimator.checkpoint.d_ffn, dense=dense)
+        if selection is None:
+            ks = self._in_all_layers(self.estimator.checkpoint.d_ffn)
+        else:
+            ks = selection.ks
+        self.expect(self._generation, ks, dense=selection is None)
         self._networks.shrink(max(0, self._left() - self._network))

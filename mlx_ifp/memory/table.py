@@ -1,10 +1,10 @@
-"""A budget as a table."""
+"""A budget is printed as a table."""
 
 from .budget import Budget, Estimator, Use, k_text
 
 
 def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
-    """The parts of a use as ``--estimate-only`` prints them: part, what it is, bytes."""
+    """The table that ``--estimate-only`` prints: each part of a use, what it is, its bytes."""
     checkpoint, generation = estimator.checkpoint, use.generation
     budget = estimator.budget(use)
     dtype = str(estimator.dtype or "as stored").removeprefix("mlx.core.")
@@ -24,7 +24,7 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
         rows.append(("", what, budget.selector_kv))
     name = "network" if use.dense else "sub-network"
     name = name if use.networks == 1 else f"{use.networks} {name}s"
-    what = f"{k_text(use.k)} of {checkpoint.d_ffn} channels in {len(checkpoint.ffns)} layers"
+    what = f"{k_text(use.ks)} of {checkpoint.d_ffn} channels in {len(checkpoint.ffns)} layers"
     rows.append((name, what, use.networks * budget.network))
     how = f", {generation.kv.kv_bits} bits" if generation.kv.kv_bits is not None else ""
     rows.append(("KV cache", f"{generation.tokens} positions{how}", budget.kv))

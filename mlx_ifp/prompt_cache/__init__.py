@@ -1,1 +1,1 @@
-"""Keys and values by selection, in memory and on disk."""
+"""Keys and values are kept for each selection, in memory and on disk."""

@@ -1,4 +1,4 @@
-"""Warm prompts on disk: a folder of mlx-lm's prompt caches, checked when they are read."""
+"""Warm prompts on disk: a folder of mlx-lm's prompt caches, which are checked when read."""
 
 import contextlib
 import hashlib
@@ -27,16 +27,17 @@ FORMAT = "mlx_ifp.warm_prompt"
 VERSION = "1"
 MAX_BYTES_ON_DISK = 4 << 30
 _NAME = re.compile(r"[0-9a-f]{32}-\d+-[0-9a-f]{32}\.safetensors")
-# A process that was killed leaves a temporary file; one that writes now is not that slow.
+# A temporary file of this age was left by a process that was killed: no writing takes that long.
 _ABANDONED_SECONDS = 3600
 
 
 def _checksum(prompt_cache: PromptCache) -> str:
-    """CRC-32 of all arrays' bytes and all counts: enough to notice a damaged file."""
+    """CRC-32 of the bytes of all arrays and of all counts, which shows a damaged file."""
     crc = 0
-    for _, value in tree_flatten([layer.state for layer in prompt_cache]):
+    for value in dict(tree_flatten([layer.state for layer in prompt_cache])).values():
         if isinstance(value, mx.array) and value.size:
-            crc = zlib.crc32(memoryview(mx.contiguous(value).reshape(-1).view(mx.uint8)), crc)
+            content = mx.contiguous(value).reshape(-1).view(mx.uint8)
+            crc = zlib.crc32(np.asarray(content).data, crc)
         elif isinstance(value, int):
             crc = zlib.crc32(str(int(value)).encode(), crc)
     return f"{crc:08x}"
@@ -45,15 +46,15 @@ def _checksum(prompt_cache: PromptCache) -> str:
 class WarmPromptFiles:
     """Prompt caches on disk, so that the next process finds them.
 
-    One safetensors file a prompt, by mlx-lm's ``save_prompt_cache``. Names are hashes and the
-    number of tokens; neither text nor tokens are stored. But keys and values tell much of a text to
-    those who have the model, so the folder is its owner's alone. Nothing here fails a caller: what
-    can't be read or written is warned about and left out.
+    Each prompt is one safetensors file, which mlx-lm's ``save_prompt_cache`` writes. Names are made
+    of hashes and the number of tokens. Neither text nor tokens are stored, but keys and values tell
+    much of a text to those who have the model, so only its owner can open the folder. No method
+    fails its caller: there is a warning about what cannot be read or written.
 
     Args:
-        directory (Path): of the caches; the files are in ``warm_prompts`` below it.
-        model (str): the checkpoint's name, for those who list the files.
-        max_bytes (int): bound of all files; the least recently used ones are deleted.
+        directory (Path): that of all caches; the files are in ``warm_prompts`` below it.
+        model (str): the checkpoint's name, which commands that list the files show.
+        max_bytes (int): bound of all files together; the least recently used ones are deleted.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class WarmPromptFiles:
         return self.directory / f"{key[:32]}-{tokens.size}-{name[:32]}.safetensors"
 
     def has(self, key: str, tokens: Iterable[int]) -> bool:
-        """Whether there is a file of this very prompt."""
+        """Whether there is a file of exactly this prompt."""
         with contextlib.suppress(OSError):
             return self._path(key, tokens).is_file()
         return False
@@ -103,7 +104,7 @@ class WarmPromptFiles:
                 return None  # another process has deleted it
             reason = reason_of(error)
             warnings.warn(f"Ignoring a damaged warm prompt: {path} ({reason})", stacklevel=2)
-            # Nobody can use it, and whoever prefills it again writes it again.
+            # Nobody can use this file. The next prefill of the prompt writes a new one.
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
@@ -112,7 +113,7 @@ class WarmPromptFiles:
         return prompt_cache
 
     def store(self, key: str, tokens: tuple[int, ...], prompt_cache: PromptCache) -> None:
-        """Keep a prompt; a file that is there is replaced as a whole."""
+        """Keep a prompt. A file that exists is replaced as a whole."""
         if sum(layer.nbytes for layer in prompt_cache) > self.max_bytes:
             return
         path = self._path(key, tokens)
@@ -148,20 +149,20 @@ class WarmPromptFiles:
 
     def entries(self, prefix: str = "") -> list[Path]:
         """The files whose names begin with ``prefix``, most recently used first."""
-        # Those that are being written have other names.
+        # Files that are being written have other names.
         files = (p for p in self.directory.glob(f"{prefix}*") if _NAME.fullmatch(p.name))
         return by_last_use(files)
 
 
 def load_cache_file(path: str | Path, key: CacheKey) -> PromptCache:
-    """A file of ``mlx_ifp.cache_prompt``, for mlx-lm's ``prompt_cache``.
+    """Load a file of ``mlx_ifp.cache_prompt``, for mlx-lm's ``prompt_cache``.
 
     Args:
         path: the file.
-        key (CacheKey): what it must have been filled under.
+        key (CacheKey): the key that it must have been filled under.
 
     Raises:
-        IFPError: if it is no such file, or was filled under another key.
+        IFPError: if the file is of another kind, or was filled under another key.
     """
     with one_line(f"{path} is not a prompt cache"):
         prompt_cache, metadata = load_prompt_cache(str(path), return_metadata=True)
@@ -172,7 +173,7 @@ def load_cache_file(path: str | Path, key: CacheKey) -> PromptCache:
 def save_cache_file(
     path: Path, prompt_cache: PromptCache, key: CacheKey, metadata: dict[str, str]
 ) -> None:
-    """Write such a file: mlx-lm's, with what its keys and values are right for.
+    """Write a file for :func:`load_cache_file`: mlx-lm's, with the key in its metadata.
 
     Raises:
         IFPError: if it could not be written.
@@ -185,7 +186,7 @@ def stored_positions(path: str | Path) -> int:
     """Positions of keys and values in a file of mlx-lm's ``save_prompt_cache``, from its header.
 
     Raises:
-        IFPError: if it is no safetensors file.
+        IFPError: if it is not a safetensors file.
     """
     shapes = [tensor.shape for tensor in read_any_header(Path(path)).values()]
     return max((shape[2] for shape in shapes if len(shape) == 4), default=0)

@@ -1,4 +1,4 @@
-"""What stored keys and values are right for: one key for those in memory and those in files."""
+"""The key of stored keys and values, in memory and in files: it says what they are right for."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from ..selection.selection import Selection, digest_of
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All, beside the tokens, that determines keys and values.
+    """Everything that determines keys and values, except the tokens.
 
     Attributes:
         checkpoint: its digest.
-        dtype: the type the model runs in; ``None`` as stored.
-        mlx_lm: the version that computes them.
+        dtype: the type that the model runs in; ``None`` stands for the stored types.
+        mlx_lm: the version of mlx-lm that computes them.
         selection: the digest of the sub-network's selection, or ``dense``.
         settings: how they are kept.
     """
@@ -39,7 +39,7 @@ class CacheKey:
         selection: Selection | None,
         settings: KVSettings | None = None,
     ) -> "CacheKey":
-        """The key of a checkpoint's digest in use, and of a selection; None is the dense model."""
+        """The key for a checkpoint, by its digest, and a selection; None is the dense model."""
         settings = settings or KVSettings()
         return cls(checkpoint, str(dtype), mlx_lm_version, digest_of(selection), settings)
 
@@ -52,7 +52,7 @@ class CacheKey:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def metadata(self) -> dict[str, str]:
-        """How a file that mlx-lm saves says it."""
+        """The key as metadata of a file that mlx-lm saves."""
         return {
             "ifp_selection": self.selection,
             "ifp_checkpoint": self.checkpoint,
@@ -65,8 +65,8 @@ class CacheKey:
         """Raises IFPError, in a line that says what to do, if a file was filled under another key.
 
         Args:
-            path (str): names the file.
-            metadata: of the file.
+            path (str): the file's name, for the message.
+            metadata: that of the file.
         """
         mine = self.metadata()
         if "ifp_selection" not in metadata:

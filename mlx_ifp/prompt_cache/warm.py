@@ -1,7 +1,7 @@
 """Warm prompts: keys and values of a token prefix, kept for the next prompt that begins with it.
 
-In memory, and if asked on disk. Keys and values made under one mask are wrong under another, so all
-that determines them is part of the key they are kept under.
+They are kept in memory and, on request, on disk. Keys and values that were made under one mask are
+wrong under another, so their key contains everything that determines them.
 """
 
 import copy
@@ -37,8 +37,8 @@ MAX_BYTES = 1 << 30
 class WarmInfo:
     """Counts of :class:`WarmPrompts` since it was made, and what its memory holds now.
 
-    ``hits`` and ``misses`` are of :meth:`WarmPrompts.fetch`, ``prefilled`` are the tokens that a
-    network processed for it, ``loads`` the prompts that came from disk.
+    ``hits`` and ``misses`` count calls of :meth:`WarmPrompts.fetch`, ``prefilled`` counts the
+    tokens that a network processed, and ``loads`` counts the prompts that came from disk.
     """
 
     hits: int
@@ -53,13 +53,13 @@ class WarmInfo:
 class WarmPrompts:
     """Prompt caches by (sub-network, tokens), least recently used, bounded in bytes. Thread-safe.
 
-    What is handed out is a copy: a generation that goes on in it changes nothing here. Copies share
-    their arrays until they are written.
+    Callers get copies, so a generation that goes on in one changes nothing here. Copies share their
+    arrays until they are written.
 
     Args:
-        checkpoint (str): its digest.
-        dtype (mx.Dtype): the type the model runs in, None as stored.
-        files (WarmPromptFiles): where prompts are kept on disk, or None for nowhere.
+        checkpoint (str): the digest of the checkpoint.
+        dtype (mx.Dtype): the type that the model runs in; None stands for the stored types.
+        files (WarmPromptFiles): the prompts on disk; None if none are.
         max_bytes (int): bound of what is kept in memory.
     """
 
@@ -72,8 +72,9 @@ class WarmPrompts:
     ) -> None:
         self.files = files
         self._owner = (checkpoint, dtype)
-        # Not mlx-lm's LRUPromptCache: it has no lock, does not count a look-up as use, hands out
-        # all of a prompt, and trims quantized keys and values, which may have to be float ones.
+        # mlx-lm's LRUPromptCache is not used: it has no lock, does not count a look-up as use,
+        # hands out a prompt as a whole, and trims quantized keys and values, although a shorter
+        # prompt may need them as floats.
         self._entries: LRU[_Entry, PromptCache] = LRU(max_bytes)
         self._lock = self._entries.lock
         self._once = Once(self._lock)
@@ -89,7 +90,7 @@ class WarmPrompts:
         self._entries.most = nbytes
 
     def key(self, prepared: Prepared, settings: KVSettings | None = None) -> str:
-        """The hash of all, beside the tokens, that determines keys and values."""
+        """The hash of everything that determines keys and values, except the tokens."""
         return CacheKey.of(*self._owner, prepared.selection, settings).hash
 
     def fetch(
@@ -128,14 +129,14 @@ class WarmPrompts:
         disk: bool = False,
         prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> int:
-        """Prefill a prefix and keep it, if it is not kept already.
+        """Prefill a prefix and keep it, unless it is kept already.
 
-        If several threads ask for the same one at once, one prefills and the others wait for it.
+        If several threads ask for the same prefix at once, one prefills and the others wait for it.
 
         Args:
             prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
             tokens (list or mx.array): the prefix's ids.
-            settings (KVSettings): those of the generations to come; None for mlx-lm's defaults.
+            settings (KVSettings): those of later generations; None for mlx-lm's defaults.
             disk (bool): keep it on disk too, for the next process.
             prefill_step_size (int): tokens to process at a time.
 
@@ -158,11 +159,11 @@ class WarmPrompts:
         disk: bool = False,
         prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> tuple[PromptCache | None, list[int]]:
-        """:meth:`warm` a prompt's first tokens and :meth:`fetch`, whatever fits into memory.
+        """:meth:`warm` a prompt's first tokens, then :meth:`fetch`, even if nothing can be kept.
 
         Args:
-            prefix (int): the number of first tokens to keep; the last of all is never among them.
-            prepared, tokens, settings, disk, prefill_step_size: as for those two.
+            prefix (int): the number of first tokens to keep; a prompt's last token is never kept.
+            prepared, tokens, settings, disk, prefill_step_size: as for these two.
 
         Returns:
             tuple: as :meth:`fetch`.
@@ -185,7 +186,7 @@ class WarmPrompts:
         disk: bool,
         prefill_step_size: int,
     ) -> tuple[PromptCache, int]:
-        """The prefix's cache, to be copied by who writes to it, and the tokens processed for it."""
+        """The prefix's cache, to be copied before writing, and the tokens processed for it."""
         key = self.key(prepared, settings)
         entry = (key, tuple(tokens))
         files = self.files if disk else None
@@ -233,19 +234,23 @@ class WarmPrompts:
     def _longest_in_memory(
         self, key: str, tokens: list[int], settings: KVSettings
     ) -> tuple[PromptCache, int] | None:
-        best, longest = None, 0
+        best: _Entry | None = None
+        longest = 0
         for entry, prompt_cache in self._entries.items():
             n = common_prefix(entry[1], tokens) if entry[0] == key else 0
-            # What is longer than the common part is cut, where that leaves what a shorter prompt
-            # would have made: a longer one is quantized from its first token on.
+            # An entry that is longer than the common part is cut if that leaves what a shorter
+            # prompt would have made. With quantization it may not: a longer prompt is quantized
+            # from its first token on.
             cut = n < len(entry[1])
             if cut and (settings.kv_bits is not None or not can_trim_prompt_cache(prompt_cache)):
                 continue
             if n > longest:
                 best, longest = entry, n
-        if best is None:
+        # It is looked up once more, because a look-up counts as use.
+        used = None if best is None else self._entries.get(best)
+        if best is None or used is None:
             return None
-        prompt_cache = copy.deepcopy(self._entries.get(best))
+        prompt_cache = copy.deepcopy(used)
         if longest < len(best[1]):
             trim_prompt_cache(prompt_cache, len(best[1]) - longest)
         return prompt_cache, longest
@@ -280,8 +285,8 @@ def _prefill(
     settings: KVSettings,
     prefill_step_size: int,
 ) -> None:
-    # Not generate_step, which takes the last token by itself: quantized keys and values would be
-    # other ones than those of a prompt that goes on.
+    # generate_step is not used, because it processes the last token by itself: quantized keys and
+    # values would then differ from those of a prompt that goes on.
     for start in range(0, len(tokens), prefill_step_size):
         network(mx.array(tokens[start : start + prefill_step_size])[None], cache=prompt_cache)
         settings.quantize(prompt_cache)
@@ -290,7 +295,7 @@ def _prefill(
 
 
 def _compact(prompt_cache: PromptCache) -> PromptCache:
-    """Give back the room that mlx-lm allocates for more tokens. Evaluated, so for any thread."""
+    """Free the room that mlx-lm allocates for more tokens. Arrays are evaluated, for any thread."""
     for layer in prompt_cache:
         if type(layer) in (KVCache, QuantizedKVCache) and not layer.empty():
             layer.keys, layer.values = tree_map(
@@ -302,10 +307,10 @@ def _compact(prompt_cache: PromptCache) -> PromptCache:
 
 
 def claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCache:
-    """Mark a prompt cache as a selection's: under another one its keys and values are wrong.
+    """Mark a prompt cache as that of a selection; under another its keys and values are wrong.
 
     Raises:
-        IFPError: if it is marked as another one's.
+        IFPError: if it is marked as that of another selection.
     """
     digest = digest_of(selection)
     for layer in prompt_cache:

@@ -1,1 +1,1 @@
-"""What was chosen: masks, selections, and where they are kept."""
+"""What was chosen: masks, selections, and the files that they are kept in."""

@@ -19,21 +19,21 @@ MAX_SELECTIONS = 256
 class SelectionCache:
     """Selections on disk, so that the next process finds them.
 
-    One file a selection, in a folder a checkpoint. Names are hashes: no text is stored. Nothing
-    here fails a caller: what can't be read or written is warned about and left out.
+    Each selection is a file, and each checkpoint has a folder. Names are hashes, and no text is
+    stored. No method fails its caller: there is a warning about what cannot be read or written.
 
     Args:
-        directory (Path): where; None for :func:`default_cache_dir`.
+        directory (Path): where they are; None for :func:`default_cache_dir`.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = Path(directory) if directory is not None else default_cache_dir()
 
     def _folder(self, checkpoint: str) -> Path:
         return self.directory / "selections" / checkpoint[:32]
 
     def load(self, checkpoint: str, key: str) -> Selection | None:
-        """The selection of a key, or None."""
+        """The selection of a key; None if it is not there."""
         path = self._folder(checkpoint) / f"{key}.safetensors"
         try:
             if not path.exists():
@@ -72,7 +72,7 @@ class SelectionCache:
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:
-        # Those that are being written begin with a dot.
+        # The names of files that are being written begin with a dot.
         return by_last_use(folder.glob("[!.]*.safetensors"))
 
     def entries(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Selections in files: one that the user names, and those kept on disk for the next process."""
+"""Selections in files: those that users name, and those kept on disk for the next process."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def save_selection(
 ) -> None:
     """Write a selection to a safetensors file: one bit a channel, and the soft values.
 
-    The file is complete or not there at all; one that exists is replaced.
+    The file is complete or not there at all. A file that exists is replaced.
 
     Raises:
         FileExistsError: if it exists and ``overwrite`` is false.
@@ -40,7 +40,7 @@ def save_selection(
     }
     with new_file(path, overwrite=overwrite) as temporary:
         try:
-            # Not save_file: it makes the file anew, for its owner's eyes only.
+            # save_file is not used, because it makes the file anew, readable only by its owner.
             temporary.write_bytes(serialize(tensors, metadata=metadata))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error

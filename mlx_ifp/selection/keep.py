@@ -1,9 +1,9 @@
-"""k, the channels to keep in each layer: from what users say to counts."""
+"""k, the number of channels to keep in each layer: what users say becomes counts."""
 
 from ..errors import IFPError
 
 Keep = int | float | list[int]
-# Of a dense model, which does not say what it was trained for.
+# The share that is kept of a dense model, which does not say what it was trained for.
 DEFAULT_KEEP = 0.5
 
 # Widths that are multiples of this keep every fast Metal kernel open.
@@ -11,12 +11,12 @@ WIDTH_MULTIPLE = 64
 
 
 def per_layer(k: int | list[int], layers: int) -> list[int]:
-    """One number for each of L layers, of one for all or a list of them."""
+    """One number for each of L layers, made of one number for all of them or of a list."""
     return list(k) if isinstance(k, list) else [k] * layers
 
 
 def compact(ks: list[int]) -> int | list[int]:
-    """How users and files see k: one number if every layer keeps as many, else one a layer."""
+    """k as users and files see it: one number if all layers keep as many, else one for each."""
     return ks[0] if len(set(ks)) == 1 else ks
 
 
@@ -30,7 +30,7 @@ def resolve_keep(keep: Keep, d_ffn: int, layers: int) -> list[int]:
         layers (int): L.
 
     Raises:
-        IFPError: if it is out of range.
+        IFPError: if a count or the fraction is out of range.
     """
     if isinstance(keep, float):
         if not 0 < keep <= 1:

@@ -1,4 +1,4 @@
-"""Scores -> masks and selections. Arrays in, arrays out; nothing here knows a model.
+"""Scores -> masks. Functions take and give arrays; nothing here knows a model.
 
 The paper is Instruction-Following Pruning (Hou et al., ICML 2025, arXiv 2501.02086), section 3.1.
 SoftTopK comes from Conditional Adapters (Lei et al., 2023, arXiv 2304.04947).
@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from ..errors import IFPError
 
-# Both solvers search an interval of at most 42 + ln(F); 48 halvings leave less than float32 can
-# tell apart.
+# Both solvers search an interval of at most 42 + ln(F). After 48 halvings float32 cannot tell its
+# ends apart.
 _BISECTION_STEPS = 48
 
 
@@ -36,7 +36,7 @@ def _kth_largest(scores: mx.array, k: mx.array) -> mx.array:
 
 
 def topk_mask(scores: mx.array, k: int | list[int]) -> mx.array:
-    """The k largest scores of each row: exactly k, always.
+    """The mask of the k largest scores of each row. It always keeps exactly k.
 
     Ties at the k-th score go to the lower channel index.
 
@@ -121,9 +121,10 @@ def soft_topk(
     nu = _bisect(lambda nu: value(fixed, nu).sum(axis=-1, keepdims=True) - target, low, high)
     nu = mx.stop_gradient(nu)
     steepness = mx.stop_gradient(slope(value(fixed, nu)).sum(axis=-1, keepdims=True))
-    # Only the derivative of this step is wanted: its value is the rounding of the bisection.
+    # Only the derivative of this step is wanted. Its value is the rounding error of the bisection,
+    # and is taken out.
     step = value(z, nu).sum(axis=-1, keepdims=True) - target
     step = (step - mx.stop_gradient(step)) / mx.maximum(steepness, 1e-20)
     soft = value(z, nu + step)
-    # At k = F only lambda = 1 satisfies the constraints; a sigmoid reaches it at infinity.
+    # At k = F only lambda = 1 satisfies the constraints, and a sigmoid reaches 1 only at infinity.
     return mx.where(count == z.shape[-1], mx.ones_like(soft), soft)

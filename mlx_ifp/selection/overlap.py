@@ -1,7 +1,7 @@
-"""How alike the selections of many prompts are. Selections in, arrays out; no model here.
+"""How alike the selections of many prompts are. Functions take selections and know no model.
 
 The paper is Instruction-Following Pruning (Hou et al., ICML 2025, arXiv 2501.02086), section 4.4
-and appendix A.3. Selections that are all alike are a collapsed mask: the prompt selects nothing.
+and appendix A.3. If all selections are alike, the mask has collapsed: the prompt decides nothing.
 
 n is the number of selections, L the number of layers, F = d_ffn.
 """

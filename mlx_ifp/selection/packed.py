@@ -1,7 +1,7 @@
-"""Masks with one bit a channel: the one way in which selections are compared.
+"""Masks with one bit for each channel. All comparisons of selections use them.
 
-With thousands of channels a layer, comparing lists of channels would take longer than a small
-sub-network's loading.
+With thousands of channels in a layer, comparing lists of channels would take longer than loading a
+small sub-network.
 """
 
 import numpy as np

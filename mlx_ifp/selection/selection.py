@@ -1,4 +1,4 @@
-"""A selection: which channels of each layer are kept, and with what soft values."""
+"""A selection says which channels of each layer are kept, and with what soft values."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import IFPError
 from ..llm.ffn import FFN
+from ..llm.overflow import not_finite
 from .keep import compact
 from .masks import soft_topk, topk_mask
 from .packed import overlap, pack
@@ -22,7 +23,8 @@ class Selection:
         soft_values: for each layer, float32 [k] in the order of ``layers``, or None if the mask
             is hard.
         d_ffn: F, how many channels each layer has to choose from.
-        checkpoint: digest of the checkpoint the channels belong to.
+        checkpoint: digest of the checkpoint that the channels belong to.
+        digest: SHA-256 of all of this.
     """
 
     layers: tuple[np.ndarray, ...]
@@ -34,9 +36,9 @@ class Selection:
     def __post_init__(self) -> None:
         content = hashlib.sha256(f"{self.checkpoint}:{self.d_ffn}".encode())
         for channels in self.layers:
-            content.update(np.packbits(self._bits(channels)))
+            content.update(np.packbits(self._bits(channels)).data)
         for values in self.soft_values or ():
-            content.update(np.ascontiguousarray(values, dtype=np.float32))
+            content.update(np.ascontiguousarray(values, dtype=np.float32).data)
         object.__setattr__(self, "digest", content.hexdigest())
 
     def _bits(self, channels: np.ndarray) -> np.ndarray:
@@ -92,7 +94,7 @@ class Selection:
 
 
 def digest_of(selection: Selection | None) -> str:
-    """What a sub-network is known by in all caches; None is the dense model."""
+    """The name of a sub-network in all caches; None is the dense model."""
     return "dense" if selection is None else selection.digest
 
 
@@ -110,6 +112,7 @@ def select_channels(
     temperature: float = 1.0,
     keep_soft_values: bool = False,
     checkpoint: str = "",
+    computed_in: mx.Dtype | None = None,
 ) -> Selection:
     """Apply a mask operator to scores (paper, section 3.1: ``m = lambda * Top(lambda, t_ffn)``).
 
@@ -118,16 +121,19 @@ def select_channels(
         k (int or list): channels to keep in each layer.
         operator (str): ``"topk"``, ``"sigmoid"`` or ``"capped_exp"``.
         temperature (float): of SoftTopK.
-        keep_soft_values (bool): keep lambda as the channels' weights.
+        keep_soft_values (bool): keep lambda as the weights of the channels.
         checkpoint (str): digest of the checkpoint, which becomes part of the selection's.
+        computed_in (mx.Dtype): the type that the scores were computed in, which a message names;
+            None if it is not known.
 
     Raises:
         IFPError: if a score is not finite or k is out of range.
     """
-    if not mx.isfinite(scores).all():
-        layer = int(mx.argmin(mx.isfinite(scores).all(axis=-1)))
-        raise IFPError(f"The scores of layer {layer} are not finite; the selector is broken.")
-    # lambda grows with the score, so the top scores are the top lambdas, without its rounding.
+    finite = mx.isfinite(scores).all(axis=-1)
+    if not finite.all():
+        layer = int(mx.argmin(finite))
+        raise not_finite(f"The scores of layer {layer} are not finite", computed_in)
+    # lambda grows with the score. So the top scores are the top lambdas, without their rounding.
     mask = np.array(topk_mask(scores, k))
     layers = tuple(np.flatnonzero(row).astype(np.int32) for row in mask)
     soft_values = None

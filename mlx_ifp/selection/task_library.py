@@ -1,8 +1,8 @@
 """The task library: selections that have a name, kept on disk for each checkpoint.
 
-A task is one safetensors file, that of :func:`~mlx_ifp.selection.files.save_selection`, with four
-more entries of metadata: the task's name, the text that selected, the selector, and a digest of all
-of the file's content. It is no cache: only ``rm`` deletes it.
+A task is one file of :func:`~mlx_ifp.selection.files.save_selection` with four more entries of
+metadata: the task's name, the text that selected, the selector, and a digest of the whole content.
+The library is no cache: a task is only deleted by ``mlx_ifp.tasks rm``.
 """
 
 import hashlib
@@ -42,10 +42,10 @@ class Task:
 
 
 def check_name(name: str) -> str:
-    """The name, if it is one: it must be safe as a file name on every system.
+    """The name, checked: it must be safe as a file name on every system.
 
     Raises:
-        IFPError: if not.
+        IFPError: if it is not.
     """
     if not _NAME.fullmatch(name):
         raise IFPError(
@@ -56,7 +56,7 @@ def check_name(name: str) -> str:
 
 
 def _content_digest(selection: Selection, metadata: dict[str, str]) -> str:
-    """sha256 of a task's selection and of what is said about it."""
+    """SHA-256 of a task's selection and of what is said about it."""
     said = json.dumps([metadata.get(name) for name in ("name", "task", "selector")])
     return hashlib.sha256(f"{selection.digest}:{said}".encode()).hexdigest()
 
@@ -66,7 +66,7 @@ def write_task(path: str | Path, task: Task, *, force: bool = False) -> None:
 
     Args:
         path (str): the file.
-        task (Task): what it gets.
+        task (Task): what is written.
         force (bool): replace a file that exists.
 
     Raises:
@@ -83,7 +83,7 @@ def read_task(path: str | Path, checkpoint: Checkpoint) -> Task:
 
     Args:
         path (str): a file of :func:`write_task`.
-        checkpoint (Checkpoint): it must belong to this one.
+        checkpoint (Checkpoint): the one that the task must belong to.
 
     Raises:
         IFPError: if it is no such file, damaged, edited, or of another checkpoint.
@@ -118,11 +118,11 @@ def read_task(path: str | Path, checkpoint: Checkpoint) -> Task:
 class TaskLibrary:
     """The named tasks of one checkpoint.
 
-    They lie beside the selection cache, which never touches them. Everything is read when it is
-    asked for, so processes see each other's tasks.
+    They lie beside the selection cache, which never touches them. Files are read when they are
+    asked for, so each process sees the tasks of all others.
 
     Args:
-        checkpoint (Checkpoint): whose tasks.
+        checkpoint (Checkpoint): the one whose tasks they are.
         directory (Path): the parent of the folder ``tasks``; None for
             :func:`~mlx_ifp.device.default_cache_dir`.
     """
@@ -133,21 +133,21 @@ class TaskLibrary:
 
     @property
     def folder(self) -> Path:
-        """Where the tasks of this checkpoint lie."""
+        """The folder of this checkpoint's tasks."""
         root = default_cache_dir() if self._directory is None else Path(self._directory)
         return root / "tasks" / self.checkpoint.digest[:32]
 
     def path(self, name: str) -> Path:
-        """The file of a task, there or not."""
+        """The file of a task, whether it exists or not."""
         return self.folder / f"{check_name(name)}{_SUFFIX}"
 
     def names(self) -> list[str]:
-        """The tasks there are, sorted; a damaged file counts."""
+        """The names of all tasks, sorted; damaged files are among them."""
         try:
             names = [path.name.removesuffix(_SUFFIX) for path in self.folder.glob(f"*{_SUFFIX}")]
         except OSError:
             return []
-        # Files that are being written begin with a dot, and no name does.
+        # The names of files that are being written begin with a dot; a task's name does not.
         return sorted(name for name in names if _NAME.fullmatch(name))
 
     def _existing(self, name: str) -> Path:
@@ -168,7 +168,7 @@ class TaskLibrary:
         return replace(read_task(self._existing(name), self.checkpoint), name=name)
 
     def check_new(self, name: str, *, force: bool = False) -> None:
-        """Find out before the work whether :meth:`add` could store a task; makes the folder.
+        """Find out before the work whether :meth:`add` could store a task. This makes the folder.
 
         Raises:
             IFPError: if the name is bad or taken, or the folder cannot be written.
@@ -184,7 +184,7 @@ class TaskLibrary:
             raise _taken(name)
 
     def add(self, task: Task, *, force: bool = False) -> Path:
-        """Store a task. Of several processes that add one name at once, one does.
+        """Store a task. If several processes add one name at once, only one of them succeeds.
 
         Args:
             task (Task): what to store, of this checkpoint.
@@ -236,7 +236,7 @@ class TaskLibrary:
 
         Args:
             path (str): the file.
-            name (str): of the task here; None for the one that the file has inside.
+            name (str): the task's name here; None takes the one inside the file.
             force (bool): replace the task of this name.
 
         Raises:

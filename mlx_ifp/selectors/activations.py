@@ -38,7 +38,7 @@ class ActivationRecorder(nn.Module):
     def __call__(self, z: mx.array) -> mx.array:
         squares = z.astype(mx.float32).square()
         norms = squares.sum(axis=-1, keepdims=True)
-        # A token without any activation has no say.
+        # A token without any activation does not count.
         shares = squares / mx.maximum(norms, 1e-30)
         if self._tokens is not None:
             shares = shares * self._tokens[..., None]
@@ -47,7 +47,7 @@ class ActivationRecorder(nn.Module):
 
 
 class _StreamedFFN(nn.Module):
-    """Stands in for an FFN: brings it to memory, runs it, records its channels, forgets it."""
+    """Stands in for an FFN: it reads the FFN, runs it, records its channels and frees it."""
 
     def __init__(self, load: Callable[[], nn.Module]) -> None:
         super().__init__()

@@ -55,7 +55,9 @@ class PredictorHead(nn.Module):
         self.config = config
         self.linears = []
         for name in (f"linear{i + 1}" for i in range(len(config.biases))):
-            weight, scales, biases, bias = (arrays.get(f"{name}.{part}") for part in PARTS)
+            weight = arrays[f"{name}.weight"]
+            scales, biases, bias = (arrays.get(f"{name}.{part}") for part in PARTS[1:])
+            layer: nn.Module
             if scales is None:
                 layer = linear(weight, bias)
             else:
@@ -120,7 +122,7 @@ class Predictor:
         Returns:
             mx.array: float32 [B, L, d_ffn], before any mask.
         """
-        hidden = self.body(tokens)
+        hidden = self.body(tokens, cache=None)
         last = hidden[mx.arange(tokens.shape[0]), lengths - 1]
         return self.head(last).reshape(tokens.shape[0], self.layers, -1)
 
@@ -138,6 +140,7 @@ def load_predictor(
     """
     backbone = load_backbone(checkpoint, dtype, trunk)
     arrays = load_tensors(checkpoint.head, dtype)
+    assert checkpoint.ifp.head is not None, "a checkpoint with a predictor has its head's shape"
     head = PredictorHead(checkpoint.ifp.head, arrays, checkpoint.predictor_config)
     mx.eval(head.parameters())
     return Predictor(backbone, head, len(checkpoint.ffns))

@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
+from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
 from ..selection.disk_cache import SelectionCache
@@ -149,7 +150,8 @@ class Selector:
                 )
             if not own and self._tokenizer is None:
                 self._tokenizer = load_tokenizer_of(self.checkpoint, self._tokenizer_config)
-            return self._predictor_tokenizer if own else self._tokenizer
+            # One of the two was just made, if it was not there.
+            return cast(TokenizerWrapper, self._predictor_tokenizer if own else self._tokenizer)
 
     def select(
         self, text: Text, *, selector: str | None = None, keep: Keep | None = None
@@ -183,11 +185,25 @@ class Selector:
                 return selection, "disk"
         mask = asdict(checkpoint.ifp.mask)
         scores = self.scores(text, selector=selector)
-        selection = select_channels(scores, ks, checkpoint=checkpoint.digest, **mask)
+        selection = select_channels(
+            scores,
+            ks,
+            checkpoint=checkpoint.digest,
+            computed_in=self._computed_in(selector),
+            **mask,
+        )
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)
         return selection, selector
+
+    def _computed_in(self, selector: str) -> mx.Dtype | None:
+        """The type that a selector computes in; None if it only reads scores."""
+        if selector == "static":
+            return None
+        checkpoint = self.checkpoint
+        weights = checkpoint.predictor if selector == "predictor" else checkpoint.trunk
+        return computing_type(self.parent.dtype, weights.values())
 
     def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
         """What names a selection on disk: the hash of all that determines it.

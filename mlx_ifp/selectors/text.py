@@ -1,13 +1,13 @@
 """Prompts and tasks: which text selects, and what each tokenizer is given."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.config import TEXT_SOURCES, TextConfig
 from ..errors import IFPError
-from ..llm.prompt import Prompt, Text, encode_prompt, is_messages, token_ids
+from ..llm.prompt import Prompt, Text, is_messages, template_tokens, token_ids
 
 
 def selecting_text(
@@ -18,7 +18,8 @@ def selecting_text(
     """The text of a prompt that selects (paper, sections 3.2 and 4.3).
 
     Args:
-        prompt: a string or token ids, which select whole, or a list of messages.
+        prompt: a string or token ids, which select whole, or a list of messages as
+            :func:`~mlx_ifp.llm.messages.read_messages` gives them.
         role (str): ``user``: the first user message selects, for the whole conversation;
             ``system``: the system message does.
         decode (Callable): makes text of token ids, if the selector has another tokenizer.
@@ -30,20 +31,13 @@ def selecting_text(
         raise IFPError(f"task_from must be 'user' or 'system', not {role!r}.")
     if is_messages(prompt):
         for message in prompt:
-            if message.get("role") == role:
-                return _content(message)
+            if message["role"] == role:
+                return message["content"]
         raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
     if role == "system":
         raise IFPError("To select by the system message, give the prompt as a list of messages.")
-    return prompt if isinstance(prompt, str) or decode is None else decode(token_ids(prompt))
-
-
-def _content(message: dict[str, Any]) -> str:
-    """A message's text; the parts of a multi-part content are joined."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
+    text = cast(Text, prompt)
+    return text if isinstance(text, str) or decode is None else decode(token_ids(text))
 
 
 def selector_tokens(
@@ -71,7 +65,7 @@ def selector_tokens(
         if how.format == "raw":
             tokens = tokenizer.encode(text)
         elif tokenizer.has_chat_template:
-            tokens = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+            tokens = template_tokens(tokenizer, [{"role": "user", "content": text}])
         else:
             raise IFPError("text.format is chat_template, but the selector's tokenizer has none.")
     if not tokens:

@@ -1,1 +1,1 @@
-"""Selection -> sub-network: rows from disk, assembled with the trunk."""
+"""Selection -> sub-network: its rows are read from disk and assembled with the trunk."""

@@ -18,7 +18,7 @@ class ChannelMajorLinear(nn.Module):
 
     Args:
         weight (mx.array): uint32 [k, packed hidden size].
-        scales, biases: of ``weight``; biases is None for the modes that have none.
+        scales, biases: those of ``weight``; biases is None for the modes that have none.
         how (dict): group_size, bits and mode.
         bias (mx.array): [hidden size], or None.
         soft_values (mx.array): float32 [k], multiplied with the activation, or None.
@@ -48,7 +48,8 @@ class ChannelMajorLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if "soft_values" in self:
             x = x * self["soft_values"].astype(x.dtype)
-        # Two dimensions: MLX's vector kernel for transpose=False is in doubt for (n, 1, k).
+        # x gets two dimensions, because results of MLX's vector kernel for transpose=False are in
+        # doubt for the shape (n, 1, k).
         y = mx.quantized_matmul(
             x.reshape(-1, x.shape[-1]),
             self["weight"],
@@ -69,19 +70,21 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
     Args:
         module (nn.Module): mlx-lm's FFN; its down projection's bias, if any, is kept.
         rows (FFNRows): from :func:`read_ffn`.
-        config (dict): the LLM's, which says how weights are quantized.
+        config (dict): that of the LLM, which says how weights are quantized.
     """
     ffn = rows.ffn
     for projection in sorted({projection for projection, _ in rows.arrays}):
-        weight, scales, biases, bias = (rows.arrays.get((projection, p)) for p in PARTS)
-        how = quantization_of(config, ffn.module_path(projection)) if scales is not None else None
-        if projection == "down_proj":
+        down = projection == "down_proj"
+        weight = rows.arrays[projection, "weight"]
+        scales, biases, bias = (rows.arrays.get((projection, part)) for part in PARTS[1:])
+        if down:
             bias = module.down_proj.get("bias")
-        if how is None:
-            # Transposing is a change of strides: the array on disk is the array in memory.
-            down = projection == "down_proj"
+        if scales is None:
+            # Transposing only changes strides: the array in memory is the one on disk.
             module[projection] = linear(weight.T if down else weight, bias)
-        elif projection == "down_proj":
+            continue
+        how = quantization_of(config, ffn.module_path(projection))
+        if down:
             module.down_proj = ChannelMajorLinear(
                 weight, scales, biases, how, bias, rows.soft_values
             )
@@ -93,13 +96,13 @@ def assemble(parent: Parent, rows: list[FFNRows]) -> nn.Module:
     """A sub-network: a stock mlx-lm model that shares the trunk.
 
     Args:
-        parent (Parent): whose trunk it shares.
+        parent (Parent): the one whose trunk it shares.
         rows (list): L of them, one for each FFN.
     """
     model = share(parent.trunk)
     for layer in rows:
         module = get_module(model, layer.ffn.path)
         set_ffn(module, layer, parent.config)
-        # The trunk is evaluated already.
+        # Only the FFN is evaluated here; the trunk was evaluated when it was loaded.
         evaluate(module)
     return model

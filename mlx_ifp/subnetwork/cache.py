@@ -26,10 +26,10 @@ class CacheInfo:
 class SubnetworkCache(Generic[Network]):
     """Sub-networks in memory: least recently used, bounded in bytes. Thread-safe.
 
-    Only a sub-network's own channels count; the trunk is shared. One that is in use, see
-    :meth:`using`, is not evicted, so that its bytes count: the cache is over its bound only by what
-    is in use at once. One that was handed out and evicted lives until its last user lets go,
-    uncounted. One that is larger than the bound is handed out, but not kept.
+    Only a sub-network's own channels count, because the trunk is shared. One that is in use (see
+    :meth:`using`) is not evicted, so its bytes count: the cache exceeds its bound only by what is
+    in use at the same time. One that was handed out and then evicted lives until its last user lets
+    go, but does not count. One that is larger than the bound is handed out, but not kept.
 
     Args:
         max_bytes (int): the bound.
@@ -55,7 +55,7 @@ class SubnetworkCache(Generic[Network]):
         If several threads ask for the same one at once, one loads and the others wait for it.
 
         Args:
-            digest (str): the selection's.
+            digest (str): that of the selection.
             load (Callable): gives the sub-network and its bytes.
 
         Returns:
@@ -78,13 +78,13 @@ class SubnetworkCache(Generic[Network]):
         """Keep a sub-network, and count its bytes, for as long as the block runs.
 
         Args:
-            digest (str): the selection's.
-            network: from :meth:`get`. If it was evicted since, it comes back.
+            digest (str): that of the selection.
+            network: from :meth:`get`. If it was evicted meanwhile, it comes back.
             nbytes (Callable): gives its bytes; called only if it comes back.
 
         Yields:
-            the one that is kept. It is another than ``network`` if that was evicted and another
-            thread has loaded it again.
+            the one that is kept. It is not ``network`` if ``network`` was evicted and another
+            thread has loaded the same sub-network again.
         """
         with self._held.lock:
             self._users[digest] += 1
@@ -101,7 +101,7 @@ class SubnetworkCache(Generic[Network]):
                 self.shrink(self.max_bytes)
 
     def shrink(self, nbytes: int) -> None:
-        """Evict until at most that many bytes are held, or all that are left are in use."""
+        """Evict until at most ``nbytes`` are held, or only sub-networks in use are left."""
         self._held.shrink(nbytes)
 
     @property
@@ -111,7 +111,7 @@ class SubnetworkCache(Generic[Network]):
 
     @property
     def digests(self) -> list[str]:
-        """What is held now, least recently used first."""
+        """The digests of what is held now, least recently used first."""
         return [digest for digest, _ in self._held.items()]
 
     def clear(self) -> None:

@@ -1,10 +1,10 @@
-"""FFN channels on disk -> chosen rows in memory, and nothing else."""
+"""FFN channels on disk -> chosen rows in memory. Nothing else is read."""
 
 import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,27 +17,30 @@ from ..files.tensor_files import DTYPES, TensorInfo
 
 Part = tuple[str, np.ndarray | None]
 
-# Reading and copying release the GIL; more threads help a cold disk, no harm to a warm one.
+# Reading and copying release the GIL. More threads help with a cold disk and do no harm with a
+# warm one.
 _THREADS = 4
-# Rows that are closer in the file than this are read with what lies between them: one request
-# of some more bytes costs less than two. Of a small tensor it is the mean that counts.
+# Rows that are closer in the file than this are read together with what lies between them, because
+# one request of some more bytes costs less than two. In a small tensor the mean of all gaps counts.
 _GAP_BYTES = 64 << 10
-# A run this long is read to where it belongs; shorter ones are picked out of what is read.
+# A run of at least this length is read straight to where it belongs. Shorter ones are read with
+# their surroundings and picked out.
 _RUN_BYTES = 256 << 10
-# Such reads are of this size, so that a processor's cache holds them until they are picked over.
+# Such reads have this size, so that they stay in the processor's cache until rows are picked out.
 _BLOCK_BYTES = 1 << 20
 
 
 class ChannelReader:
-    """Reads rows of channel tensors, straight to where they belong where they lie in runs.
+    """Reads rows of channel tensors. Rows that lie in runs are read straight to where they belong.
 
-    That is MLX's buffers; for a device with memory of its own the host's, and then they are copied.
+    They belong in MLX's buffers. If the device has memory of its own, they are read to the host's
+    memory and then copied.
 
-    Files are read, not mapped: one that is truncated meanwhile gives an error, where a memory
+    Files are read, not mapped: if one is truncated meanwhile, there is an error, whereas a memory
     map would end the process. The operating system's page cache is the only cache. Thread-safe.
 
     Args:
-        tensors (dict): name -> tensor, those of
+        tensors (dict): name -> tensor, as in
             :class:`~mlx_ifp.checkpoint.directory.Checkpoint`.
 
     Attributes:
@@ -61,7 +64,7 @@ class ChannelReader:
         """Bytes of all channels on disk."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def read(self, groups: list[list[Part]]) -> list[mx.array]:
@@ -69,8 +72,8 @@ class ChannelReader:
 
         Args:
             groups (list): for each wanted array, its parts from top to bottom. A part is
-                (name, rows): rows is an int array [k] of channels, ascending, or None for all. A
-                fused ``gate_up_proj`` is two parts, which are read to where they belong, uncopied.
+                (name, rows), where rows is an int array [k] of channels, ascending, or None for
+                all. A fused ``gate_up_proj`` is two parts, which are read without another copy.
 
         Returns:
             list: for each group an evaluated array [sum of its k, ...] in the type it has on disk.
@@ -78,58 +81,62 @@ class ChannelReader:
         Raises:
             IFPError: if a file has been changed since it was opened, or cannot be read.
         """
-        shapes, counts = [], []
-        for group in groups:
-            infos = [self._tensors[name] for name, _ in group]
-            counts.append(
-                [
-                    info.shape[0] if rows is None else len(rows)
-                    for info, (_, rows) in zip(infos, group, strict=True)
-                ]
-            )
-            shape = (sum(counts[-1]), *infos[0].shape[1:])
-            shapes.append((shape, DTYPES[infos[0].dtype]))
+        wanted = [self._shape_and_type(group) for group in groups]
         shared = shares_memory()
         if shared:
-            arrays = [mx.zeros(*each) for each in shapes]
+            arrays = [mx.zeros(*each) for each in wanted]
             targets = row_bytes(arrays)
         else:
             targets = [
                 np.empty((shape[0], math.prod(shape[1:]) * dtype.size), np.uint8)
-                for shape, dtype in shapes
+                for shape, dtype in wanted
             ]
-        reads = []
-        for group, count, target in zip(groups, counts, targets, strict=True):
-            start = 0
-            for (name, rows), n in zip(group, count, strict=True):
-                info = self._tensors[name]
-                reads.append((self._files[info.path], info, rows, target[start : start + n]))
-                start += n
-        list(self.pool.map(_read_rows, reads))
-        # A change before this is found now as well.
-        for file in {file for file, *_ in reads}:
-            file.check()
+        self._read_into(groups, targets)
         if not shared:
             arrays = [
                 copy_to_device(target).view(dtype).reshape(shape)
-                for target, (shape, dtype) in zip(targets, shapes, strict=True)
+                for target, (shape, dtype) in zip(targets, wanted, strict=True)
             ]
             mx.eval(arrays)
         with self._lock:
             self._bytes_read += sum(array.nbytes for array in arrays)
         return arrays
 
+    def _count(self, part: Part) -> int:
+        name, rows = part
+        return self._tensors[name].shape[0] if rows is None else len(rows)
+
+    def _shape_and_type(self, group: list[Part]) -> tuple[tuple[int, ...], mx.Dtype]:
+        """Those of the array that a group's parts are read to."""
+        first = self._tensors[group[0][0]]
+        return (sum(map(self._count, group)), *first.shape[1:]), DTYPES[first.dtype]
+
+    def _read_into(self, groups: list[list[Part]], targets: list[np.ndarray]) -> None:
+        """Read each group's rows to its target, uint8 [rows, bytes of a row]."""
+        reads = []
+        for group, target in zip(groups, targets, strict=True):
+            start = 0
+            for part in group:
+                name, rows = part
+                info, stop = self._tensors[name], start + self._count(part)
+                reads.append((self._files[info.path], info, rows, target[start:stop]))
+                start = stop
+        list(self.pool.map(_read_rows, reads))
+        # This finds any change since the file was opened, also one that no read has noticed.
+        for file in {file for file, *_ in reads}:
+            file.check()
+
 
 def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     """The arrays' own memory, each as uint8 [rows, bytes of a row].
 
-    Only where the device :func:`~mlx_ifp.device.shares_memory`. Whoever writes to it must be the
-    only one who has seen the array. Plain bytes, because numpy has no bfloat16.
+    This works only where :func:`~mlx_ifp.device.shares_memory`. Whoever writes to it must be the
+    only one who has seen the array. They are plain bytes, because numpy has no bfloat16.
     """
     views = [array.view(mx.uint16) if array.dtype == mx.bfloat16 else array for array in arrays]
     mx.eval(arrays, views)
     return [
-        np.frombuffer(memoryview(view), np.uint8).reshape(len(view), -1)
+        np.asarray(view).reshape(len(view), -1).view(np.uint8)
         if view.size
         else np.empty((0, math.prod(view.shape[1:]) * view.itemsize), np.uint8)
         for view in views
@@ -148,8 +155,8 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
     row = target.shape[1]
     span = int(rows[-1] - rows[0]) + 1
     if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
-        # All at once: in a small tensor, finding out which gaps are wide costs more than them.
-        stretches = [(0, len(rows))]
+        # All are read at once: in a small tensor it costs more to find wide gaps than to read them.
+        stretches: Iterable[tuple[int, int]] = [(0, len(rows))]
     else:
         stretches = _stretches(rows, row)
     for start, stop in stretches:
@@ -166,11 +173,11 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
 
 
 def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> None:
-    """The same where channels are stored in another order: row ``places[i]`` goes to ``i``."""
+    """Read channels that are stored in another order: row ``places[i]`` goes to ``i``."""
     row = target.shape[1]
     order = np.argsort(places)
     rows = places[order]
-    # One item a row: numpy moves it at once.
+    # Each row is one item, which numpy moves as a whole.
     target = target.view(f"V{row}")[:, 0]
     for start, stop in _stretches(rows, row, cut_runs=True) if len(rows) else ():
         first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
@@ -186,7 +193,7 @@ _local = threading.local()
 
 
 def _scratch(nbytes: int) -> np.ndarray:
-    """Memory of this thread: new pages for every read would cost more than the read."""
+    """Memory that this thread keeps: new pages for every read would cost more than the read."""
     have = getattr(_local, "scratch", None)
     if have is None or have.nbytes < nbytes:
         have = _local.scratch = np.empty(max(nbytes, _BLOCK_BYTES), np.uint8)
@@ -196,8 +203,8 @@ def _scratch(nbytes: int) -> np.ndarray:
 def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> Iterator[tuple[int, int]]:
     """Cut ascending rows of ``row`` bytes into stretches to read at once: (start, stop).
 
-    A long run is a stretch of its own. Shorter ones are read together with their gaps, if those
-    are small, some rows at a time; with ``cut_runs`` long ones are, too.
+    A long run is a stretch of its own. Shorter ones are read some rows at a time, together with
+    their gaps if those are small. With ``cut_runs`` long runs are treated in the same way.
     """
     steps = np.diff(rows)
     starts = np.concatenate([[0], np.flatnonzero(steps != 1) + 1])
@@ -236,13 +243,13 @@ class _File:
         return stat.st_size, stat.st_mtime_ns
 
     def check(self) -> None:
-        """Raises IFPError if it is another file now, or another content."""
+        """Raises IFPError if it is another file now, or has another content."""
         if self._now() != self._state:
             raise IFPError(f"{self._path} was changed while in use. Load the checkpoint again.")
 
     def read_into(self, target: np.ndarray, offset: int) -> None:
         """Fill a contiguous array with the bytes from an offset on."""
-        view = memoryview(target).cast("B") if target.size else memoryview(b"")
+        view = target.data.cast("B") if target.size else memoryview(b"")
         while view:
             try:
                 count = os.preadv(self._descriptor, [view], offset)

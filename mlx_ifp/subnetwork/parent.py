@@ -1,4 +1,4 @@
-"""What all sub-networks of a checkpoint are cut from."""
+"""The LLM that all sub-networks of a checkpoint are cut from."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ class Parent:
         trunk: an mlx-lm model with all but the FFN channels.
         reader: reads channels, and counts their bytes.
         ffns: the L FFNs.
-        config: the LLM's, which says how weights are quantized.
+        config: that of the LLM, which says how weights are quantized.
         dtype: the type that floats are cast to; None keeps them as they are stored.
     """
 
@@ -41,6 +41,6 @@ class Parent:
     def of(
         cls, checkpoint: Checkpoint, trunk: nn.Module, dtype: mx.Dtype | None = None
     ) -> "Parent":
-        """Around a trunk that is loaded, its floats of type ``dtype``."""
+        """A parent made of a trunk that is loaded already, with floats of type ``dtype``."""
         reader = ChannelReader(checkpoint.channels)
         return cls(trunk, reader, checkpoint.ffns, checkpoint.config, dtype)

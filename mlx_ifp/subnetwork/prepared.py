@@ -16,13 +16,13 @@ class Prepared:
         selection: its channels, or None for the dense model.
         source: where the selection came from: ``predictor``, ``activations``, ``static``,
             ``memory``, ``disk``, ``given`` or ``dense``.
-        select_seconds: time to get the selection.
-        load_seconds: time to get the sub-network.
+        select_seconds: time that the selection took.
+        load_seconds: time that the sub-network took.
         bytes_read: bytes of channels read for it; 0 if it was in memory.
         channels_reused: channels, over all layers, whose rows came from another sub-network in
             memory; the others were read.
-        reuse_overlap: if another selection stands in for the text's own (``reuse_overlap`` of
-            :func:`load`), their overlap; ``selection`` is the one in use. Else None.
+        reuse_overlap: the overlap of the two, if another selection stands in for the text's own
+            (``reuse_overlap`` of :func:`load`); ``selection`` is then the one in use. Else None.
     """
 
     network: nn.Module

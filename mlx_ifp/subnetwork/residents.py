@@ -1,7 +1,7 @@
-"""Sub-networks in memory -> the rows of another selection, of which only the missing ones are read.
+"""Sub-networks in memory -> the rows of another selection. Only the missing rows are read.
 
-Rows are copied to new arrays, in ascending order of channels: what comes out equals a fresh load
-bit for bit, and no array that somebody may be using is changed.
+Rows are copied to new arrays, in ascending order of channels. The result equals a fresh load bit
+for bit, and no array that is in use elsewhere is changed.
 """
 
 import weakref
@@ -21,7 +21,8 @@ from .channels import ChannelReader, Part, row_bytes
 from .parent import Parent
 from .rows import FFNRows, apply_soft_values, folded_parts, read_ffn, read_layer
 
-# Comparing takes 1.5 ms a sub-network of 30 layers, and old tasks are seldom the nearest.
+# At most this many sub-networks are compared, those used last. One of 30 layers takes 1.5 ms, and
+# old tasks are seldom the nearest.
 _COMPARED = 8
 
 
@@ -45,11 +46,11 @@ class _Match:
     """What a wanted selection of one layer and a resident one share.
 
     Attributes:
-        positions: int [k], where each wanted channel is among the resident rows; any place if it
-            is not there.
+        positions: int [k], where each wanted channel is among the resident rows; any place for a
+            channel that is not there.
         shared: bool [k], whether it is there.
         stale: bool [k], whether it is there, but carries a soft value that cannot be undone.
-        factor: float32 [k], what its row is still to be multiplied by; None for nothing.
+        factor: float32 [k], what each row must still be multiplied by; None if no row is.
     """
 
     positions: np.ndarray
@@ -65,8 +66,8 @@ def _match(channels: np.ndarray, soft_values: np.ndarray | None, resident: Layer
     ones = np.ones(len(channels), np.float32)
     mine = ones if soft_values is None else soft_values
     theirs = ones if resident.soft_values is None else resident.soft_values[positions]
-    # A product with a rounded lambda cannot be divided back to the stored bits, but a row times
-    # one is that row, and one times the lambda that is wanted is the one that is wanted.
+    # A product with a rounded lambda cannot be divided back to the stored bits. But a resident row
+    # whose lambda is one still has the stored bits, so the wanted lambda can be applied to it.
     done = shared & (mine == theirs)
     stale = shared & ~done & (theirs != 1)
     factor = None if soft_values is None else np.where(done, np.float32(1), mine)
@@ -81,15 +82,16 @@ def read_ffn_again(
     dtype: mx.Dtype | None,
     resident: LayerRows,
 ) -> FFNRows:
-    """As :func:`~mlx_ifp.subnetwork.rows.read_ffn`, bit for bit, but reuse a resident layer's rows.
+    """As :func:`~mlx_ifp.subnetwork.rows.read_ffn`, bit for bit, but resident rows are reused.
 
     Soft values are folded into a few parts of the rows (the up projection, or its scales and
-    biases). Where a resident row carries another one than is wanted, those parts of it are read
-    again; the rest of it is reused.
+    biases). If a resident row has another soft value than the wanted one in it, these parts of the
+    row are read again; its other parts are reused.
 
     Args:
-        reader, ffn, channels, soft_values, dtype: as there; ``dtype`` must be the resident one's.
-        resident (LayerRows): of the same FFN.
+        reader, ffn, channels, soft_values, dtype: as there; ``dtype`` must be that of the resident
+            rows.
+        resident (LayerRows): rows of the same FFN.
     """
     match = _match(channels, soft_values, resident)
     if not match.shared.any():
@@ -99,7 +101,7 @@ def read_ffn_again(
     for key, names in parts_of(ffn, reader).items():
         slots = []
         for name in names:
-            # Of a fused projection only the lower half, up_proj, has soft values in it.
+            # Only the lower half of a fused projection, up_proj, has soft values in it.
             again = match.stale if key in folded and name == names[-1] else False
             slots.append(np.flatnonzero(~match.shared | again))
         height, width = len(resident.channels), len(channels)
@@ -117,7 +119,8 @@ def read_ffn_again(
     arrays = _merged(resident.rows.arrays, plans, fresh, reader.pool)
     rows = FFNRows(ffn, arrays, bytes_read, channels_reused=int(match.shared.sum()))
     if soft_values is not None:
-        apply_soft_values(rows, mx.array(soft_values), mx.array(match.factor))
+        factor = None if match.factor is None else mx.array(match.factor)
+        apply_soft_values(rows, mx.array(soft_values), factor)
     return rows
 
 
@@ -133,7 +136,7 @@ def _merged(
     for key, (positions, slots) in plans.items():
         source = resident[key]
         if not len(slots) and len(positions) == len(source):
-            # The very same rows: arrays are never changed, so one can be in two sub-networks.
+            # These are the very same rows. Arrays are never changed, so one can be in two networks.
             merged[key] = source
         elif shared:
             merged[key] = mx.zeros((len(positions), *source.shape[1:]), source.dtype)
@@ -160,7 +163,7 @@ def _merged(
 
 
 def _folded_bytes(rows: FFNRows) -> int:
-    """Bytes that soft values are folded into; half of a fused projection is gate_proj."""
+    """Bytes that soft values are folded into; the gate_proj half of a fused projection is not."""
     return sum(
         rows.arrays[key].nbytes // len(stored_as(key[0]))
         for key in folded_parts(rows.ffn, rows.arrays)
@@ -170,31 +173,31 @@ def _folded_bytes(rows: FFNRows) -> int:
 class Residents:
     """The rows of the sub-networks in memory, each for as long as the network lives.
 
-    A network is held by the cache and by those who use it, and only weakly here. Rows are noted
-    apart from it because it is its user's to change.
+    The cache and those who use a network hold it; this class holds it only weakly. Rows are noted
+    apart from the network, because its user may change it.
 
     Args:
-        parent (Parent): what all of them are cut from.
+        parent (Parent): the LLM that all of them are cut from.
     """
 
     def __init__(self, parent: Parent) -> None:
         self._parent = parent
-        # Only whole-dictionary operations are used: the interpreter makes each in one step, and
-        # a dying network may call in from any thread, a lock's owner included.
+        # There is no lock, because a dying network may call `forget` from any thread, even from one
+        # that holds the lock. Each operation on the dictionary is one step of the interpreter.
         self._layers: dict[str, tuple[weakref.ref, list[LayerRows]]] = {}
 
     def add(self, network: nn.Module, selection: Selection | None, rows: list[FFNRows]) -> None:
         """Offer a sub-network's rows to those that come after it.
 
         Args:
-            network (nn.Module): whose life decides how long.
+            network (nn.Module): the one that decides, by its life, how long they are offered.
             selection (Selection): its channels; None for the dense model.
             rows (list): L of them, from :meth:`read`.
         """
         name = digest_of(selection)
 
         def forget(reference: weakref.ref) -> None:
-            # A newer network of the same selection may have taken the place.
+            # A newer network of the same selection may have taken its place.
             entry = self._layers.get(name)
             if entry is not None and entry[0] is reference:
                 self._layers.pop(name, None)
@@ -213,19 +216,19 @@ class Residents:
         return selection.layers[layer], None if soft_values is None else soft_values[layer]
 
     def nearest(self, selection: Selection | None, names: list[str]) -> list[LayerRows] | None:
-        """The sub-network from which the fewest bytes would be missing, of those used last.
+        """The one of the sub-networks used last that leaves the fewest bytes to read.
 
         Args:
             selection (Selection): what is wanted; None for the dense model.
-            names (list): which may be used, the one used last at the end: the digests of their
-                selections, or ``dense``.
+            names (list): the sub-networks that may be used, the one used last at the end. A name is
+                the digest of a selection, or ``dense``.
 
         Returns:
             list: its L layers; None if nothing could be reused.
         """
         best, most = None, 0
         for name in names[-_COMPARED:]:
-            # It may be gone by now, or not be there yet.
+            # A name's network may be gone by now, or not be there yet.
             _, layers = self._layers.get(name, (None, []))
             saved = 0
             for i, layer in enumerate(layers):
@@ -239,7 +242,7 @@ class Residents:
         return best
 
     def read_all(self, selection: Selection | None, names: list[str]) -> list[FFNRows]:
-        """The L layers' rows of a selection; None takes all channels. ``names`` as above."""
+        """The rows of all L layers of a selection; None takes all channels. ``names`` as above."""
         source = self.nearest(selection, names)
         return [self.read(selection, i, source) for i in range(len(self._parent.ffns))]
 
@@ -250,7 +253,7 @@ class Residents:
 
         Args:
             selection (Selection): None for all channels.
-            layer (int): which of the L.
+            layer (int): the number of the layer.
             source (list): from :meth:`nearest`.
 
         Returns:

@@ -14,7 +14,7 @@ _REMEMBERED = 256
 
 
 def check_overlap(value: float) -> float:
-    """The least overlap for reuse, if it can be one.
+    """The least overlap for reuse, checked.
 
     Raises:
         IFPError: unless 0 < value <= 1.
@@ -27,8 +27,8 @@ def check_overlap(value: float) -> float:
 class Reuse:
     """Finds a stand-in for a new selection among those whose sub-networks are in memory.
 
-    A selection's stand-in, or that it has none, is settled when it is first asked for: keys and
-    values of a conversation stay valid while sub-networks come and go. Thread-safe.
+    Whether a selection has a stand-in, and which, is settled when it is first asked for. So the
+    keys and values of a conversation stay valid while sub-networks come and go. Thread-safe.
 
     Args:
         at_least (float): the least overlap, above 0 and at most 1.
@@ -43,7 +43,7 @@ class Reuse:
         self._settled: LRU[str, tuple[Selection, float | None]] = LRU(_REMEMBERED)
 
     def add(self, selection: Selection) -> None:
-        """Say that a selection's sub-network was loaded."""
+        """Note that a selection's sub-network was loaded."""
         if selection.digest in self._packed:
             return
         bits = pack(selection.mask)
@@ -53,7 +53,7 @@ class Reuse:
             self._packed[selection.digest] = selection, bits
 
     def stand_in(self, selection: Selection) -> tuple[Selection, float | None]:
-        """What is used for a new selection.
+        """The selection that is used for a new one.
 
         Args:
             selection (Selection): the new one.

@@ -17,7 +17,7 @@ class FFNRows:
     """The rows of one layer's FFN that a sub-network keeps.
 
     Attributes:
-        ffn: where they belong.
+        ffn: the FFN that they belong to.
         arrays: (projection, part) -> array; ``gate_up_proj`` is the projection of a fused FFN.
         bytes_read: bytes of channels read for them.
         soft_values: float32 [k], if they could not be folded into the arrays, else None.
@@ -33,10 +33,11 @@ class FFNRows:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        # A float down projection takes the soft values in.
-        apart = self.soft_values is not None and ("down_proj", "scales") in self.arrays
-        soft_values = self.soft_values.nbytes if apart else 0
-        return soft_values + sum(array.nbytes for array in self.arrays.values())
+        nbytes = sum(array.nbytes for array in self.arrays.values())
+        # A down projection in floats has the soft values in its own rows.
+        if self.soft_values is not None and ("down_proj", "scales") in self.arrays:
+            nbytes += self.soft_values.nbytes
+        return nbytes
 
 
 def read_ffn(
@@ -50,7 +51,7 @@ def read_ffn(
 
     Args:
         reader (ChannelReader): of the checkpoint.
-        ffn (FFN): the layer's.
+        ffn (FFN): that of the layer.
         channels (array): int [k], or None for all of them.
         soft_values (array): float32 [k]: lambda of each channel. It is folded into the up
             projection where that is exact: scale the row, or the row's scales and biases; see
@@ -73,12 +74,12 @@ def read_ffn(
 def folded_parts(ffn: FFN, arrays: dict[tuple[str, str], mx.array]) -> list[tuple[str, str]]:
     """The (projection, part) of an FFN that soft values are multiplied into.
 
-    They multiply a channel's row of the up projection (paper, section 3.1: FFN(X, m)): the row,
-    or the row's scales and biases. 8-bit scales can't take them. Then it is the row of the down
-    projection, if that is in floats; else there is none, and they stay apart.
+    They multiply a channel's row of the up projection (paper, section 3.1: FFN(X, m)): the row
+    itself, or its scales and biases. 8-bit scales cannot be multiplied. Then the row of the down
+    projection takes them, if it is in floats. Otherwise no part does, and they stay apart.
     """
     up = "gate_up_proj" if ffn.fused else "up_proj"
-    parts = ("weight", "bias")
+    parts: tuple[str, ...] = ("weight", "bias")
     if (up, "scales") in arrays:
         if (up, "biases") not in arrays:
             return [("down_proj", "weight")] * (("down_proj", "scales") not in arrays)
@@ -92,7 +93,8 @@ def apply_soft_values(rows: FFNRows, soft_values: mx.array, factor: mx.array | N
     Args:
         rows (FFNRows): changed; arrays are replaced by new ones.
         soft_values (mx.array): float32 [k], lambda.
-        factor (mx.array): float32 [k], what is still missing of it in each row; None for all.
+        factor (mx.array): float32 [k], what each row must still be multiplied by; None for lambda
+            itself.
     """
     folded = folded_parts(rows.ffn, rows.arrays)
     if not folded:

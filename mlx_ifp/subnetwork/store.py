@@ -1,12 +1,13 @@
-"""Selection -> network: its rows are read, the network is assembled and kept in memory."""
+"""Selection -> network: rows are read, then the network is assembled and kept in memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 
 from ..llm.modules import get_module
 from ..selection.selection import Selection, check_selection, digest_of
@@ -35,12 +36,12 @@ class SubnetworkStore:
     """Sub-networks by selection, made when they are first asked for. Thread-safe.
 
     Args:
-        parent (Parent): what they are cut from.
+        parent (Parent): the LLM that they are cut from.
         cache (SubnetworkCache): the sub-networks in memory.
 
     Attributes:
         parent, cache: as given.
-        residents: whose rows a new one can take over.
+        residents: those in memory, whose rows a new one can take over.
     """
 
     def __init__(self, parent: Parent, cache: SubnetworkCache[Loaded]) -> None:
@@ -91,7 +92,7 @@ class SubnetworkStore:
         """Keep a network in memory while the block runs: see :meth:`SubnetworkCache.using`.
 
         Args:
-            selection (Selection): the network's.
+            selection (Selection): that of the network.
             network (nn.Module): from :meth:`get`.
 
         Yields:
@@ -104,13 +105,15 @@ class SubnetworkStore:
     def _ffn_bytes(self, network: nn.Module) -> int:
         """Bytes of a network's own channels."""
         modules = (get_module(network, ffn.path) for ffn in self.parent.ffns)
-        return sum(
-            array.nbytes for module in modules for _, array in tree_flatten(module.parameters())
-        )
+        return sum(tree_reduce(_add_bytes, module.parameters(), 0) for module in modules)
+
+
+def _add_bytes(total: int, array: mx.array) -> int:
+    return total + array.nbytes
 
 
 def _set_width(network: nn.Module, k: int | list[int]) -> None:
-    """The sub-network's own arguments tell its width, for those who look there."""
+    """Write the width into the sub-network's own arguments, for code that reads it there."""
     args = getattr(network, "args", None)
-    if hasattr(args, "intermediate_size"):
+    if args is not None and hasattr(args, "intermediate_size"):
         args.intermediate_size = k

@@ -1,5 +1,6 @@
 """What users get wrong: one line, exit code not 0, no traceback, nothing left, nothing lost."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -174,6 +175,11 @@ def test_a_tokenizer_that_is_not_there(tiny_checkpoint, predictor_checkpoint, tm
     bare = shutil.copytree(tiny_checkpoint, tmp_path / "bare")
     (bare / "tokenizer.json").write_text("{")
     assert "tokenizer cannot be loaded" in generate_fails(bare)
+    # The tokenizers library raises a bare Exception for a model that it does not know.
+    tokenizer = json.loads((tiny_checkpoint / "tokenizer.json").read_text())
+    tokenizer["model"]["type"] = "SuperBPE"
+    (bare / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert f"{bare}: the tokenizer cannot be loaded" in generate_fails(bare)
     bare = shutil.copytree(predictor_checkpoint, tmp_path / "predictor")
     (bare / "predictor" / "tokenizer.json").unlink()
     assert "tokenizer" in generate_fails(bare)
@@ -223,8 +229,6 @@ def test_help_has_examples(command):
 
 
 def test_mixture_of_experts_is_refused(tmp_path):
-    import json
-
     config = {
         "model_type": "mixtral",
         "vocab_size": 384,

@@ -1,4 +1,4 @@
-"""The estimate, made of headers and configs, equals what is then in memory."""
+"""The estimate, made from headers and configs, equals what is in memory later."""
 
 import mlx.core as mx
 import pytest
@@ -34,7 +34,7 @@ CASES = [
 
 
 def arrays_of(tree, leave_out=()):
-    """Each array once, by its identity."""
+    """Each array counts once, by its identity."""
     return {
         id(array): array
         for name, array in tree_flatten(tree)
@@ -94,8 +94,8 @@ def test_soft_values_that_stay_apart_count(tmp_path):
     for checkpoint in (path, packed):
         estimator = Estimator(open_checkpoint(checkpoint), mx.float32)
         selection = random_selection(3, 160, 64, soft=True)
-        assert estimator.network(64) == resident(checkpoint, mx.float32, selection)[1]
-        sizes[checkpoint] = estimator.network(64) - estimator.network(64, dense=True)
+        assert estimator.network([64] * 3) == resident(checkpoint, mx.float32, selection)[1]
+        sizes[checkpoint] = estimator.network([64] * 3) - estimator.network([64] * 3, dense=True)
     assert sizes == {path: 0, packed: 3 * 64 * 4}
 
 
@@ -184,7 +184,7 @@ def test_a_window_is_heeded_where_mlx_lm_heeds_it(tmp_path):
 
 
 def test_layers_that_have_a_state_instead():
-    """Qwen3.5: a state of one size in every second layer, keys and values in the others."""
+    """Qwen3.5 has a state of one size in every second layer, keys and values in the others."""
     linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_conv_kernel_dim": 4}
     linear |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "full_attention_interval": 2}
     rope = {"type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -213,7 +213,7 @@ def test_nothing_is_computed_on_the_way(tmp_path):
 def test_the_selector_and_the_phases(predictor_checkpoint):
     opened = open_checkpoint(predictor_checkpoint)
     estimator = Estimator(opened, None)
-    budget = estimator.budget(Use(64, Generation(10, 10), "predictor", 300, networks=2))
+    budget = estimator.budget(Use([64] * 3, Generation(10, 10), "predictor", 300, networks=2))
     backbone = load_predictor(opened).backbone
     cache = make_prompt_cache(backbone)
     get_module(backbone, find_body(backbone))(mx.zeros((1, 300), mx.int32), cache=cache)
@@ -236,13 +236,13 @@ def test_activations_hold_one_layer(tiny_checkpoint):
     opened = open_checkpoint(tiny_checkpoint)
     layer = 3 * 160 * 64
     assert Estimator(opened, None).selector("activations", 5)[0] == layer * 4
-    # While it is cast, it is there twice.
+    # While it is cast, it is in memory twice.
     assert Estimator(opened, mx.float16).selector("activations", 5)[0] == layer * (4 + 2)
 
 
 def test_the_table_has_the_numbers(predictor_checkpoint):
     estimator = Estimator(open_checkpoint(predictor_checkpoint), None)
-    use = Use(64, Generation(10, 20, kv=KVSettings(kv_bits=8)), "predictor", 5)
+    use = Use([64] * 3, Generation(10, 20, kv=KVSettings(kv_bits=8)), "predictor", 5)
     budget = estimator.budget(use)
     text = table(estimator, use, budget.least)
     for number in (budget.trunk, budget.selector_weights, budget.network, budget.kv):

@@ -1,4 +1,4 @@
-"""A memory limit: what is refused, what is read then, and what has to go."""
+"""A memory limit: what does not fit is refused unread, and what is not needed makes room."""
 
 import sys
 from dataclasses import replace
@@ -15,6 +15,7 @@ from mlx_ifp.convert import convert
 from mlx_ifp.llm.kv_cache import Generation, KVSettings
 from mlx_ifp.memory.advice import advice, check
 from mlx_ifp.memory.budget import Estimator, Use
+from mlx_ifp.selection.keep import per_layer
 from mlx_ifp.subnetwork.channels import ChannelReader
 
 from ..conftest import make_dense
@@ -25,7 +26,7 @@ TASKS = ["You write Python.", "You know geography.", "You solve equations."]
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """Counts the bytes that are read of tensor files, by either way there is."""
+    """Counts the bytes that are read from tensor files, in either of the two ways."""
     counted = [0]
     mx_load, read = mx.load, ChannelReader.read
 
@@ -59,7 +60,7 @@ def run(monkeypatch, capsys, command, *args):
 
 def budget_of(checkpoint, generation, selector="predictor", **kwargs):
     opened = open_checkpoint(checkpoint)
-    use = Use(opened.ifp.k, generation, selector, 20, **kwargs)
+    use = Use(per_layer(opened.ifp.k, len(opened.ffns)), generation, selector, 20, **kwargs)
     return Estimator(opened, mx.float32).budget(use)
 
 
@@ -116,7 +117,7 @@ def test_sizes_are_read_as_mlx_lm_reads_them():
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Wide enough for several values of k, with keys and values that can be quantized."""
+    """An FFN wide enough for several values of k; keys and values can be quantized."""
     folder = tmp_path_factory.mktemp("wide")
     shape = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
     dense = make_dense(folder / "dense", intermediate_size=512, **shape)
@@ -124,49 +125,51 @@ def wide(tmp_path_factory):
 
 
 def test_advice_fits_and_the_least_harm_comes_first(wide):
-    use = Use(448, Generation(20, 4), "activations", 20, networks=3)
+    use = Use([448] * 3, Generation(20, 4), "activations", 20, networks=3)
     budget = wide.budget(use)
     limit = budget.least - budget.network
     texts = advice(wide, use, limit)
     k = max(
-        n for n in range(64, 448, 64) if 3 * wide.network(n) <= limit - budget.trunk - budget.kv
+        n
+        for n in range(64, 448, 64)
+        if 3 * wide.network([n] * 3) <= limit - budget.trunk - budget.kv
     )
     assert texts == ["--cached-tasks 2", f"--keep {k}"]
-    for other in (replace(use, networks=2), replace(use, k=k)):
+    for other in (replace(use, networks=2), replace(use, ks=[k] * 3)):
         check(wide, other, limit)
     with pytest.raises(IFPError) as error:
-        check(wide, replace(use, k=k + 64), limit)
+        check(wide, replace(use, ks=[k + 64] * 3), limit)
     with pytest.raises(IFPError) as error:
         check(wide, use, limit)
     assert str(error.value).endswith(f"It would fit with --cached-tasks 2, or --keep {k}.")
 
 
 def test_quantized_keys_and_values_are_advised_where_they_suffice(wide):
-    use = Use(448, Generation(2000, 100), "activations", 20)
+    use = Use([448] * 3, Generation(2000, 100), "activations", 20)
     budget = wide.budget(use)
     texts = advice(wide, use, budget.least - budget.kv // 2)
     assert texts[0] == "--kv-bits 8 --quantized-kv-start 0"
     eight = Generation(2000, 100, kv=KVSettings(kv_bits=8, quantized_kv_start=0))
-    check(wide, Use(448, eight, "activations", 20), budget.least - budget.kv // 2)
+    check(wide, Use([448] * 3, eight, "activations", 20), budget.least - budget.kv // 2)
     # They are in 8 bits already.
-    again = Use(448, eight, "activations", 20)
+    again = Use([448] * 3, eight, "activations", 20)
     assert not any("kv-bits" in text for text in advice(wide, again, wide.budget(again).least - 1))
 
 
 def test_measures_are_joined_if_none_suffices_alone(wide):
-    use = Use(448, Generation(2000, 100), "activations", 20, networks=2)
+    use = Use([448] * 3, Generation(2000, 100), "activations", 20, networks=2)
     eight = Generation(2000, 100, kv=KVSettings(kv_bits=8, quantized_kv_start=0))
-    least = wide.budget(Use(128, eight, "activations", 20)).least
+    least = wide.budget(Use([128] * 3, eight, "activations", 20)).least
     texts = advice(wide, use, least)
     assert texts == ["--cached-tasks 1 --kv-bits 8 --quantized-kv-start 0 --keep 128"]
-    nothing = wide.budget(Use(64, eight, "activations", 20)).least - 1
+    nothing = wide.budget(Use([64] * 3, eight, "activations", 20)).least - 1
     assert advice(wide, use, nothing) == []
     with pytest.raises(IFPError, match=r"Raise the limit\.$"):
         check(wide, use, nothing)
 
 
 def test_the_dense_model_and_selections_have_advice_of_their_own(wide):
-    dense = Use(512, Generation(20, 4), dense=True)
+    dense = Use([512] * 3, Generation(20, 4), dense=True)
     limit = wide.budget(dense).least - 1
     assert advice(wide, dense, limit)[-1] == "--keep 448 instead of --dense"
     given = Use([448] * 3, Generation(20, 4))
@@ -175,7 +178,7 @@ def test_the_dense_model_and_selections_have_advice_of_their_own(wide):
 
 def test_a_predictor_that_does_not_fit_has_an_alternative(predictor_checkpoint):
     estimator = Estimator(open_checkpoint(predictor_checkpoint), None)
-    use = Use(64, Generation(20, 4), "predictor", 20)
+    use = Use([64] * 3, Generation(20, 4), "predictor", 20)
     budget = estimator.budget(use)
     assert budget.selecting > budget.generating
     assert advice(estimator, use, budget.selecting - 1) == ["--selector activations"]
@@ -234,7 +237,7 @@ def test_room_is_made_before_a_network_is_loaded(tiny_checkpoint, monkeypatch):
     for i in range(4):
         model.subnetwork(random_selection(3, 160, 64, seed=i))
     assert max(held) == budget.network
-    # The selector's run needs room, too.
+    # The selector needs room for its run, too.
     model.networks.shrink(0)
     model.subnetwork(random_selection(3, 160, 64))
     tight = budget.trunk + sum(model.memory.estimator.selector("activations", 20))
@@ -264,7 +267,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_selects(tiny_checkpoint,
 
 
 def test_the_peak_of_a_real_run(tmp_path):
-    """MLX's own peak also has what a step computes: it is at most a tenth more, and not less."""
+    """MLX's own peak includes intermediate results: it is at most a tenth more, and not less."""
     shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4}
     dense = make_dense(tmp_path / "dense", intermediate_size=1024, **shape)
     checkpoint = convert(str(dense), tmp_path / "ifp", keep=768)

@@ -72,7 +72,7 @@ def difference(a, b):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Heads of 32, which keys and values can be quantized by."""
+    """A model with heads of 32, so that keys and values can be quantized."""
     path = tmp_path_factory.mktemp("warm")
     return convert(str(make_dense(path / "llm", head_dim=32)), path / "ifp", keep=64)
 
@@ -97,7 +97,7 @@ def test_a_warm_prompt_gives_what_a_cold_one_gives(checkpoint, settings, disk):
     kv = dataclasses.asdict(settings)
     model = load(checkpoint)[0]
     ready = prepare(model)
-    # Quantized keys and values are read by what comes after the step that made them, so the
+    # Quantized keys and values are only read after the step that made them, so the
     # comparison takes the same steps.
     cold, expected = answer(ready.network.network, PROMPT, prefill_step_size=len(PREFIX), **kv)
     assert model.warm_prompt(ready, PREFIX, settings, disk=disk) == len(PREFIX)
@@ -111,7 +111,7 @@ def test_a_warm_prompt_gives_what_a_cold_one_gives(checkpoint, settings, disk):
     warm, logprobs = answer(ready.network, rest, prompt_cache=prompt_cache, **kv)
     assert warm == cold
     assert difference(logprobs, expected) < TOLERANCE
-    # The rest, and each of the answer's tokens.
+    # The rest of the prompt, and each token of the answer, are processed.
     assert ready.network.tokens == len(rest) + 12
 
 
@@ -133,7 +133,7 @@ def test_other_kinds_of_caches(tmp_path, architecture):
     dense = make_dense(tmp_path / "llm", architecture)
     model = load(convert(str(dense), tmp_path / "ifp", keep=64))[0]
     ready = prepare(model)
-    # The sliding window of 32 is full at the end of the long prefix, and not at that of the short.
+    # The long prefix fills the sliding window of 32, and the short one does not.
     for prefix in (PREFIX[:20], PREFIX):
         cold, expected = answer(ready.network, PROMPT)
         model.warm_prompt(ready, prefix, disk=True)
@@ -239,7 +239,7 @@ def test_the_least_recently_used_goes_first(model):
     assert [model.warm.fetch(ready, [*p, 1])[0] is not None for p in prompts] == [1, 0, 1, 1]
     info = model.warm.info
     assert (info.entries, info.nbytes) == (3, info.max_bytes)
-    # 2 bytes of 4, keys and values, 3 layers of 2 heads of 32.
+    # Keys and values take 2 bytes instead of 4, in 3 layers of 2 heads of 32.
     assert info.nbytes == 3 * 51 * 2 * 3 * 2 * 32 * 4
 
 
@@ -259,7 +259,7 @@ def test_one_larger_than_the_bound_still_serves_its_own_prompt(model):
 
 
 def flip(data):
-    """One bit of the last array."""
+    """Flip one bit of the last array."""
     return data[:-9] + bytes([data[-9] ^ 64]) + data[-8:]
 
 
@@ -500,7 +500,7 @@ def test_the_next_process_begins_after_the_system_prompt(checkpoint, tmp_path, m
     assert f"{n} tokens, disk" in done.stderr
     assert n == first["warm_prompt"]["tokens"] > 10
     assert second["prefill"]["tokens"] == cold["prefill"]["tokens"] - n
-    # Other settings find nothing, and keep their own.
+    # Other settings find nothing, and their keys and values are kept apart.
     _, rotating = run("Name three.", "--warm-system-prompt", "--max-kv-size", 99)
     assert rotating["warm_prompt"]["source"] == "prefill"
     listed = command(monkeypatch, capsys, "manage", "--scan")

@@ -1,4 +1,4 @@
-"""Masks: exact top-k, both SoftTopK operators, overlap."""
+"""Masks are exact top-k, and both SoftTopK operators solve their problems."""
 
 import mlx.core as mx
 import numpy as np
@@ -161,8 +161,12 @@ def test_selection_holds_ascending_indices_and_soft_values():
 def test_scores_that_are_not_finite_are_refused():
     z = scores()
     z[2, 5] = float("nan")
-    with pytest.raises(IFPError, match="layer 2"):
+    with pytest.raises(IFPError, match="layer 2 are not finite: the weights"):
         select_channels(z, 4)
+    with pytest.raises(IFPError, match="layer 2 are not finite in bfloat16: the weights"):
+        select_channels(z, 4, computed_in=mx.bfloat16)
+    with pytest.raises(IFPError, match=r"float16 overflowed.*--dtype bfloat16"):
+        select_channels(z, 4, computed_in=mx.float16)
 
 
 def test_overlap_is_shared_channels_over_k():

@@ -1,4 +1,4 @@
-"""Overlap of many selections, against Selection.overlap and by hand."""
+"""The overlap of many selections equals Selection.overlap and what is computed by hand."""
 
 from itertools import combinations
 
@@ -23,7 +23,7 @@ def chosen(*channels: int) -> Selection:
 
 
 def test_matrix_is_selection_overlap():
-    # The last has another k, and one k a layer.
+    # The last one has another k, which differs by layer.
     selections = [random_selection(seed) for seed in range(5)] + [random_selection(5, (4, 12, 40))]
     matrix = overlap_matrix(selections)
     assert matrix.shape == (6, 6, 3) and matrix.dtype == np.float64

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from mlx_ifp import load
+from mlx_ifp import IFPError, load
 from mlx_ifp.convert import convert
 from mlx_ifp.llm.ffn import find_ffns
 from mlx_ifp.llm.modules import get_module
@@ -69,3 +69,16 @@ def test_the_full_ffn_is_never_resident(tmp_path):
     layer = model.reader.nbytes / 8
     assert peak.nbytes < 2.2 * layer
     assert model.reader.bytes_read == model.reader.nbytes
+
+
+def test_a_model_that_overflows_float16_is_told_so(tmp_path):
+    dense = make_dense(tmp_path / "dense")
+    weights = mx.load(str(dense / "model.safetensors"))
+    large = {name: array * 400 if "mlp" in name else array for name, array in weights.items()}
+    mx.eval(large)
+    mx.save_safetensors(str(dense / "model.safetensors"), large, {"format": "mlx"})
+    checkpoint = convert(str(dense), tmp_path / "ifp", keep=64)
+    load(checkpoint, cache=False)[0].select("Hello")
+    model, _ = load(checkpoint, cache=False, dtype=mx.float16)
+    with pytest.raises(IFPError, match=r"float16 overflowed.*--dtype bfloat16 or --dtype float32"):
+        model.select("Hello")

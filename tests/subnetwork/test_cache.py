@@ -201,7 +201,7 @@ def test_a_file_that_goes_meanwhile_is_left_out(tmp_path):
     cache = SelectionCache(tmp_path)
     cache.store("ab", random_selection(1, 16, 4, checkpoint="c"), {})
     (folder,) = (tmp_path / "selections").iterdir()
-    # As a file that is listed and then deleted.
+    # This stands for a file that is listed and then deleted.
     (folder / "cd.safetensors").symlink_to(folder / "gone")
     assert [path.stem for path in cache.entries()] == ["ab"]
     assert cache.previous("c", "") is not None

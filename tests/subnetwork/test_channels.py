@@ -1,4 +1,4 @@
-"""Only the rows of a selection are read, and only they are in memory."""
+"""Only the rows of a selection are read, and only these are in memory."""
 
 import os
 
@@ -178,7 +178,7 @@ def test_only_short_gaps_are_read_too(copied, monkeypatch):
 
 @pytest.fixture
 def own_memory(monkeypatch):
-    """As with a device whose memory the processor does not write to."""
+    """A stand-in for a device whose memory the processor does not write to."""
     monkeypatch.setattr(channels, "shares_memory", lambda: False)
     monkeypatch.setattr(residents, "shares_memory", lambda: False)
 
@@ -191,7 +191,7 @@ def own_memory(monkeypatch):
 
 @pytest.mark.parametrize("how", [{}, {"quantize_weights": True, "q_group_size": 32}])
 def test_a_device_with_its_own_memory_gets_the_same_rows(tmp_path, request, how):
-    """Fresh rows are copied to it; those it has are gathered there, unmoved."""
+    """Fresh rows are copied to the device. Those that it has are gathered there."""
     dense = make_dense(tmp_path / "dense", "phi3")
     checkpoint = convert(str(dense), tmp_path / "ifp", keep=64, **how)
     first, second = (random_selection(3, 160, k, soft=True, seed=k) for k in (64, 70))
@@ -205,7 +205,7 @@ def test_a_device_with_its_own_memory_gets_the_same_rows(tmp_path, request, how)
             assert array.dtype == arrays[name].dtype
             assert mx.array_equal(array, arrays[name]), name
     assert prepared.channels_reused > 0
-    # With the whole network at hand nothing is read.
+    # With the whole network in memory nothing is read.
     model.networks.clear()
     model.dense()
     assert model.prepare(selection=first).bytes_read == 0

@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory):
 
 
 def varied(k, *, soft, seed) -> Selection:
-    """Random channels; of soft values a third is 1 and a third the same for every seed."""
+    """Random channels. A third of the soft values is 1, and a third is the same for every seed."""
     selection = random_selection(3, 160, k, soft=soft, seed=seed)
     if soft:
         for channels, values in zip(selection.layers, selection.soft_values, strict=True):
@@ -120,7 +120,7 @@ def test_a_switch_equals_a_fresh_load_and_reads_the_difference(
         assert second.bytes_read == pytest.approx(whole * (1 - old.overlap(new)[0]), abs=1e-3)
     other, _ = load(path, cache=False, dtype=dtype)
     assert_same(second.network, other.subnetwork(new))
-    # The network that rows were taken from is as it was.
+    # The network that rows were taken from has not changed.
     for name, array in arrays_of(first.network).items():
         assert mx.array_equal(array, before[name]), name
 
@@ -184,7 +184,7 @@ def _others(channels):
 
 
 def test_soft_values_decide_between_two_of_the_same_channels(checkpoints):
-    """Rows under other soft values must be read again in part, rows under none need not."""
+    """Rows with other soft values must be read again in part, rows without any need not."""
     model, _ = load(checkpoints["llama", "float"], cache=False)
     layers = random_selection(3, 160, 64).layers
     soft = [tuple(np.full(64, value, np.float32) for _ in range(3)) for value in (0.2, 0.7)]
@@ -211,12 +211,13 @@ def test_equal_layers_are_one_array(checkpoints):
 def test_rows_go_with_their_network(checkpoints):
     model, _ = load(checkpoints["llama", "float"], cache=False)
     old, new = (random_selection(3, 160, 64, seed=seed) for seed in (1, 2))
-    # What earlier tests left in cycles would be freed below, and be missed in the count.
+    # Cycles of earlier tests are freed here, because freeing them below would spoil the count.
     gc.collect()
     before = mx.get_active_memory()
     held = model.subnetwork(old)
     model.networks.clear()
-    # One that is only in use is nobody's to take from: a benchmark's first prompt stays one.
+    # No rows are taken from a network that is in use but not cached, so that a benchmark's first
+    # prompt stays a first one.
     assert model.prepare(selection=new).channels_reused == 0
     model.networks.clear()
     assert model.store.residents.nearest(new, [old.digest]) is not None
@@ -247,7 +248,7 @@ def test_rows_of_no_use_are_not_taken(checkpoints):
 
 
 def test_mixed_precision_folds_into_a_float_down_projection(checkpoints):
-    """8-bit scales above a float down projection: that is where soft values go."""
+    """With 8-bit scales, soft values go into a down projection that is in floats."""
     ffn = load(checkpoints["llama", "float"], cache=False)[0].checkpoint.ffns[0]
     arrays = {("up_proj", "weight"): None, ("up_proj", "scales"): None, ("down_proj", "weight"): 0}
     assert folded_parts(ffn, arrays) == [("down_proj", "weight")]

@@ -90,13 +90,13 @@ def test_reuse_reads_nothing_and_builds_nothing(predictor_checkpoint, own):
     again = model.prepare(TEXT)
     assert (again.source, again.reuse_overlap, again.bytes_read) == ("memory", 0.75, 0)
     assert again.network is network
-    # What is asked for by itself is exact.
+    # A selection that is asked for by itself is exact.
     assert model.select(TEXT).digest == own.digest
     assert model.subnetwork(own) is not network
 
 
 def test_just_below_the_threshold_it_loads(predictor_checkpoint, own):
-    # One channel of one layer less than in the test before.
+    # One layer has one channel less than in the test before.
     other, less = alike(own, 16), alike(own, 17)
     below = Selection((less.layers[0], *other.layers[1:]), None, own.d_ffn, own.checkpoint)
     assert 0.74 < own.overlap(below)[0] < 0.75
@@ -104,7 +104,7 @@ def test_just_below_the_threshold_it_loads(predictor_checkpoint, own):
     ready = model.prepare(TEXT)
     assert ready.selection.digest == own.digest
     assert ready.reuse_overlap is None
-    # What is not among the rows in memory is read.
+    # Rows that are not in memory are read.
     assert ready.bytes_read == (17 + 16 + 16) * 3 * 64 * 4
     assert model.networks.info.misses == 2
 
@@ -185,7 +185,8 @@ def test_a_conversation_keeps_its_stand_in(predictor_checkpoint, own):
         return list(chunks)
 
     turn("Hello")
-    # Now a closer one is there, and the stand-in is not; keys and values are still its own.
+    # A closer one is there now, and the stand-in is gone, but keys and values are still those of
+    # the stand-in.
     model.networks.clear()
     model.prepare(selection=later)
     turn("More")

@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, save_config, save_model
 
-from mlx_ifp import load
+from mlx_ifp import IFPError, load
 from mlx_ifp.convert import convert
 from mlx_ifp.llm.modules import get_module, share
 
@@ -79,7 +79,7 @@ def test_half_precision_weights_are_kept_exactly(tmp_path, dtype, soft):
     assert {tensor.dtype for tensor in model.checkpoint.channels.values()} <= {"F16", "BF16"}
     selection = random_selection(3, 160, 64, soft=soft)
     reference = load_model(dense)[0]
-    # The same rounding, then float32 arithmetic on both sides, as on every CPU.
+    # Both sides round in the same way and then compute in float32, as on every CPU.
     reference.set_dtype(getattr(mx, dtype))
     reference.set_dtype(mx.float32)
     reference = mask_model(reference, selection)
@@ -162,3 +162,9 @@ def test_mixed_precision_per_projection(tmp_path):
     narrow = model.subnetwork(selection)(TOKENS)
     reference = mask_model(model.dense(), selection, model.checkpoint.ffns)
     assert relative_error(narrow, reference(TOKENS)) < 2e-5
+
+
+def test_nothing_to_select_with_is_said(tiny_checkpoint):
+    model, _ = load(tiny_checkpoint, cache=False)
+    with pytest.raises(IFPError, match="give a text, a selection, or dense=True"):
+        model.prepare()

@@ -29,9 +29,9 @@ TEXTS = [f"Text number {i}: {word}." for i, word in enumerate(("rivers", "code",
 
 
 def run_threads(*works):
-    """Run functions at once, each in a thread; what they return, or the first error raised.
+    """Run functions at once, each in a thread. Returns their results, or raises the first error.
 
-    Threads that do not end are a failure, and every thread's stack is printed.
+    If a thread does not end, the test fails, and the stack of every thread is printed.
     """
     results, errors = [None] * len(works), []
 
@@ -167,7 +167,7 @@ def test_the_predictor_is_loaded_once(predictor_checkpoint):
     got = run_threads(*[lambda text=text: model.select(text).digest for text in TEXTS * 2])
     assert got == expected * 2
     assert model.predictor_loads == 1
-    # Released while others use it: it is loaded again, and nobody notices.
+    # It is released while others use it. It is loaded again, and nobody notices.
     fresh = [f"{text}!" for text in TEXTS]
     run_threads(*[lambda text=text: model.select(text) for text in fresh], model.release_predictor)
     assert model.predictor_loads <= 2
@@ -185,7 +185,7 @@ def test_the_predictor_itself_is_loaded_once(predictor_checkpoint, monkeypatch):
         def release():
             barrier.wait(SECONDS)
             assert began.wait(SECONDS)
-            # Time for the others to get where they would load it too, if nothing stopped them.
+            # The others get time to reach the point where they would load it, too.
             time.sleep(0.1)
             go.set()
 
@@ -224,7 +224,7 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept(tiny_checkpoint, monkeypa
 
         def release():
             assert began.wait(SECONDS)
-            # Three wait for the first.
+            # Three threads wait for the first.
             for _ in range(3):
                 assert waiters.acquire(timeout=SECONDS)
             go.set()
@@ -278,7 +278,7 @@ def test_what_is_in_use_is_not_evicted_and_counts():
         cache.clear()
         assert cache.get("a", entry("another"))[0] == "a"
         assert cache.nbytes == 10
-        # One larger than the bound is not kept, unless it is in use, and then it counts.
+        # One that is larger than the bound is only kept, and counted, while it is in use.
         with cache.using("big", "big", lambda: 50):
             assert cache.nbytes == 60
         assert cache.nbytes == 10
@@ -308,7 +308,7 @@ def test_one_that_was_evicted_comes_back_unread_when_it_is_used(tiny_checkpoint)
         assert model.prepare(TEXTS[0]).network is network
     assert model.reader.bytes_read == read
     model.networks.clear()
-    # Another thread has loaded it again: there is one to use, not two.
+    # Another thread has loaded it again, and everyone uses that one.
     other = model.prepare(TEXTS[0])
     with model.using(ready) as network:
         assert network is other.network
@@ -390,7 +390,7 @@ def test_a_random_mix_gives_what_one_thread_gives(checkpoint, flights, monkeypat
     one = model.networks.nbytes // len(TEXTS)
     digests = {text: model.select(text).digest for text in TEXTS}
 
-    # Two of the four fit, and no more selections are remembered: the rest is on disk.
+    # Two of the four fit, and as many selections are remembered. The others are on disk.
     monkeypatch.setattr(mlx_ifp.selectors.selector, "_REMEMBERED_SELECTIONS", 2)
     model, tokenizer = load(checkpoint, cache_bytes=2 * one)
     model.warm = WarmPrompts(model.checkpoint.digest, model.dtype, model.warm.files, 30_000)
@@ -448,7 +448,7 @@ def test_a_random_mix_gives_what_one_thread_gives(checkpoint, flights, monkeypat
     assert info.nbytes <= info.max_bytes
     assert model.selector_runs == len(TEXTS)
     assert model.warm.info.nbytes <= 30_000
-    # And the model is as good as new.
+    # The model works as before.
     for text in TEXTS:
         generate(text)
     assert not wrong

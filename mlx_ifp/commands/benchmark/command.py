@@ -36,6 +36,7 @@ from ...cli.arguments import check_given, load_model, named_task
 from ...device import default_dtype
 from ...errors import IFPError
 from ...files.atomic import check_writable, new_file
+from ...files.text import write_text
 from ...model import IFPModel
 from ...selection.task_library import Task
 from ..plot.figures import DPI, check_matplotlib, check_output
@@ -84,7 +85,7 @@ def benchmark(
     settings = settings or Settings()
     settings.check()
     saved = task if isinstance(task, Task) else None
-    text = task if saved is None else saved.text
+    text = task.text if isinstance(task, Task) else task
     _check_tasks(text, other_task)
     checkpoint = model.checkpoint
     files = None
@@ -102,7 +103,7 @@ def benchmark(
         "other_task": other_task,
         "settings": asdict(settings),
         "machine": {
-            "mlx": mx.__version__,
+            "mlx": version("mlx"),
             "mlx_lm": version("mlx_lm"),
             "device": f"{mx.device_info()['device_name']} ({mx.default_device().type.name})",
             "cores": os.cpu_count(),
@@ -202,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{table(one, result['settings'])}")
     if args.json is not None:
         with new_file(args.json) as file:
-            file.write_text(json.dumps(result | {"shapes": geometry}, indent=2) + "\n")
+            write_text(file, json.dumps(result | {"shapes": geometry}, indent=2) + "\n")
     if args.chart is not None:
         with new_file(args.chart) as file:
             chart(result).savefig(file, format="png", dpi=DPI)

@@ -4,11 +4,10 @@ Its trunk is the sub-network's. Its experts have random weights: it is for measu
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ...llm.build import build_model
@@ -22,7 +21,7 @@ from ...llm.modules import (
     set_module,
     share,
 )
-from .same_size import float_dtype, memory_of
+from .same_size import arrays_of, float_dtype, memory_of
 
 # mlx-lm's mixture of experts with the same attention, and where in a layer its experts are.
 ARCHITECTURES = {
@@ -64,11 +63,11 @@ class Experts:
             array.nbytes
             for module in self.network.modules()
             if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
-            for _, array in tree_flatten(module.parameters())
+            for array in arrays_of(module)
         )
         idle = (self.count - self.active) / (self.count - self.shared)
         # An output layer may be the embedding once more.
-        arrays = {id(array): array for _, array in tree_flatten(self.network.parameters())}
+        arrays = {id(array): array for array in arrays_of(self.network)}
         return {
             "weights_bytes": sum(array.nbytes for array in arrays.values()),
             "bytes_per_token": memory["bytes_per_token"] - round(switches * idle),
@@ -117,7 +116,7 @@ def experts_model(
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": True,
-            # It changes no shape and no time; and each architecture has its own words for it.
+            # It changes no shape and no time, and each architecture has its own words for it.
             "rope_scaling": None,
         }
     )
@@ -125,9 +124,9 @@ def experts_model(
     blocks = [f"{ffn.path.rpartition('.')[0]}.{place}" for ffn in ffns]
     theirs = _own_arrays(model, set(blocks))
     if theirs.keys() - trunk.keys() == {_OUTPUT}:
-        # Qwen2's has an output layer even where that is the embedding.
+        # Qwen2's mixture has an output layer even where the embedding serves as one.
         embedding = get_module(network, find_embedding(network))
-        trunk[_OUTPUT] = _as_linear(embedding)
+        trunk[_OUTPUT] = _as_linear(cast(nn.Embedding | nn.QuantizedEmbedding, embedding))
     if _shapes(trunk) != _shapes(theirs):
         return None, [
             f"mixture of experts: mlx-lm's {architecture} has another attention than this "

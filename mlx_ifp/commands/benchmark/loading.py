@@ -14,7 +14,7 @@ from ...selection.selection import Selection
 _COPY_BYTES = 256 << 20
 _COPIES = 5
 _READ_BYTES = 8 << 20
-# To see whether pages are in memory, each of so many in a file is tried.
+# So many pages of a file are tried, to see whether they are in memory.
 _PROBES = 64
 
 
@@ -97,7 +97,7 @@ def _in_memory(path: Path) -> list[bool]:
         size = path.stat().st_size
         for i in range(_PROBES):
             try:
-                # It gives what is there at once, and starts no reading of what is not.
+                # The call gives what is there at once, and does not read what is not.
                 os.preadv(file.fileno(), [bytearray(1)], size * i // _PROBES, os.RWF_NOWAIT)
                 found.append(True)
             except BlockingIOError:

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields
+from typing import Any
 
 from ...cli.flags import add_model_options, add_task_name_option, new_parser, parse_seed
 from .settings import DEFAULT_SCALE, Settings
@@ -63,8 +64,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     short = {"prompt_tokens": ["-p"], "generation_tokens": ["-g"], "num_trials": ["-n"]}
     for each in fields(Settings):
         option = f"--{each.name.replace('_', '-')}"
-        several = isinstance(each.default, tuple)
-        default = " ".join(map(str, each.default)) if several else each.default
+        value: Any = each.default
+        several = isinstance(value, tuple)
+        default = " ".join(map(str, value)) if several else value
         parser.add_argument(
             option,
             *short.get(each.name, []),

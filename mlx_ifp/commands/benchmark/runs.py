@@ -4,14 +4,13 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generation_stream, wired_limit
 
 from ...generation.steps import token_steps
@@ -22,7 +21,7 @@ from ...selection.task_library import Task
 from ...subnetwork.prepared import Prepared
 from .experts import experts_model
 from .loading import ColdFiles, cold_seconds, copy_seconds
-from .same_size import float_dtype, memory_of, same_size_model
+from .same_size import arrays_of, float_dtype, memory_of, same_size_model
 from .settings import Settings
 
 ROWS = FIRST, REPEAT, SWITCH, OVERLAPPING, SAME_SIZE, FULL, EXPERTS = (
@@ -36,10 +35,11 @@ ROWS = FIRST, REPEAT, SWITCH, OVERLAPPING, SAME_SIZE, FULL, EXPERTS = (
 )
 SWITCHES = (SWITCH, OVERLAPPING)
 SELECTED = (FIRST, REPEAT, *SWITCHES)
-# Tokens to decode before it is the next network's turn: so few that all meet the same disturbances,
-# so many that the wait at the end, when mlx-lm would run ahead, does not count.
+# Tokens to decode before it is the next network's turn. They are so few that all networks meet the
+# same disturbances, and so many that the wait at the end, where mlx-lm would run ahead, does not
+# count.
 TURN = 8
-# More of the files than this in memory still, and "cold" is the wrong word.
+# If more of the files than this is still in memory, "cold" is the wrong word.
 _STILL_COLD = 0.05
 Run = dict[str, Any]
 Trial = dict[str, Any]
@@ -92,7 +92,7 @@ class Bench:
         return self.first() if row == FIRST else self.again()
 
     def prepare_all(self) -> dict[str, Prepared]:
-        """Each row's, in an order in which each finds what it needs.
+        """Prepare all rows, in an order in which each finds what it needs.
 
         The overlapping task comes while only the first one is in memory; then back to that.
         """
@@ -104,7 +104,7 @@ class Bench:
 
     @property
     def rows(self) -> list[str]:
-        """Those there are."""
+        """The rows that can be measured."""
         return [row for row in ROWS if row in SELECTED or row in self.networks]
 
     def run(self, ready: dict[str, Prepared]) -> dict[str, Run]:
@@ -115,7 +115,7 @@ class Bench:
             those that answer: prefill is until the first token is there, decode is all that
             follow, of all samples. ``turn_seconds`` are of each turn of decoding.
         """
-        runs = {
+        runs: dict[str, Run] = {
             row: {
                 "source": have.source,
                 "bytes_read": have.bytes_read,
@@ -124,14 +124,16 @@ class Bench:
             }
             for row, have in ready.items()
         }
-        tokens: dict[str, Iterator[Any]] = {}
+        tokens: dict[str, Generator[Any]] = {}
         rows = [row for row in ready if row not in SWITCHES]
         left = self.settings.generation_tokens - 1
-        with wired_limit(ready[rows[0]].network, [generation_stream]), ExitStack() as stack:
+        # mlx-lm's stream is one of each thread, which the hint of its function does not say.
+        streams: list[Any] = [generation_stream]
+        with wired_limit(ready[rows[0]].network, streams), ExitStack() as stack:
             for row in rows:
                 mx.clear_cache()
                 start = time.perf_counter()
-                # Each may hold a stream context: the last to enter must be the first to leave.
+                # Each may hold a stream context, so the last to enter must be the first to leave.
                 steps = token_steps(
                     self.prompt,
                     ready[row].network,
@@ -141,7 +143,7 @@ class Bench:
                 tokens[row] = stack.enter_context(closing(steps))
                 next(tokens[row])
                 prefill = time.perf_counter() - start
-                # The next token has been begun; that is not the next row's to wait for.
+                # The next token has been begun, and the next row must not wait for it.
                 mx.synchronize(generation_stream)
                 before = runs[row]["select_seconds"] + runs[row]["load_seconds"]
                 runs[row] |= {
@@ -171,8 +173,14 @@ class Bench:
         gc.collect()
 
 
+def selection_of(ready: Prepared) -> Selection:
+    """What a sub-network was made of."""
+    assert ready.selection is not None, "only the dense rows have no selection"
+    return ready.selection
+
+
 def _numbered(task: str) -> Iterator[str]:
-    """The task, new each time."""
+    """The task with a number, so that it is new each time."""
     return (f"{task} [{i}]" for i in itertools.count())
 
 
@@ -240,7 +248,7 @@ def measure(
     uses_predictor = model.selector == "predictor" and bench.saved is None
     predictor = _predictor_bytes(model) if uses_predictor else 0
     ready = run_alone(REPEAT)
-    selection = ready.selection
+    selection = selection_of(ready)
     generation = Generation(
         prompt_tokens, settings.generation_tokens, prefill_step_size=settings.prefill_step_size
     )
@@ -267,7 +275,7 @@ def measure(
         run_alone(EXPERTS)
         memory[EXPERTS] |= mixture.memory
 
-    # Now all, in turns. Loading the predictor again is not the first trial's to pay.
+    # Now all run in turns. The predictor is loaded before, so that the first trial is like others.
     bench.networks[FULL] = model.dense()
     bench.networks[SAME_SIZE], _ = same_size_model(bench.prepare(FIRST).network, checkpoint.ffns)
     bench.prepare_all()
@@ -297,14 +305,14 @@ def _trial(bench: Bench, number: int, files: ColdFiles | None) -> Trial:
     ready = bench.prepare_all()
     first = ready[FIRST]
     trial: Trial = {
-        "overlap": first.selection.overlap(ready[OVERLAPPING].selection)[0],
+        "overlap": selection_of(first).overlap(selection_of(ready[OVERLAPPING]))[0],
         "copy_seconds": copy_seconds(first.bytes_read),
     }
     rows = list(ready)
     turn = number % len(rows)
     trial["rows"] = bench.run({row: ready[row] for row in rows[turn:] + rows[:turn]})
     if files is not None:
-        trial |= cold_seconds(bench.model, first.selection, first.bytes_read, files)
+        trial |= cold_seconds(bench.model, selection_of(first), first.bytes_read, files)
     return trial
 
 
@@ -326,11 +334,11 @@ def _trial_notes(trials: list[Trial], saved: Task | None) -> list[str]:
 
 def _predictor_bytes(model: IFPModel) -> int:
     """What the predictor adds to the trunk; an embedding they share is the trunk's."""
-    trunk = {id(array) for _, array in tree_flatten(model.trunk.parameters())}
+    trunk = {id(array) for array in arrays_of(model.trunk)}
     predictor = model.predictor
     return sum(
         array.nbytes
         for module in (predictor.body, predictor.head)
-        for _, array in tree_flatten(module.parameters())
+        for array in arrays_of(module)
         if id(array) not in trunk
     )

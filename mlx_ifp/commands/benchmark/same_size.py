@@ -1,5 +1,7 @@
 """What a sub-network is compared with: the same network as mlx-lm itself would have it."""
 
+from typing import cast
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -47,20 +49,27 @@ def same_size_model(network: nn.Module, ffns: list[FFN]) -> tuple[nn.Module, lis
     return model, sorted(notes)
 
 
+def arrays_of(module: nn.Module) -> list[mx.array]:
+    """All weights of a module."""
+    named = cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+    return [array for _, array in named]
+
+
 def float_dtype(network: nn.Module) -> mx.Dtype:
     """What a network computes in."""
-    arrays = (array for _, array in tree_flatten(network.parameters()))
-    return next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+    return next(
+        array.dtype for array in arrays_of(network) if mx.issubdtype(array.dtype, mx.floating)
+    )
 
 
 def memory_of(network: nn.Module) -> dict[str, int]:
     """Bytes of a network's weights, and of those that decoding reads for each token.
 
-    The difference is an embedding with an output layer beside it: of that one row is read.
+    They differ where an embedding has an output layer beside it: one row of the embedding is read.
     """
 
     def nbytes(module: nn.Module) -> int:
-        return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+        return sum(array.nbytes for array in arrays_of(module))
 
     total, looked_up = nbytes(network), 0
     if any(path.split(".")[-1] == "lm_head" for path, _ in network.named_modules()):

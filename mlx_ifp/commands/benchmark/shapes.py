@@ -1,4 +1,4 @@
-"""A checkpoint of the paper's shapes with random weights: speed does not ask for trained ones."""
+"""A checkpoint of the paper's shapes with random weights, as trained ones would be no faster."""
 
 import math
 from pathlib import Path
@@ -22,6 +22,7 @@ from ...checkpoint.expected import backbone_tensors, channel_tensors, head_tenso
 from ...choices import Q_BITS, Q_GROUP_SIZES
 from ...errors import IFPError
 from ...files.atomic import new_directory
+from ...files.tensor_files import LazyTensor, TensorInfo
 from ...llm.build import build_model
 from ...llm.ffn import PROJECTIONS, find_ffns
 from ...selection.keep import WIDTH_MULTIPLE, resolve_keep
@@ -147,7 +148,8 @@ def write_shapes(
         }
     channels = {ffn.module_path(projection) for ffn in ffns for projection in PROJECTIONS}
     model = build_model(llm, modules - channels)
-    found = {f"{name}.scales": None for name in modules & channels}
+    # channel_tensors only asks which names are there.
+    found = {f"{name}.scales": TensorInfo(path, "", (), 0, 0) for name in modules & channels}
     head = HeadConfig(
         [backbone["hidden_size"], shapes["P"], len(ffns) * ffns[0].d_ffn], [True, True]
     )
@@ -158,7 +160,7 @@ def write_shapes(
         HEAD_STEM: head_tensors(head, backbone, {}),
     }
     keys = iter(mx.random.split(mx.random.key(0), sum(map(len, expected.values()))))
-    tensors = {
+    tensors: dict[str, dict[str, mx.array | LazyTensor]] = {
         stem: {
             name: _random(name, shape, "U32" in types, dtype, (bits, group_size), next(keys))
             for name, (shape, types) in group.items()
@@ -196,7 +198,7 @@ def _random(
     quantization: tuple[int | None, int],
     key: mx.array,
 ) -> mx.array:
-    """Random numbers as of a new model, made when they are written; norms are 1, biases 0.
+    """Random numbers as in a new model, made when they are written; norms are 1, biases 0.
 
     The embedding is small, so that the whole of a text, not its last token, makes the scores.
     """
@@ -210,6 +212,7 @@ def _random(
     largest = _EMBEDDING if module.endswith("embed_tokens") else math.sqrt(3 / inputs)
     if part == "weight":
         return mx.random.uniform(-largest, largest, shape, dtype, key=key)
+    assert bits is not None, "scales belong to quantized weights"
     # The numbers of a group lie evenly about 0.
     step = 2 * largest / (2**bits - 1)
     return mx.full(shape, step if part == "scales" else -largest, dtype)

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .runs import (
@@ -18,7 +19,7 @@ from .runs import (
     Trial,
 )
 
-# Of a run: the name of a figure, the heading of its column, and how it is printed.
+# The figures of a run: a name, the heading of its column, and how it is printed.
 FIGURES = (
     ("select_seconds", "selection s", ".4f"),
     ("load_seconds", "loading s", ".4f"),
@@ -44,11 +45,13 @@ def summary(measured: Measured) -> dict[str, Any]:
         values = [figure(trial) for trial in trials]
         return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
+    def of_trial(row: str, name: str, trial: Trial) -> float:
+        return trial["rows"][row][name]
+
     def of_row(row: str) -> dict[str, Any]:
         names = [name for name, *_ in FIGURES if row not in SWITCHES or name in _TO_SELECT]
-        return {
-            name: over(lambda t, name=name: t["rows"][row][name]) for name in ["bytes_read", *names]
-        } | memory.get(row, {})
+        figures = {name: over(partial(of_trial, row, name)) for name in ["bytes_read", *names]}
+        return figures | memory.get(row, {})
 
     def decode_to(trial: Trial, other: str) -> float:
         turns = (trial["rows"][row]["turn_seconds"] for row in (other, REPEAT))
@@ -110,7 +113,7 @@ def _order(rows: dict[str, Any]) -> list[str]:
 
 
 def heading(result: dict[str, Any]) -> str:
-    """What holds for all the tables: machine, model, how often."""
+    """The lines that hold for all tables: the machine, the model, the number of trials."""
     machine, network = result["machine"], result["network"]
     how = network["quantization"]
     dtype = f"{how['bits']}-bit, {network['dtype']}" if how else network["dtype"]
@@ -142,7 +145,7 @@ def table(one: dict[str, Any], settings: dict[str, Any]) -> str:
     for row, figures in one["rows"].items():
         medians, ranges = [f"{row:<26}"], [" " * 26]
         for name, _, form in FIGURES:
-            # These networks are not selected, and loaded before the clock starts.
+            # These networks are not selected, and they are loaded before the clock starts.
             if name not in figures or (name in _TO_SELECT and row not in SELECTED):
                 medians.append(f"{'-':>15}")
                 ranges.append(" " * 15)

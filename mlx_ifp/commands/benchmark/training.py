@@ -145,7 +145,7 @@ RUNS = {"mlx-lm, full": _run_stock, "mlx_ifp": _run_ours}
 
 
 def _work(name: str, settings: Settings, pipe: Connection) -> None:
-    """The life of one process. What it prints is not the benchmark's."""
+    """The life of one process, whose own prints are dropped."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         RUNS[name](settings, pipe)
@@ -180,7 +180,7 @@ def measure(settings: Settings) -> dict[str, list[tuple[float, int]]]:
             _answer(name, pipe)
         for trial in range(settings.num_trials + 1):
             for name, pipe in pipes.items():
-                # One that has ended may have said why.
+                # A process that has ended may have said why.
                 with suppress(OSError):
                     pipe.send("go")
                 per_second, peak = _answer(name, pipe)
@@ -196,7 +196,7 @@ def measure(settings: Settings) -> dict[str, list[tuple[float, int]]]:
 
 
 def _answer(name: str, pipe: Connection) -> Any:
-    """What a process says next, unless that is what went wrong."""
+    """What a process says next; if that is an error, it is raised."""
     try:
         said = pipe.recv()
     except (EOFError, OSError):
@@ -216,7 +216,7 @@ def table(settings: Settings, results: dict[str, list[tuple[float, int]]]) -> st
     theirs, ours = results.values()
     ratios = [own[0] / other[0] for own, other in zip(ours, theirs, strict=True)]
     lines = [
-        f"mlx {mx.__version__}, mlx-lm {version('mlx_lm')}, {os.cpu_count()} cores, "
+        f"mlx {version('mlx')}, mlx-lm {version('mlx_lm')}, {os.cpu_count()} cores, "
         f"keep {settings.keep}, batches of {settings.batch_size} x {settings.tokens} tokens, "
         f"median of {settings.num_trials} trials of {settings.steps} steps (min-max)",
         f"{'':<14}{'tokens/s':>24}{'peak MB':>10}",

@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> None:
     check_writable(path)
     model, tokenizer = load_model(args, partial(_plan, args, prompt))
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
-    if args.save_selection is not None:
-        save_selection(args.save_selection, answer.ready.selection)
+    selection = answer.ready.selection
+    if args.save_selection is not None and selection is not None:
+        save_selection(args.save_selection, selection)
     count = len(answer.tokens)
     with tqdm(total=count, unit="tokens", desc="Processing") as bar:
         prompt_cache = answer.fill(lambda done, _: bar.update(done - bar.n))

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         dequantize=args.dequantize,
         gguf=args.gguf,
     )
+    # --dense has none, and excludes the flag.
     if args.save_selection is not None and selection is not None:
         save_selection(args.save_selection, selection)
     for note in notes:

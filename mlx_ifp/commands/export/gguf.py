@@ -1,4 +1,4 @@
-"""GGUF through mlx-lm's exporter."""
+"""Write GGUF with mlx-lm's exporter."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
     weights: dict[str, mx.array] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= cast(dict[str, mx.array], mx.load(str(file)))
-    # mlx-lm prints the name of a temporary directory.
+    # mlx-lm prints the name of a temporary directory, which says nothing to users.
     silent = contextlib.redirect_stdout(io.StringIO())
     with one_line("mlx-lm's GGUF exporter cannot write this model"), silent:
         convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))

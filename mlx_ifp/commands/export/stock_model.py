@@ -20,6 +20,7 @@ from ...checkpoint.weights import load_tensors
 from ...errors import IFPError
 from ...files.atomic import new_directory, without_path
 from ...files.tensor_files import DTYPES, LazyTensor, write_safetensors
+from ...files.text import write_text
 from ...llm.build import quantization_of
 from ...llm.ffn import FFN
 from ...selection.selection import Selection, check_selection
@@ -88,7 +89,7 @@ class _Layer:
 
 
 def _padded(array: mx.array, width: int, projection: str) -> mx.array:
-    """Rows of zeros below, which add nothing; below each of the parts of a fused projection."""
+    """Add rows of zeros, which add nothing, below each of the parts of a fused projection."""
     count = len(stored_as(projection))
     short = width - array.shape[0] // count
     if not short:
@@ -269,7 +270,7 @@ def _trunk(checkpoint: Checkpoint, dequantize: bool) -> dict[str, LazyTensor]:
 
 
 def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
-    """Shards, index and config, as mlx-lm saves them."""
+    """Write shards, index and config, as mlx-lm saves them."""
     shards = make_shards(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     tensors.clear()
@@ -282,5 +283,5 @@ def _write(directory: Path, tensors: dict[str, LazyTensor], config: dict[str, An
             weight_map |= dict.fromkeys(shard, name)
             write_safetensors(directory / name, shard, bar.update)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+    write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=4))
     save_config(config, directory / "config.json")

@@ -22,6 +22,7 @@ from ...cli.arguments import (
 )
 from ...errors import IFPError, one_line
 from ...files.atomic import check_writable, new_file
+from ...files.text import write_text
 from ...generation.request import Request
 from ...generation.stream import Answer
 from ...llm.prompt import Text
@@ -85,18 +86,20 @@ def run(args: argparse.Namespace) -> None:
         with one_line("--extra-eos-token"):
             tokenizer.add_eos_token(token)
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
-    if args.save_selection is not None:
-        save_selection(args.save_selection, answer.ready.selection)
-    if args.show_selection:
-        _show_selection(model, answer.ready.selection, answer.text)
-    # Only now: making the sub-network must not move the random state of the sampler.
+    selection = answer.ready.selection
+    # --dense has none, and excludes both flags.
+    if args.save_selection is not None and selection is not None:
+        save_selection(args.save_selection, selection)
+    if args.show_selection and selection is not None:
+        _show_selection(model, selection, answer.text)
+    # The seed is set only now, as making the sub-network must not move the sampler's random state.
     if args.seed is not None:
         mx.random.seed(args.seed)
     try:
         for response in answer:
             print(response.text, end="", flush=True)
     except KeyboardInterrupt:
-        # The message of it begins a line.
+        # The message about it begins a new line.
         print(flush=True)
         raise
     print(flush=True)
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         print(stats.table(), file=sys.stderr)
     if args.stats is not None:
         with new_file(args.stats) as file:
-            file.write_text(json.dumps(stats.to_dict(), indent=2) + "\n")
+            write_text(file, json.dumps(stats.to_dict(), indent=2) + "\n")
 
 
 def _show_selection(model: IFPModel, selection: Selection, text: Text | None) -> None:

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.manage``."""
     cache = SelectionCache(args.cache_dir)
     rows = [(path, _describe(path)) for path in cache.entries()]
-    rows = [(path, row) for path, row in rows if args.pattern in row[0]]
+    rows = [(path, row) for path, row in rows if args.pattern in str(row[0])]
     files = WarmPromptFiles(cache.directory)
     warm = [(path, _describe_warm(path)) for path in files.entries()]
-    warm = [(path, row) for path, row in warm if args.pattern in row[0]]
+    warm = [(path, row) for path, row in warm if args.pattern in str(row[0])]
     if args.scan:
         print(f"Selections in {cache.directory}")
         headers = ["MODEL", "SELECTOR", "LAYERS", "K", "BYTES", "LAST USED"]

@@ -13,7 +13,7 @@ DPI = 150
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure in inches, without pyplot: it would choose a window system and keep figures."""
+    """A figure in inches. It is made without pyplot, which would open a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ def plain(text: str) -> str:
 
 
 def check_output(path: Path, option: str = "--output") -> None:
-    """Raises IFPError before hours of work, not after them."""
+    """Raises IFPError if the plot cannot be written, before hours of work are spent on it."""
     if path.suffix.lower() != ".png":
         raise IFPError(f"{option} {path}: the name must end in .png.")
     check_writable(path)

@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import IFPError
-from ...files.jsonl import read_jsonl, row_messages
+from ...files.jsonl import read_jsonl
+from ...llm.messages import row_messages
 from ...model import IFPModel
 from ...selection.selection import Selection
 from ...selectors.text import selecting_text
@@ -106,8 +107,8 @@ def overlap_figure(
     n = len(matrix)
     shown = matrix[:, :, list(layers)]
     others = shown[~np.eye(n, dtype=bool)]
-    # The diagonal is always 1; the colours are for the rest. At least 0.1 is spanned, so that
-    # selections that hardly differ look so.
+    # The diagonal is always 1, so the colours are for the rest. They span at least 0.1, so that
+    # selections that hardly differ look alike.
     high = float(others.max())
     low = min(float(others.min()), high - 0.1)
     if low < 0:

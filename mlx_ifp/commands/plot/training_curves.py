@@ -149,7 +149,8 @@ def curves_figure(logs: Sequence[Log]) -> "Figure":
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(6.0 * columns + (2 if columns == 1 else 0), 3.6 * rows + 0.5)
-    palette = matplotlib.colormaps["tab10" if len(logs) <= 10 else "tab20"].colors
+    colormap = matplotlib.colormaps["tab10" if len(logs) <= 10 else "tab20"]
+    palette = [colormap(i) for i in range(colormap.N)]
     for number, (title, curves) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)
         handles = []
@@ -160,13 +161,13 @@ def curves_figure(logs: Sequence[Log]) -> "Figure":
                 if not x:
                     continue
                 color = palette[(i if len(logs) == 1 else j) % len(palette)]
-                # One point makes no line, and of few the reader wants to see where they are.
+                # One point makes no line, and where there are few, the reader wants to see them.
                 few = len(x) == 1 or (curve.kind == "val" and len(x) <= 40)
                 axes.plot(x, y, color=color, marker="o" if few else "", markersize=3, **curve.style)
                 drawn = True
             if drawn:
-                color = palette[i] if len(logs) == 1 else "0.3"
-                handles.append(Line2D([], [], color=color, label=curve.label, **curve.style))
+                own = palette[i] if len(logs) == 1 else "0.3"
+                handles.append(Line2D([], [], color=own, label=curve.label, **curve.style))
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("iteration")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -190,6 +191,6 @@ def _percent(axes: "Axes") -> None:
     from matplotlib.ticker import PercentFormatter
 
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    # Down to 0, so that a small share looks small, and a little below, so that a 0 is seen.
+    # The axis goes to 0, so that a small share looks small, and a little below, to show a 0.
     top = max(axes.dataLim.y1 * 1.05, 0.01)
     axes.set_ylim(-0.03 * top, top)

@@ -18,7 +18,8 @@ def _library(args: argparse.Namespace) -> TaskLibrary:
 
 def _add(args: argparse.Namespace) -> None:
     text = task_of(args)
-    # What is wrong is found out before seconds are spent on selecting.
+    assert text is not None, "the parser requires one of --task and --task-file"
+    # What is wrong with the name is found out before seconds are spent on selecting.
     check_name(args.name)
     _library(args).check_new(args.name, force=args.force)
     model, _ = load_model(args)
@@ -35,7 +36,9 @@ def _list(args: argparse.Namespace) -> None:
         raise IFPError(
             f"There are no tasks for {library.checkpoint.path}; make one with mlx_ifp.tasks add."
         )
-    tasks, rows, damaged = [], [], []
+    tasks: list[tuple[int, Task]] = []
+    rows: list[list[str | int]] = []
+    damaged: list[str] = []
     for number, name in enumerate(names, 1):
         size = f"{library.path(name).stat().st_size:,}"
         try:

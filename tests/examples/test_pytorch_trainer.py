@@ -14,18 +14,23 @@ import numpy as np
 import pytest
 
 from mlx_ifp import load
-from mlx_ifp import masks as mlx_masks
-from mlx_ifp.config import TextConfig
+from mlx_ifp.checkpoint.config import TextConfig
+from mlx_ifp.commands.plot.training_curves import read_logs
 from mlx_ifp.convert import convert
-from mlx_ifp.text import selector_tokens
-from mlx_ifp.training_curves import read_logs
+from mlx_ifp.selection import masks as mlx_masks
+from mlx_ifp.selectors.text import selector_tokens
+from mlx_ifp.tuner.batches import make_batch
 from mlx_ifp.tuner.data import load_examples as mlx_examples
+from mlx_ifp.tuner.predictor_start import from_checkpoint
+from mlx_ifp.tuner.source import load_source
+from mlx_ifp.tuner.step import Mix, batch_loss, positions_of
+from mlx_ifp.tuner.student import Student
 
-from .conftest import tiny_tokenizer
+from ..conftest import tiny_tokenizer
 
 torch = pytest.importorskip("torch", reason="needs the extra [torch]")
 pytest.importorskip("accelerate", reason="needs examples/pytorch/requirements.txt")
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "pytorch"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pytorch"
 sys.path.insert(0, str(FOLDER))
 
 import rounding  # noqa: E402
@@ -42,6 +47,9 @@ from validate import overlaps  # noqa: E402
 pytestmark = pytest.mark.torch
 
 L, F, K = 3, 192, 64
+
+# Tiny models gain nothing from threads, and on a machine with other work they wait for one another.
+torch.set_num_threads(1)
 
 
 def make_llm(seed: int = 0, **changes) -> torch.nn.Module:
@@ -94,11 +102,16 @@ def refused(*args: object) -> str:
     return str(caught.value)
 
 
-def start(*args: object, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """The same as a user does it, in processes of its own."""
-    command = [sys.executable, *launch, str(FOLDER / "train.py"), *map(str, args)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+def start(*command: object, **more: str) -> subprocess.CompletedProcess:
+    """A command in processes of its own, as a user runs it."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
 
 
 def options(dense: Path, data: Path, output: Path, *more: object) -> list[object]:
@@ -347,7 +360,7 @@ def test_the_loss_at_each_k_is_that_of_this_k_alone(data, k):
     indices = np.array([0, 1, 5])
     batch, counts = loaded.batch(indices), loaded.counts(indices)
     step = train.Step(model, teacher, torch.float32, 16)
-    loss, ce, kl = step(batch, k, 0.1, 1.0, 0.3 / counts[0], 0.7 / counts[1])
+    loss, ce, kl = step("loss", batch, k, 0.1, 1.0, 0.3 / counts[0], 0.7 / counts[1])
     wanted = plain_loss(model, teacher, batch, k, 0.7, counts)
     assert abs(loss.item() - wanted.item()) < 1e-5
     assert abs((ce + kl - loss).item()) < 1e-6
@@ -357,6 +370,31 @@ def test_the_loss_at_each_k_is_that_of_this_k_alone(data, k):
     wanted.backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(ours[name], parameter.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("operator", ["sigmoid", "capped_exp"])
+def test_the_loss_is_that_of_mlx_ifp_train(tmp_path, data, operator):
+    model, tokenizer = make_model(mode="soft", operator=operator), tiny_tokenizer()
+    save_checkpoint(tmp_path / "run", model, tokenizer, tokenizer, {}, dtype=torch.float32)
+    source = load_source(str(converted(tmp_path / "run", tmp_path / "ifp")))
+    parts, ifp = from_checkpoint(source), source.checkpoint.ifp
+    ifp.mask.operator, ifp.mask.temperature = operator, 0.1
+    student = Student(source.llm, source.ffns, parts.backbone, parts.head, ifp)
+    examples = load_examples(data / "train.jsonl", tokenizer, tokenizer)
+    loaded = DeviceData(examples, torch.device("cpu"), block=64)
+    indices = np.array([0, 3, 8])
+    answer, every = loaded.counts(indices)
+    teacher = MaskedLM(make_llm(5).requires_grad_(False))
+    step = train.Step(model, teacher, torch.float32, 64)
+    _, ce, kl = step("loss", loaded.batch(indices), K, 0.1, 1.0, 0.3 / answer, 0.7 / every)
+
+    batch = make_batch(examples, indices.tolist())
+    logprobs = teacher(torch.tensor(np.array(batch.tokens)).long()).log_softmax(-1)[:, :-1]
+    targets = (mx.broadcast_to(mx.arange(384), logprobs.shape), as_mlx(logprobs))
+    mix = Mix(0.3 / answer, 0.7 / every, 0.0, 0.1, 1.0, None)
+    _, their_ce, their_kl = batch_loss(student, batch, positions_of(batch, "all"), targets, mix)
+    assert abs(ce.item() - their_ce.item()) < 1e-4
+    assert abs(kl.item() - their_kl.item()) < 1e-4
 
 
 def test_losses_in_blocks_equal_those_in_one():
@@ -462,12 +500,36 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(tmp_path, dens
     assert "its seed is 0" in refused(*flags("cut", 4), "--resume", "--seed", 7)
 
 
-def test_two_processes_equal_one(tmp_path, dense, data):
-    run(*options(dense, data, tmp_path / "one", "--grad-accumulation-steps", 2))
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533")
-    two = start(*options(dense, data, tmp_path / "two"), launch=launch)
+# accelerate divides weights among processes only on GPUs; here it is told that these are some.
+FSDP = """
+import sys
+sys.path.insert(0, {folder!r})
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(tmp_path, dense, data, kind):
+    more = ("--quantize-from", 0.5, "--q-group-size", 32)
+    run(*options(dense, data, tmp_path / "one", "--grad-accumulation-steps", 2, *more))
+    script, environment = FOLDER / "train.py", {}
+    if kind == "fsdp2":
+        script = tmp_path / "fsdp.py"
+        script.write_text(FSDP.format(folder=str(FOLDER)))
+        environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU":
+                       "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+                       "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}  # fmt: skip
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", script)
+    two = start(*launch, *options(dense, data, tmp_path / "two", *more), **environment)
     assert two.returncode == 0, two.stderr
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+    one, other = (load_checkpoint(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 def test_a_time_limit_ends_with_a_rate_near_0(tmp_path, dense, data, monkeypatch):
@@ -528,6 +590,6 @@ def test_bad_input_ends_in_one_line(tmp_path, dense, data, more, message):
 
 
 def test_a_command_that_fails_says_it_in_one_line(tmp_path, dense):
-    result = start(*options(dense, "nothing.jsonl", tmp_path / "run"))
+    result = start(FOLDER / "train.py", *options(dense, "nothing.jsonl", tmp_path / "run"))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("train.py: nothing.jsonl cannot")

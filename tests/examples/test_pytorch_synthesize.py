@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ifp.convert.gguf import load_gguf
+from mlx_ifp.convert.sources.gguf import load_gguf
 
-from .conftest import tiny_tokenizer
+from ..conftest import tiny_tokenizer
 
 torch = pytest.importorskip("torch", reason="needs the extra [torch]")
 pytest.importorskip("accelerate", reason="needs examples/pytorch/requirements.txt")
 pytest.importorskip("gguf", reason="needs examples/pytorch/requirements.txt")
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "pytorch"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pytorch"
 sys.path.insert(0, str(FOLDER))
 
 import generation  # noqa: E402
