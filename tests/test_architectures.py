@@ -21,6 +21,7 @@ from mlx_ifp.commands.export.stock_model import export
 from mlx_ifp.commands.train.command import train
 from mlx_ifp.commands.train.given import options_of
 from mlx_ifp.convert import convert
+from mlx_ifp.convert.dense import dtype_of
 from mlx_ifp.errors import IFPError
 from mlx_ifp.llm.build import build_model, complete
 from mlx_ifp.llm.ffn import find_ffns
@@ -33,6 +34,7 @@ from .architectures import SHAPE, SLIDING, config_of, model_types, saved_by_tran
 from .conftest import tiny_tokenizer
 
 TEXT = "abcdefgh" * 3
+INF = float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +272,45 @@ def test_a_predictor_of_the_first_layers_of_a_model_that_shares_keys_and_values(
     assert len(start.backbone.layers) == layers
     own = ["k_proj" in layer.self_attn for layer in start.backbone.layers]
     assert own == [True, True, False, False][:layers]
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 7.0, "factor": 4.0}
+LONG = YARN | {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, {"rope_theta": 7.0}),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
+        ({"rope_theta": 9.0, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 9.0}),
+        ({"rope_parameters": YARN}, {"rope_scaling": YARN | {"type": "yarn"}}),
+        ({"rope_parameters": LONG}, {"original_max_position_embeddings": 64}),
+        (
+            {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 3.0}}},
+            {"rope_theta": 7.0, "rope_local_base_freq": 3.0},
+        ),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 3.0}}},
+            {"rope_theta": 3.0, "rope_local_base_freq": 3.0},
+        ),
+        ({"time_step_limit": [0.0, {"__float__": "Infinity"}]}, {"time_step_limit": [0, INF]}),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4}),
+    ],
+)
+def test_fields_that_transformers_5_writes_elsewhere(fields, expected):
+    assert mlx_config({"model_type": "llama"} | fields).items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dtype": "float16"},
+        {"torch_dtype": "float16"},
+        {"torch_dtype": "torch.float16"},
+        {"text_config": {"dtype": "float16"}},
+        {"text_config": {"torch_dtype": "float16"}},
+    ],
+)
+def test_the_type_of_a_config(config):
+    assert dtype_of(config) == "float16"
