@@ -17,9 +17,11 @@ from mlx_ifp.errors import IFPError, one_line
 from mlx_ifp.files.tensor_files import LazyTensor, read_any_header
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.hf_config import mlx_config
 from mlx_ifp.llm.modules import get_module, linear
+from mlx_ifp.llm.trial import check_runs
 
-from .naming import mlx_config, name_tensors
+from .naming import name_tensors
 from .sources.files import open_tensors
 from .sources.gguf import load_gguf
 from .sources.tokenizer import open_tokenizer
@@ -168,6 +170,7 @@ def _from_network(
         for name in ("quantization", "quantization_config"):
             config.pop(name, None)
     ffns = find_ffns(network)
+    check_runs(network)
     notes = _turn_quantized(network, config, ffns)
     tensors = {
         name: LazyTensor.of(array)
@@ -185,8 +188,9 @@ def _load_strictly(network: nn.Module, weights: dict[str, mx.array], path: Path)
 
 def dtype_of(config: dict[str, Any]) -> str | None:
     """The type that a config names; ``mlx_lm.convert`` stores floats in it."""
-    text_config = config.get("text_config") or {}
-    dtype = config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    parts = (config, config.get("text_config") or {})
+    names = (part.get(name) for part in parts for name in ("torch_dtype", "dtype"))
+    dtype = next((str(name).removeprefix("torch.") for name in names if name), None)
     return dtype if dtype in MODEL_CONVERSION_DTYPES else None
 
 

@@ -1,7 +1,5 @@
 """PyTorch's tensor names -> mlx-lm's, through mlx-lm's own ``sanitize``; none is lost unseen."""
 
-import contextlib
-import copy
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,15 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_ifp.errors import IFPError, one_line
+from mlx_ifp.errors import IFPError
 from mlx_ifp.files.tensor_files import DTYPES, LazyTensor
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns
+from mlx_ifp.llm.hf_config import buildable, mlx_config
 from mlx_ifp.llm.modules import find_body
+from mlx_ifp.llm.support import check_support
+from mlx_ifp.llm.trial import check_runs
 
 from .sources.tensor import SourceTensor
 from .streams import same_values
-from .support import check_support
 
 _REASONS = (
     ("rotary_emb", "rotary frequencies, which mlx-lm computes"),
@@ -58,61 +58,6 @@ class NamedModel:
         return find_ffns(self.network)
 
 
-def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A Hugging Face config as mlx-lm's models read it.
-
-    Raises:
-        IFPError: if its fields are not of the kinds they should be.
-    """
-    with one_line("config.json: rope, layer_types or the like is malformed"):
-        return _translated(config)
-
-
-def _translated(config: dict[str, Any]) -> dict[str, Any]:
-    """See :func:`mlx_config`.
-
-    transformers 5 writes some values in other places than mlx-lm's models look for them, and
-    those would silently take their defaults: rotary embeddings in ``rope_parameters``, the
-    pattern of the layers in ``layer_types``, other heads of some layers in ``per_layer_config``,
-    the size of the vocabulary in ``text_config`` alone. What is there already stays.
-    """
-    config = copy.deepcopy(config)
-    if config.get("text_config") is not None:
-        if not isinstance(config["text_config"], dict):
-            raise TypeError("text_config must be an object")
-        config["text_config"] = _translated(config["text_config"])
-        if "vocab_size" in config["text_config"]:
-            config.setdefault("vocab_size", config["text_config"]["vocab_size"])
-        if "tie_word_embeddings" in config:
-            tied = config["tie_word_embeddings"]
-            config["text_config"].setdefault("tie_word_embeddings", tied)
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict):
-        full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
-        if "rope_theta" in full:
-            config.setdefault("rope_theta", full["rope_theta"])
-        if "partial_rotary_factor" in rope:
-            config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-        if sliding and "rope_theta" in sliding:
-            config.setdefault("rope_local_base_freq", sliding["rope_theta"])
-        if config.get("rope_scaling") is None:
-            plain = full.get("rope_type", "default") == "default"
-            config["rope_scaling"] = None if plain else dict(full)
-    types = config.get("layer_types")
-    if isinstance(types, list) and len(set(types)) > 1 and "full_attention" in types:
-        every = types.index("full_attention") + 1
-        if all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(types, 1)):
-            config.setdefault("full_attention_interval", every)
-            config.setdefault("sliding_window_pattern", every)
-        last = config.get("per_layer_config") or {}
-        last = last.get(str(types.index("full_attention")), {})
-        if "head_dim" in config:
-            config.setdefault("global_head_dim", last.get("head_dim", config["head_dim"]))
-        if "num_key_value_heads" in last:
-            config.setdefault("num_global_key_value_heads", last["num_key_value_heads"])
-    return config
-
-
 def name_tensors(
     config: dict[str, Any], sources: dict[str, SourceTensor], where: str, *, body_only: bool = False
 ) -> NamedModel:
@@ -132,9 +77,12 @@ def name_tensors(
         IFPError: if mlx-lm has no such architecture; if a tensor is missing, left over, or of
             another shape or type than the config says.
     """
-    config = _buildable(mlx_config(config))
+    config = buildable(mlx_config(config))
     network = build_model(config)
     notes = check_support(network, config)
+    if not body_only:
+        find_ffns(network)
+    check_runs(network, body_only=body_only)
     prefixes = [""]
     if body_only:
         prefixes += list(dict.fromkeys(("model.", f"{find_body(network)}.")))
@@ -149,22 +97,6 @@ def name_tensors(
             problems.append(error)
     # A body's names fit one prefix at most; the message about that one tells more.
     raise min(problems, key=lambda error: getattr(error, "missing", 0))
-
-
-def _buildable(config: dict[str, Any]) -> dict[str, Any]:
-    """mlx-lm has some text models (Qwen3.5) only under the name of their multimodal wrapper."""
-    model_type = config.get("model_type")
-    try:
-        build_model(config)
-    except IFPError:
-        if not str(model_type).endswith("_text"):
-            raise
-        wrapper = config | {"model_type": model_type.removesuffix("_text")}
-        with contextlib.suppress(IFPError):
-            build_model(wrapper)
-            return wrapper
-        raise
-    return config
 
 
 class _TensorError(IFPError):

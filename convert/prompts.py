@@ -10,8 +10,9 @@ from mlx_ifp.checkpoint.config import CONFIG_FILE, IFPConfig
 from mlx_ifp.checkpoint.directory import STATIC_FILE, open_checkpoint
 from mlx_ifp.device import default_dtype
 from mlx_ifp.errors import IFPError
-from mlx_ifp.files.jsonl import read_jsonl, row_messages
+from mlx_ifp.files.jsonl import read_jsonl
 from mlx_ifp.files.tensor_files import write_safetensors
+from mlx_ifp.llm.messages import row_messages
 from mlx_ifp.selectors.selector import Selector
 from mlx_ifp.selectors.text import selecting_text
 from mlx_ifp.subnetwork.parent import Parent

@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, and what a row of prompts holds."""
+"""Files of JSON objects, one a line."""
 
 import json
 from collections.abc import Callable
@@ -55,26 +55,3 @@ def _reason(error: Exception) -> str:
         return "not UTF-8 text."
     # A JSONDecodeError counts lines of its own; its msg leaves them out.
     return f"not JSON that can be read ({getattr(error, 'msg', error)})."
-
-
-def row_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row in one of mlx-lm's formats; a prompt or a text is the user's.
-
-    Raises:
-        IFPError: what is wrong with it, without where.
-    """
-    if not row.get("messages"):
-        for name in ("prompt", "text"):
-            if isinstance(row.get(name), str):
-                return [{"role": "user", "content": row[name]}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise IFPError("a row has messages, a list that is not empty, or a string: prompt or text.")
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else 0
-        parts = content if isinstance(content, list) else []
-        if not isinstance(content, str | list | None) or not all(
-            isinstance(part, dict) and isinstance(part.get("text", ""), str) for part in parts
-        ):
-            raise IFPError("a message must be an object with role and content.")
-    return messages

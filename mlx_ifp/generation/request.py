@@ -11,7 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError
 from ..llm.kv_cache import Generation, KVSettings
-from ..llm.prompt import Prompt, Text, encode_continuation, encode_prompt, is_messages
+from ..llm.messages import Message
+from ..llm.prompt import Prompt, Text, encode_continuation, encode_prompt, is_messages, read_prompt
 from ..model import IFPModel
 from ..prompt_cache.files import stored_positions
 from ..selection.keep import Keep
@@ -57,6 +58,14 @@ class Request:
     warm_on_disk: bool = False
     prompt_cache_file: str | Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Give messages the one form that selection and chat template read.
+
+        Raises:
+            IFPError: naming a message that cannot be read.
+        """
+        object.__setattr__(self, "prompt", read_prompt(self.prompt))
 
     def check(self) -> None:
         """Raises IFPError if parts of it exclude each other."""
@@ -130,8 +139,8 @@ class Request:
         return selecting_text(self.prompt, role, decode)
 
 
-def _first_of_user(messages: list[dict[str, Any]]) -> str:
+def _first_of_user(messages: list[Message]) -> str:
     for message in messages:
-        if message.get("role") == "user":
+        if message["role"] == "user":
             return message["content"]
     raise IFPError("There is no user message; add one.")

@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+
+# A private name, but mlx-lm offers it as load_model's default `get_model_classes`.
 from mlx_lm.utils import _get_classes
 
 from ..errors import IFPError, one_line
@@ -45,8 +48,37 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
                     quantization_of(config, path) if path in quantized else False
                 ),
             )
+    complete(model)
     model.eval()
     return model
+
+
+def complete(model: nn.Module) -> None:
+    """Mend in place what mlx-lm's models lack for some configs that they accept.
+
+    Some classes do not call MLX's constructor, so that they can be neither frozen nor set to
+    training (RecurrentGemma). Others look for the cache of the first layer with full attention
+    though a model of few layers, such as a predictor, has none (Gemma 3, Cohere 2).
+    """
+    for module in model.modules():
+        module.__dict__.setdefault("_no_grad", set())
+        module.__dict__.setdefault("_training", True)
+        layers = module.get("layers")
+        pattern = getattr(getattr(module, "args", None), "sliding_window_pattern", None)
+        if isinstance(layers, list) and isinstance(pattern, int) and pattern > len(layers):
+            module.__class__ = _all_sliding(type(module))
+
+
+@functools.cache
+def _all_sliding(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of bodies that reach beyond the last cache, for a mask that no layer uses."""
+
+    def call(self: nn.Module, inputs: mx.array, cache: list | None = None, *args: Any) -> mx.array:
+        missing = self.args.sliding_window_pattern - len(self.layers)
+        caches = [None] * len(self.layers) if cache is None else list(cache)
+        return kind.__call__(self, inputs, caches + caches[:1] * missing, *args)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def settle(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -65,12 +97,24 @@ def settle(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 @contextlib.contextmanager
 def _untouched_random_state() -> Iterator[None]:
-    """A module is born with random weights; a user's seed must not feel that."""
-    high, low = mx.random.state[0].tolist()
+    """A new module draws random weights; the user's random state stays as it was."""
+    state = random_state()
     try:
         yield
     finally:
-        mx.random.seed(high << 32 | low)
+        set_random_state(state)
+
+
+def random_state() -> list[int]:
+    """What MLX's random numbers follow from, as two numbers."""
+    key: mx.array = cast(list, mx.random.state)[0]
+    return cast(list[int], key.tolist())
+
+
+def set_random_state(state: list[int]) -> None:
+    """Go on with the random numbers where :func:`random_state` was asked."""
+    high, low = state
+    mx.random.seed(high << 32 | low)
 
 
 def quantization_of(config: dict[str, Any], path: str, file: str = "config.json") -> dict[str, Any]:
@@ -82,7 +126,7 @@ def quantization_of(config: dict[str, Any], path: str, file: str = "config.json"
         file (str): what an error calls the config.
 
     Raises:
-        IFPError: if the config has no ``quantization``, or one that is none.
+        IFPError: if the config has no ``quantization``, or a malformed one.
     """
     quantization = config.get("quantization")
     if not isinstance(quantization, dict):
@@ -99,10 +143,30 @@ def quantization_of(config: dict[str, Any], path: str, file: str = "config.json"
 
 
 def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
-    """The config of the same LLM with FFNs of another width."""
+    """The config of the same LLM with FFNs of another width.
+
+    Nemotron-NAS has widths that are multiples of 256 only; the config of any other one is that of
+    the next multiple.
+    """
     config = dict(config)
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = with_width(config["text_config"], width)
-    if "intermediate_size" in config or "text_config" not in config:
-        config["intermediate_size"] = width
+        if "intermediate_size" in config:
+            config["intermediate_size"] = width
+        return config
+    if "hidden_dim_scale_factor" in config:  # AFM 7B, whose width is that times hidden_dim
+        config["hidden_dim_scale_factor"] = (width + 0.5) / config["hidden_dim"]
+        return config
+    if isinstance(config.get("block_configs"), list):  # Nemotron-NAS, 2/3 of that times hidden_size
+        of_ffn = {"ffn_mult": (width - 0.5) * 1.5 / config["hidden_size"]}
+        config["block_configs"] = [
+            block | {"ffn": block["ffn"] | of_ffn} for block in config["block_configs"]
+        ]
+    elif "intermediate_size_mlp" in config:  # Llama 4's dense layers
+        config["intermediate_size_mlp"] = width
+    if config.get("model_type") == "recurrent_gemma":  # it counts gate and up projection
+        width *= 2
+    per_layer = config.get("intermediate_size")
+    many = isinstance(per_layer, list)
+    config["intermediate_size"] = [width] * len(per_layer) if many else width
     return config

@@ -8,7 +8,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-# A private name, but mlx-lm offers it as load_model's default `get_model_classes`.
 from ..errors import IFPError
 from .modules import _name, linear
 
@@ -106,7 +105,7 @@ def _check_ffn(path: str, module: nn.Module, needed: frozenset[str], name: str) 
             kind = type(module[child]).__name__
             raise IFPError(f"{name}: {path}.{child} is a {kind}, not a Linear.")
     others = sorted(
-        {key.split(".")[0] for key, _ in tree_flatten(module.parameters())} - needed,
+        {key.split(".")[0] for key in dict(tree_flatten(module.parameters()))} - needed,
     )
     if others:
         raise IFPError(f"{name}: {path} also has {', '.join(others)}; channels cannot be cut out.")

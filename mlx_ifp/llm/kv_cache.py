@@ -2,7 +2,7 @@
 
 MLX is lazy: a model can run over tokens up to the shapes and types of its keys and values, with
 weights that are never read. So the caches counted here are those that mlx-lm makes for the
-architecture, filled by the model itself, and not a formula of ours.
+architecture, filled by the model itself; there is no formula of ours.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
 from ..errors import IFPError, one_line
 from .modules import PREFILL_STEP_SIZE, find_body, get_module
 
-# Tokens to add at a time to a cache of a kind that is not known here.
+# How many tokens are added at a time to a cache of an unknown kind.
 _BLOCK = 256
 
 
@@ -45,7 +45,7 @@ class KVSettings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "KVSettings":
-        """Those among the arguments of a generation; the others are left alone."""
+        """The settings that are among the arguments of a generation."""
         return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
 
     def quantize(self, cache: list[Any]) -> None:
@@ -59,7 +59,7 @@ class KVSettings:
 
     @property
     def identity(self) -> list[int | None]:
-        """What tells two apart: how to quantize says nothing where nothing is quantized."""
+        """What distinguishes two settings; how to quantize only counts if anything is quantized."""
         if self.kv_bits is None:
             return [self.max_kv_size]
         return [self.max_kv_size, self.kv_bits, self.kv_group_size, self.quantized_kv_start]
@@ -143,13 +143,14 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
     left = generation.max_tokens
     while left > 0:
         free = [_free(layer, generation) for layer in cache]
-        if None in free:
+        known = [tokens for tokens in free if tokens is not None]
+        if len(known) < len(free):
             tokens = min(_BLOCK, left)
             step(tokens)
             left -= tokens
             continue
         # Nothing changes its size until the first layer is full.
-        skipped = min(*free, left - 1)
+        skipped = min(*known, left - 1)
         for layer in cache:
             if not isinstance(layer, ArraysCache):
                 layer.offset += skipped
@@ -158,7 +159,7 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
     return peak
 
 
-def _free(layer: object, generation: Generation) -> int | None:
+def _free(layer: Any, generation: Generation) -> int | None:
     """Tokens that fit into a layer's cache, one at a time, as it is; None if that is not known."""
     if type(layer) is ArraysCache:
         return generation.tokens  # a state of one size

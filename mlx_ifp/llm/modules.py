@@ -1,7 +1,7 @@
 """Modules of an mlx-lm model, found by structure; copies that share arrays."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +11,7 @@ from ..errors import IFPError
 
 PREFILL_STEP_SIZE = 2048  # mlx-lm's
 
-# Of a linear layer, quantized or not.
+# The arrays of a linear layer, quantized or not.
 PARTS = ("weight", "scales", "biases", "bias")
 
 _SAME = (mx.array, str, int, float, type(None))
@@ -22,7 +22,7 @@ def _name(model: nn.Module) -> str:
 
 
 def linear(weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
-    """A Linear around an array [output, input], without the random one it would be born with."""
+    """A Linear around an array [output, input]; no random one is made first."""
     module = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(module)
     module.weight = weight
@@ -38,7 +38,7 @@ def quantized_linear(
     how: dict[str, Any],
     bias: mx.array | None = None,
 ) -> nn.QuantizedLinear:
-    """The same around packed weights [output, ...]; ``how`` is group_size, bits and mode."""
+    """A QuantizedLinear of packed weights [output, ...]; ``how`` is group_size, bits and mode."""
     module = nn.QuantizedLinear.__new__(nn.QuantizedLinear)
     nn.Module.__init__(module)
     module.group_size, module.bits, module.mode = how["group_size"], how["bits"], how["mode"]
@@ -61,7 +61,8 @@ def find_body(model: nn.Module) -> str:
     for path, module in model.named_modules():
         own = module.get("layers") if path else None
         if isinstance(own, list) and layers and own[0] is layers[0]:
-            return path
+            # PLaMo's list is in a decoder, itself called layers, which takes no token ids.
+            return path.removesuffix(".layers")
     raise IFPError(f"{_name(model)} has no module that holds its layers.")
 
 
@@ -115,6 +116,11 @@ def embedding_shape(module: nn.Embedding | nn.QuantizedEmbedding) -> tuple[int, 
     return rows, width * 32 // module.bits if quantized else width
 
 
+def scalar(array: mx.array) -> float:
+    """The value of an array with one real element."""
+    return cast(float, array.item())
+
+
 def get_module(model: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path."""
     for part in path.split("."):
@@ -135,7 +141,7 @@ def evaluate(model: nn.Module, prefix: str = "", leave_out: tuple[str, ...] = ()
     mx.eval(
         [
             array
-            for name, array in tree_flatten(model)
+            for name, array in dict(tree_flatten(model)).items()
             if isinstance(array, mx.array)
             and name.startswith(prefix)
             and not name.startswith(tuple(f"{path}." for path in leave_out))
@@ -175,11 +181,13 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) is tuple:
         return tuple(_copied(item, memo) for item in value)
     if type(value) is dict:
-        new = memo[id(value)] = {}
-        new.update((name, _copied(item, memo)) for name, item in value.items())
-        return new
+        items: dict[Any, Any] = {}
+        memo[id(value)] = items
+        items.update((name, _copied(item, memo)) for name, item in value.items())
+        return items
     if type(value) is list:
-        new = memo[id(value)] = []
-        new.extend(_copied(item, memo) for item in value)
-        return new
+        elements: list[Any] = []
+        memo[id(value)] = elements
+        elements.extend(_copied(item, memo) for item in value)
+        return elements
     return copy.deepcopy(value, memo)

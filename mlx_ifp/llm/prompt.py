@@ -7,15 +7,25 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, one_line
+from .messages import Message, read_messages
 
 Text = str | list[int] | mx.array
 
-Prompt = Text | list[dict[str, Any]]
+Prompt = Text | list[Message]
 
 
 def is_messages(prompt: Prompt) -> bool:
     """Whether a prompt is a list of messages, which the chat template formats."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def read_prompt(prompt: Prompt) -> Prompt:
+    """A prompt that is checked: messages in the form that :func:`read_messages` gives them.
+
+    Raises:
+        IFPError: if a message cannot be read.
+    """
+    return read_messages(prompt) if is_messages(prompt) else prompt
 
 
 def token_ids(tokens: list[int] | mx.array) -> list[int]:
@@ -44,7 +54,7 @@ def encode_prompt(
         return prompt
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
-    prefill = to_be_continued or prompt[-1].get("role") == "assistant"
+    prefill = to_be_continued or prompt[-1]["role"] == "assistant"
     with one_line("The chat template does not take these messages"):
         tokens = tokenizer.apply_chat_template(
             prompt,
@@ -58,7 +68,7 @@ def encode_prompt(
 
 
 def encode_continuation(
-    tokenizer: TokenizerWrapper, messages: list[dict[str, Any]], **template_kwargs: Any
+    tokenizer: TokenizerWrapper, messages: list[Message], **template_kwargs: Any
 ) -> list[int]:
     """The tokens of messages that go on where a stored prompt ends: inside the user's message.
 
@@ -66,14 +76,17 @@ def encode_continuation(
 
     Args:
         tokenizer: the LLM's.
-        messages (list): one of them is the user's.
+        messages (list): they go on in the first message of the user.
         template_kwargs: arguments for the chat template.
 
     Raises:
-        IFPError: if the template changes what it is given.
+        IFPError: if there is no message of the user, or the template changes it.
     """
     marker = "<query>"
-    place = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise IFPError("There is no user message; add one.")
+    place = roles.index("user")
     content = messages[place]["content"]
     marked = [*messages]
     marked[place] = messages[place] | {"content": marker}
@@ -94,7 +107,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def shared_prefix(
     tokenizer: TokenizerWrapper,
-    messages: list[dict[str, Any]],
+    messages: list[Message],
     tokens: list[int],
     **template_kwargs: Any,
 ) -> int:
@@ -109,7 +122,7 @@ def shared_prefix(
         tokens (list): the prompt's ids, as :func:`encode_prompt` makes them of ``messages``.
         template_kwargs: as for that.
     """
-    roles = [message.get("role") for message in messages]
+    roles = [message["role"] for message in messages]
     before = messages[: roles.index("user")] if "user" in roles else messages
     n = len(tokens)
     # Beginnings of several kinds: a tokenizer may join one of them with what stands before it.

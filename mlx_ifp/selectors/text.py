@@ -1,7 +1,6 @@
 """Prompts and tasks: which text selects, and what each tokenizer is given."""
 
 from collections.abc import Callable
-from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -18,7 +17,8 @@ def selecting_text(
     """The text of a prompt that selects (paper, sections 3.2 and 4.3).
 
     Args:
-        prompt: a string or token ids, which select whole, or a list of messages.
+        prompt: a string or token ids, which select whole, or a list of messages as
+            :func:`~mlx_ifp.llm.messages.read_messages` gives them.
         role (str): ``user``: the first user message selects, for the whole conversation;
             ``system``: the system message does.
         decode (Callable): makes text of token ids, if the selector has another tokenizer.
@@ -30,20 +30,12 @@ def selecting_text(
         raise IFPError(f"task_from must be 'user' or 'system', not {role!r}.")
     if is_messages(prompt):
         for message in prompt:
-            if message.get("role") == role:
-                return _content(message)
+            if message["role"] == role:
+                return message["content"]
         raise IFPError(f"There is no {role} message to select by; add one, or give a task.")
     if role == "system":
         raise IFPError("To select by the system message, give the prompt as a list of messages.")
     return prompt if isinstance(prompt, str) or decode is None else decode(token_ids(prompt))
-
-
-def _content(message: dict[str, Any]) -> str:
-    """A message's text; the parts of a multi-part content are joined."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.get("text", "") for part in content if part.get("type") == "text")
 
 
 def selector_tokens(

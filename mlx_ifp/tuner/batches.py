@@ -128,7 +128,8 @@ class Batches:
         self._groups = [np.array(group) for group in groups.values()]
         self._lengths = np.array([len(example.tokens) for example in examples])
         self.steps_per_epoch = sum(math.ceil(len(group) / batch_size) for group in self._groups)
-        self._epoch, self._order = -1, []
+        self._epoch = -1
+        self._order: list[list[int]] = []
 
     def indices(self, step: int) -> list[int]:
         """This rank's share of batch number ``step``, counted from 0."""

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.datasets import create_dataset, load_dataset
+from mlx_lm.tuner.datasets import load_dataset
 
 from ..checkpoint.config import TextConfig
 from ..choices import STAGES
 from ..errors import IFPError
 from ..files.jsonl import read_jsonl
+from ..llm.messages import Message, read_messages
 from ..selectors.text import selecting_text, selector_tokens
+from .row_tokens import row_tokens
 
 SPLITS = ("train", "valid", "test")
 
@@ -68,7 +70,6 @@ def load_examples(
             the first chunks.
         chunk_size (int): in tokens, for ``pretrain``.
         task_texts (dict): descriptions of tasks by name. They select, not the prompts (``sft``).
-
         splits (sequence): of ``train``, ``valid`` and ``test``, those to read.
 
     Returns:
@@ -93,8 +94,8 @@ def load_examples(
     for split, rows in _load_datasets(data, tokenizer, stage, splits).items():
         for row, where in rows:
             with _located(where):
-                examples[split] += make(row, *_process(rows.dataset, row, rows.format))
-    # Only chunks give nothing: a row of sft is an example or an error.
+                examples[split] += make(row, *row_tokens(tokenizer, row, answer=stage == "sft"))
+    # Only stage pretrain can have none: a row of sft is an example or an error.
     _require(
         bool(examples["train"]),
         f"{data}: no text of train is longer than one chunk of {chunk_size:,} tokens; lower "
@@ -122,10 +123,10 @@ def _check_chunks(size: int, limit: int, task_texts: dict[str, str] | None) -> N
 
 @dataclass(frozen=True)
 class _Rows:
-    """mlx-lm's dataset of a split, whose rows are checked: tokenizing takes far longer.
+    """The rows of a split. All are checked before the first is tokenized, which takes far longer.
 
     Attributes:
-        dataset: it.
+        dataset: a list, or mlx-lm's dataset.
         format: of all rows: ``completions``, ``chat`` or ``text``.
         places: where each row comes from.
     """
@@ -135,7 +136,15 @@ class _Rows:
     places: Sequence[str]
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
-        return ((self.dataset[i], place) for i, place in enumerate(self.places))
+        """Each row, with its messages if it has any, and its place."""
+        for i, place in enumerate(self.places):
+            row = self.dataset[i]
+            if self.format == "chat":
+                row = row | {"messages": read_messages(row["messages"])}
+            elif self.format == "completions":
+                said = (("user", row["prompt"]), ("assistant", row["completion"]))
+                row = row | {"messages": [{"role": r, "content": text} for r, text in said]}
+            yield row, place
 
 
 @contextlib.contextmanager
@@ -149,33 +158,27 @@ def _located(where: str) -> Iterator[None]:
 def _load_datasets(
     data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
 ) -> dict[str, _Rows]:
-    """Those splits that there are."""
+    """The splits that exist."""
     path = Path(data)
     _require(
         not path.is_file() and (path.suffix != ".jsonl" or path.exists()),
         f"{data}: give the directory that holds train.jsonl (and valid.jsonl, test.jsonl), "
         "not a file.",
     )
-    load = _local if path.is_dir() else _from_hub
-    found = load(data, tokenizer, stage, splits)
-    for rows in found.values():
-        # mlx-lm refuses this for texts, in words of its own; here it is an error of the row.
-        if stage == "sft" and hasattr(rows.dataset, "mask_prompt"):
-            rows.dataset.mask_prompt = True
-    return found
+    if path.is_dir():
+        return _local(data, stage, splits)
+    return _from_hub(data, tokenizer, stage, splits)
 
 
-def _local(
-    data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
-) -> dict[str, _Rows]:
+def _local(data: str, stage: str, splits: Sequence[str]) -> dict[str, _Rows]:
     files = {split: Path(data) / f"{split}.jsonl" for split in splits}
     _require(files["train"].exists(), f"{files['train']} is missing; put the rows there.")
-    return {split: _read(file, tokenizer, stage) for split, file in files.items() if file.exists()}
+    return {split: _read(file, stage) for split, file in files.items() if file.exists()}
 
 
-def _read(file: Path, tokenizer: TokenizerWrapper, stage: str) -> _Rows:
+def _read(file: Path, stage: str) -> _Rows:
     rows: list[dict[str, Any]] = []
-    first = None
+    first: str | None = None
 
     def checked(row: dict[str, Any], number: int) -> str:
         nonlocal first
@@ -185,7 +188,7 @@ def _read(file: Path, tokenizer: TokenizerWrapper, stage: str) -> _Rows:
 
     places = read_jsonl(file, checked)
     _require(bool(rows), f"{file}: the file is empty; give one JSON object a line.")
-    return _Rows(create_dataset(rows, tokenizer, SimpleNamespace()), first, places)
+    return _Rows(rows, str(first), places)
 
 
 def _from_hub(
@@ -211,11 +214,11 @@ def _from_hub(
         if split not in splits or not len(dataset):
             continue
         places = [f"{data}: {split} row {i}" for i in range(len(dataset))]
-        first = None
+        first: str | None = None
         for i, place in enumerate(places):
             with _located(place):
                 first = _check_row(dataset[i], first, stage)
-        found[split] = _Rows(dataset, first, places)
+        found[split] = _Rows(dataset, str(first), places)
     return found
 
 
@@ -251,7 +254,9 @@ def _check_row(row: dict[str, Any], first: str | None, stage: str) -> str:
     _require(first in (None, kind), f"the format is {kind}, but {first} in the first row.")
     _require(isinstance(row.get("task"), str | None), "task must be a string.")
     if kind == "chat":
-        _check_messages(row["messages"], stage)
+        messages = read_messages(row["messages"])
+        if stage == "sft":
+            _check_messages(messages)
     else:
         for name in _FORMATS[kind]:
             _require(isinstance(row[name], str), f"{name} must be a string.")
@@ -261,40 +266,15 @@ def _check_row(row: dict[str, Any], first: str | None, stage: str) -> str:
     return kind
 
 
-def _check_messages(messages: Any, stage: str) -> None:
-    _require(isinstance(messages, list) and bool(messages), "messages must be a list, not empty.")
-    for number, message in enumerate(messages, 1):
-        _require(
-            isinstance(message, dict) and isinstance(message.get("role"), str),
-            f"message {number} must be an object with role and content.",
-        )
-        # Only a message that calls tools may do without content.
-        _require(
-            isinstance(message.get("content"), str | list) or bool(message.get("tool_calls")),
-            f"the content of message {number} must be a string.",
-        )
-    if stage == "sft":
-        _require(len(messages) > 1, "there is nothing before the last message, the answer.")
-        role, content = messages[-1]["role"], messages[-1].get("content")
-        _require(role == "assistant", f"the last message must be the assistant's, not of {role!r}.")
-        said = content.strip() if isinstance(content, str) else content
-        _require(bool(said or messages[-1].get("tool_calls")), "the answer is empty.")
-
-
-def _process(dataset: Any, row: dict[str, Any], kind: str) -> tuple[list[int], int]:
-    """mlx-lm's tokens and offset of a row."""
-    if kind == "text" and not row["text"].strip():
-        return [], 0  # mlx-lm looks at the last token, which there may not be
+def _check_messages(messages: list[Message]) -> None:
+    """The last message is to be an answer."""
+    _require(len(messages) > 1, "there is nothing before the last message, the answer.")
+    last = messages[-1]
     _require(
-        kind == "text" or dataset.tokenizer.has_chat_template,
-        "this model has no chat template; give rows of format text.",
+        last["role"] == "assistant",
+        f"the last message must be the assistant's, not of {last['role']!r}.",
     )
-    try:
-        return dataset.process(row)
-    except Exception as error:
-        what = "tokenizer" if kind == "text" else "chat template"
-        reason = " ".join(str(error).split())
-        raise IFPError(f"the {what} does not take this row ({reason}).") from error
+    _require(bool(last["content"].strip() or last.get("tool_calls")), "the answer is empty.")
 
 
 def _answer(
@@ -313,16 +293,13 @@ def _answer(
         f"{len(tokens):,} tokens, {len(tokens) - offset:,} of them the answer, are more than "
         f"{limit:,}; raise --max-seq-length or split the row before training.",
     )
-    _require(offset < len(tokens), "the chat template makes no tokens of the answer.")
-    _require(offset > 0, "the chat template makes no tokens before the answer.")
     task = row.get("task")
     if texts is None:
-        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        selects = selecting_text(messages, how.source)
+        selects = selecting_text(row["messages"], how.source)
     else:
         _require(task is not None, "the row has no task, but task descriptions are to select.")
         _require(task in texts, f"the task {task!r} has no description.")
-        selects = texts[task]
+        selects = texts[str(task)]
     advice = "Shorten the row, or leave it out."
     selecting = selector_tokens(tokenizer, selects, how, advice)
     return [Example(tokens, offset, selecting, task)]
@@ -353,8 +330,8 @@ def _chunks(
             f"{how.max_tokens:,}; lower --chunk-size.",
         )
         end = min(start + size, len(tokens))
-        # The first chunks go, whole, until the rest fits.
+        # Whole chunks are left out from the beginning until the rest fits.
         left = math.ceil(max(0, end - limit) / size) * size
-        if selecting:  # nothing is left of a chunk of special tokens
+        if selecting:  # a chunk of special tokens alone decodes to nothing
             examples.append(Example(tokens[left:end], start - left, selecting, row.get("task")))
     return examples

@@ -28,9 +28,9 @@ from .networks import hidden_states, output_layer
 
 TOP_K = 64
 _BLOCK = 512
-# Of a row of logits.
+# Values of a row of logits that have one maximum.
 _SELECTED_AT_ONCE = 64
-# Of what the arrays hold.
+# It changes when the arrays hold something else.
 _VERSION = 3
 
 
@@ -59,13 +59,14 @@ class DenseTargets:
         source: str,
         top_k: int = TOP_K,
     ) -> None:
-        self.model, self.ffns, self.examples = model, ffns, examples
+        self.model: nn.Module | None = model
+        self.ffns, self.examples = ffns, examples
         self.forward_tokens = 0
         lengths = [len(example.tokens) - 1 for example in examples]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         content = hashlib.sha256(json.dumps([_VERSION, source, top_k, lengths]).encode())
         for example in examples:
-            content.update(np.asarray([example.offset, *example.tokens], np.int32))
+            content.update(np.asarray([example.offset, *example.tokens], np.int32).tobytes())
         folder = Path(directory) / content.hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True)
         positions, n = int(self._starts[-1]), len(examples)
@@ -103,6 +104,7 @@ class DenseTargets:
         })  # fmt: skip
         if not missing:
             return
+        assert self.model is not None, "it is forgotten when nothing is missing any more"
         batch = make_batch(self.examples, missing)
         model = share(self.model)
         recorders = []
@@ -146,8 +148,8 @@ class DenseTargets:
         self.model = None
 
     def forget_if_done(self) -> None:
-        """Likewise, if it has run over all examples."""
-        # What is asked for here is asked for after the activations.
+        """Forget the model if it has run over all examples."""
+        # Activations are asked for before what is asked for here.
         if self._done.all():
             self.forget_model()
 
@@ -162,12 +164,12 @@ class DenseTargets:
         lse = mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(logits, lse)
         # numpy selects faster than MLX's CPU backend sorts; on Metal the memory is shared too.
-        values, lse = np.array(logits, copy=False), np.array(lse)
+        values, sums = np.array(logits, copy=False), np.array(lse)
         rows = slice(start, start + len(values))
         top = _largest(values, self._top_k)
         self._ids[rows] = top
-        self._logprobs[rows] = np.take_along_axis(values, top, axis=-1) - lse
-        self._ce[rows] = (lse - np.take_along_axis(values, labels[:, None], axis=-1))[:, 0]
+        self._logprobs[rows] = np.take_along_axis(values, top, axis=-1) - sums
+        self._ce[rows] = (sums - np.take_along_axis(values, labels[:, None], axis=-1))[:, 0]
         self._right[rows] = values.argmax(axis=-1) == labels
 
     def teacher(self, indices: list[int], length: int) -> tuple[mx.array, mx.array]:
@@ -225,7 +227,8 @@ def _halves(batch: Batch) -> mx.array:
     """
     answer = batch.loss_mask.astype(mx.float32)
     before = batch.token_mask.astype(mx.float32) - answer
-    return sum(part / mx.maximum(part.sum(axis=1, keepdims=True), 1) for part in (before, answer))
+    halves = [part / mx.maximum(part.sum(axis=1, keepdims=True), 1) for part in (before, answer)]
+    return halves[0] + halves[1]
 
 
 def _is_array(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:

@@ -7,6 +7,7 @@ of it is the gradient of its hidden states (as fused linear cross-entropy kernel
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
@@ -36,9 +37,17 @@ class Targets:
 
     def block(self, rows: slice) -> "Targets":
         """The targets of some positions."""
-        parts = (self.labels, self.ce_weights, self.teacher_ids, self.teacher_logprobs,
-                 self.kl_weights)  # fmt: skip
-        return Targets(*(None if part is None else part[rows] for part in parts))
+
+        def some(part: mx.array | None) -> mx.array | None:
+            return None if part is None else part[rows]
+
+        return Targets(
+            self.labels[rows],
+            self.ce_weights[rows],
+            some(self.teacher_ids),
+            some(self.teacher_logprobs),
+            some(self.kl_weights),
+        )
 
 
 def cross_entropy(logits: mx.array, lse: mx.array, labels: mx.array) -> mx.array:
@@ -91,10 +100,11 @@ def _logsumexp_vjp(_: mx.array, cotangents: list[mx.array], outputs: list[mx.arr
 def _weighted(logits: mx.array, targets: Targets) -> tuple[mx.array, mx.array, mx.array]:
     """The weighted sum of both losses, and each alone."""
     logits = logits.astype(mx.float32)
-    lse, _ = _logsumexp(logits)
+    lse, _ = cast(tuple[mx.array, mx.array], _logsumexp(logits))
     ce = (targets.ce_weights * cross_entropy(logits, lse, targets.labels)).sum()
     if targets.teacher_ids is None:
         return ce, ce, mx.zeros(())
+    assert targets.teacher_logprobs is not None and targets.kl_weights is not None
     kl = kl_to_teacher(logits, lse, targets.teacher_ids, targets.teacher_logprobs)
     kl = (targets.kl_weights * kl).sum()
     return ce + kl, ce, kl
@@ -130,10 +140,9 @@ def blockwise_loss(
 
     @mx.custom_function
     def total(parameters: dict, hidden: mx.array):
-        values, hidden_grads, parameter_grads = None, [], None
-
-        def leaves(tree: dict) -> list[mx.array]:
-            return [array for _, array in tree_flatten(tree)]
+        values: tuple[mx.array, ...] = ()
+        hidden_grads: list[mx.array] = []
+        parameter_grads: dict | None = None
 
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
@@ -141,7 +150,8 @@ def blockwise_loss(
             if hidden_grads:
                 # Whatever is computed of a block's logits is computed before the next block, or
                 # they would be alive until the end.
-                before = [hidden_grads[-1], *values, *leaves(parameter_grads or {})]
+                leaves = dict(tree_flatten(parameter_grads or {})).values()
+                before = [hidden_grads[-1], *values, *leaves]
                 part = mx.depends(part, before)
             value, grads = value_and_grad(parameters, part, targets.block(rows))
             if parameters:
@@ -150,7 +160,7 @@ def blockwise_loss(
                     else tree_map(mx.add, parameter_grads, grads[0])
                 )  # fmt: skip
             hidden_grads.append(grads[1] if parameters else grads)
-            values = value if values is None else tuple(map(mx.add, values, value))
+            values = tuple(map(mx.add, values, value)) if values else value
         return (*values, parameter_grads or {}, mx.concatenate(hidden_grads))
 
     @total.vjp
@@ -158,7 +168,7 @@ def blockwise_loss(
         scale = cotangents[0]
         return tree_map(lambda g: (scale * g).astype(g.dtype), (outputs[3], outputs[4]))
 
-    loss, ce, kl, _, _ = total(parameters, hidden)
+    loss, ce, kl, *_ = cast(list[mx.array], total(parameters, hidden))
     return loss, mx.stop_gradient(ce), mx.stop_gradient(kl)
 
 

@@ -6,6 +6,7 @@ of the paper (section 3.1): ``FFN(X, m) = down(act(gate(X)) * up(X) * m)``.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -104,7 +105,7 @@ class _Kept:
             zeros = mx.zeros((1, *cotangent.shape[1:]), cotangent.dtype)
             return mx.concatenate([cotangent, zeros])[self._places]
 
-        return take(wide)
+        return cast(mx.array, take(wide))
 
     def columns(self, wide: mx.array) -> mx.array:
         """[d, size] -> [d, n]."""
@@ -123,7 +124,7 @@ class _Kept:
             zeros = mx.zeros((cotangent.shape[0], 1), cotangent.dtype)
             return along(mx.concatenate([cotangent, zeros], axis=1), self._places)
 
-        return take(wide)
+        return cast(mx.array, take(wide))
 
 
 def _kept_outputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | None]:
@@ -137,7 +138,7 @@ def _kept_outputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | 
 
 
 def _kept_inputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | None]:
-    """Some inputs of a Linear: weight [output, n] and the whole bias; likewise."""
+    """Some inputs of a Linear: weight [output, n] and the whole bias; LoRA's as above."""
     if isinstance(module, LoRALinear):
         weight, bias = _kept_inputs(module.linear, kept)
         update = (kept.rows(module.lora_a) @ module.lora_b).T * module.scale
@@ -187,7 +188,8 @@ def masked(model: nn.Module, ffns: list[FFN], masks: mx.array, blend: float = 1.
 
 def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
     """Final hidden states, after the last norm: int32 [B, S] -> [B, S, d]."""
-    return get_module(model, find_body(model))(tokens)
+    # StableLM's has no default for the cache.
+    return get_module(model, find_body(model))(tokens, cache=None)
 
 
 class _GivenHidden(nn.Module):
@@ -195,13 +197,16 @@ class _GivenHidden(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        # The output layer may be the embedding, which is the body's.
+        # The output layer may be the embedding, which is the body's, and its numbers, too.
         for name, child in body.children().items():
             if isinstance(child, (nn.Embedding, nn.QuantizedEmbedding)):
                 self[name] = child
+        for name, value in vars(body).items():
+            self.__dict__.setdefault(name, value)
 
-    def __call__(self, hidden: mx.array, *_: object, **__: object) -> mx.array:
-        return hidden
+    def __call__(self, *args: mx.array, **kwargs: mx.array) -> mx.array:
+        # The first argument is the hidden state, whatever its name.
+        return next(iter((*args, *kwargs.values())))
 
 
 def output_layer(model: nn.Module) -> tuple[dict, Callable[[dict, mx.array], mx.array]]:

@@ -14,6 +14,7 @@ from ..checkpoint.tokenizers import load_predictor_tokenizer
 from ..errors import IFPError
 from ..llm.build import build_model
 from ..llm.modules import find_body, find_embedding, get_module, set_module
+from ..llm.trial import check_runs
 from ..selectors.predictor import PredictorHead, load_predictor
 from .source import TRAINED_IN, Source, load_source
 
@@ -58,15 +59,22 @@ def from_layers(
             f"--predictor-layers must be between 1 and the LLM's {len(source.ffns)}, not {layers}."
         )
     config = _first_layers(source.config, len(source.ffns), layers)
-    backbone = build_model(config)
-    body = find_body(backbone)
-    if body != find_body(source.llm):
-        raise IFPError("This architecture's first layers make no model of their own.")
+    try:
+        backbone = build_model(config)
+        check_runs(backbone, body_only=True)
+        body, embedding = find_body(backbone), find_embedding(backbone)
+    except IFPError as error:
+        raise IFPError(
+            f"The LLM's first layers ({layers} of them) make no predictor: {error} "
+            "Name other --predictor-layers, or a --predictor-model."
+        ) from error
     arrays = dict(tree_flatten(source.llm.parameters()))
-    own = {name for name, _ in tree_flatten(backbone.parameters()) if name.startswith(f"{body}.")}
+    own = {
+        name for name in dict(tree_flatten(backbone.parameters())) if name.startswith(f"{body}.")
+    }
     embedding = find_embedding(backbone)
     own = {name for name in own if not name.startswith(f"{embedding}.")}
-    # Of a frozen LLM they may be in half precision; these are trained.
+    # A frozen LLM may be in half precision, but its copy is trained.
     weights = [(name, arrays[name].astype(dtype or TRAINED_IN)) for name in own]
     backbone.load_weights(weights, strict=False)
     width = _embedding_width(get_module(backbone, embedding))
@@ -104,7 +112,7 @@ def _embedding_width(embedding: nn.Module) -> int:
 
 
 def _keep_body(backbone: nn.Module) -> None:
-    """The output layer has no part in it."""
+    """Drop the output layer, which a predictor does not use."""
     body = find_body(backbone).split(".")[0]
     for name in [name for name in backbone.children() if name != body]:
         backbone.pop(name)
@@ -118,6 +126,10 @@ def _first_layers(config: dict[str, Any], of: int, layers: int) -> dict[str, Any
                 part[name] = layers
             elif isinstance(value, list) and len(value) == of:
                 part[name] = value[:layers]
+        shared = part.get("num_kv_shared_layers")
+        if isinstance(shared, int):
+            # The last layers use the keys and values of earlier ones.
+            part["num_kv_shared_layers"] = max(0, layers - (of - shared))
     return config
 
 
@@ -154,7 +166,8 @@ def from_checkpoint(
         IFPError: if it has none.
     """
     checkpoint = source.checkpoint
-    if checkpoint is None or checkpoint.ifp.head is None:
+    config = None if checkpoint is None else checkpoint.predictor_config
+    if checkpoint is None or config is None:
         raise IFPError(f"{source.path} has no predictor; name --predictor-layers or another one.")
     predictor = load_predictor(checkpoint, dtype or TRAINED_IN, source.llm)
     embedding = ""
@@ -166,6 +179,4 @@ def from_checkpoint(
         options = {"trust_remote_code": trust_remote_code}
         tokenizer = load_predictor_tokenizer(checkpoint, options)
     _keep_body(predictor.backbone)
-    return PredictorStart(
-        predictor.backbone, checkpoint.predictor_config, predictor.head, embedding, tokenizer
-    )
+    return PredictorStart(predictor.backbone, config, predictor.head, embedding, tokenizer)

@@ -5,7 +5,7 @@ to the very values the converted checkpoint will have, and its gradient goes to 
 if it had not been (the straight-through estimator; Bengio et al. 2013, arXiv 1308.3432).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +34,7 @@ def round_through(
     def vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
         return cotangent
 
-    return rounded(weight)
+    return cast(mx.array, rounded(weight))
 
 
 class Rounding:

@@ -45,7 +45,7 @@ def channel_rows(llm: nn.Module, ffns: list[FFN]) -> dict[str, mx.array]:
     """The FFN as a checkpoint stores it: every channel a row, down_proj transposed."""
     owners = owners_of(ffns)
     rows: dict[str, mx.array] = {}
-    for name, array in tree_flatten(llm.parameters()):
+    for name, array in dict(tree_flatten(llm.parameters())).items():
         ffn = owners.get(name.rpartition(".")[0])
         if ffn is not None:
             rows |= to_rows(ffn, name, array)
@@ -81,7 +81,7 @@ def save_student(
     ifp.source = {
         "model": source.name,
         "format": "mlx_ifp.train",
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # type: ignore[attr-defined]  # MLX's stubs lack it.
         "mlx_lm": version("mlx_lm"),
         "mlx_ifp": version("mlx_ifp"),
         "training": training or {},
@@ -105,6 +105,7 @@ def save_student(
         tensors[Path(STATIC_FILE).stem] = {"scores": student.static}
     with new_directory(Path(path)) as directory:
         if student.static is None:
+            assert predictor_config is not None and predictor_tokenizer is not None
             (directory / PREDICTOR).mkdir()
             save_config(dict(predictor_config), directory / PREDICTOR / "config.json")
             if ifp.predictor_embedding == "own":

@@ -1,6 +1,7 @@
 """The model that training starts from, with float weights."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm import load as load_mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
+from mlx_lm.utils import dequantize_model, load_config, load_model, load_tokenizer
 
 from ..checkpoint.config import CONFIG_FILE
 from ..checkpoint.directory import Checkpoint, open_checkpoint
@@ -20,12 +20,15 @@ from ..checkpoint.tokenizers import load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..device import default_dtype
 from ..errors import IFPError, one_line
-from ..llm.build import build_model
+from ..llm.build import build_model, complete
 from ..llm.ffn import FFN, find_ffns
+from ..llm.hf_config import buildable, mlx_config
+from ..llm.support import check_support
+from ..llm.trial import check_runs
 
-# What weights are trained in, whatever they are stored in. In float16 AdamW's epsilon and the
-# squares of most gradients are 0, and its first update divides 0 by 0. In bfloat16 most updates are
-# smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did not
+# The type that weights are trained in, whatever they are stored in. In float16 AdamW's epsilon and
+# the squares of most gradients are 0, and its first update divides 0 by 0. In bfloat16 most updates
+# are smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did not
 # change in 100 steps).
 TRAINED_IN = mx.float32
 
@@ -88,21 +91,33 @@ def load_source(
         config = dict(checkpoint.config)
         llm = _assemble(checkpoint)
     else:
-        with one_line(f"{model} cannot be loaded"):
-            llm, tokenizer, config = load_mlx_lm(
-                str(path), tokenizer_config, lazy=True, return_config=True
-            )
-        llm = dequantize_model(llm)
+        llm, tokenizer, config = _load_dense(model, path, tokenizer_config)
     for name in ("quantization", "quantization_config"):
         config.pop(name, None)
     ffns = find_ffns(llm)
-    stored = next(a.dtype for _, a in tree_flatten(llm.parameters()) if _is_float(a))
+    check_runs(llm)
+    stored = next(a.dtype for a in dict(tree_flatten(llm.parameters())).values() if _is_float(a))
     llm = _cast(llm, dtype or (default_dtype() if frozen else TRAINED_IN))
     mx.eval(llm.parameters())
     files = sorted(path.glob("*.safetensors"))
     return Source(
         source_name(model), path, config, tokenizer, llm, ffns, checkpoint, _digest(files), stored
     )
+
+
+def _load_dense(
+    model: str, path: Path, tokenizer_config: dict[str, Any]
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """A dense model, its tokenizer and its config, which may be Hugging Face's."""
+    with one_line(f"{model} cannot be loaded"):
+        config = buildable(mlx_config(load_config(path)))
+        llm, config = load_model(path, lazy=True, model_config=config)
+        tokenizer = load_tokenizer(path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+        llm = dequantize_model(llm)
+    complete(llm)
+    for note in check_support(llm, config):
+        print(f"[INFO] {note}", file=sys.stderr)
+    return llm, tokenizer, config
 
 
 def _is_float(array: mx.array) -> bool:

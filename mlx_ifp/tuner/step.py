@@ -136,7 +136,7 @@ def batch_loss(
     parameters, logits = output_layer(trunk)
     hidden = hidden.reshape(-1, hidden.shape[-1])[rows]
     loss, ce, kl = blockwise_loss(parameters, hidden, targets, logits)
-    if contrast is not None:
+    if contrast is not None and contrast_tasks is not None:
         scores = student.scores(contrast.selecting, contrast.selecting_lengths)
         loss = loss + mix.contrastive * contrastive_loss(scores, contrast_tasks)
     return loss, ce, kl
@@ -147,10 +147,10 @@ def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
 
     def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
         try:
-            learning_rate = build_schedule(schedule) if schedule else rate
-            if schedule:
+            scheduled = build_schedule(schedule) if schedule else None
+            if scheduled is not None:
                 # Only a call shows whether its arguments are numbers.
-                mx.eval(learning_rate(mx.array(0)))
+                mx.eval(scheduled(mx.array(0)))
         except Exception as error:
             raise IFPError(
                 f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
@@ -158,10 +158,12 @@ def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
             ) from error
         # Without the correction the first 50 steps are four to seven times what the rate says.
         return optim.AdamW(
-            learning_rate=learning_rate, weight_decay=args.weight_decay, bias_correction=True
+            learning_rate=rate if scheduled is None else scheduled,
+            weight_decay=args.weight_decay,
+            bias_correction=True,
         )
 
-    names = [name for name, _ in tree_flatten(student.trainable_parameters())]
+    names = list(dict(tree_flatten(student.trainable_parameters())))
     of_llm = adamw(args.learning_rate, args.lr_schedule)
     of_predictor = adamw(args.predictor_learning_rate, args.predictor_lr_schedule)
     groups = {name.startswith("llm.") for name in names}
@@ -192,7 +194,7 @@ def compiled_update(
     Returns:
         Callable: takes the gradients; the new weights are not evaluated yet.
     """
-    # These very dictionaries; a MultiOptimizer's own state is a new one at each look.
+    # MLX needs these very dictionaries. A MultiOptimizer makes a new one each time it is asked.
     state = [model.state, *(each.state for each in optimizers_of(optimizer))]
 
     @partial(mx.compile, inputs=state, outputs=state)

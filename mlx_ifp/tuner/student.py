@@ -44,7 +44,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.llm = llm
-        if backbone is not None:
+        if backbone is not None and head is not None:
             self.backbone, self.head = backbone, head
         # Names with an underscore are no parameters.
         self._ffns, self._ifp, self._static = ffns, ifp, static
@@ -68,7 +68,9 @@ class Student(nn.Module):
     @property
     def k(self) -> int:
         """Channels kept in each layer."""
-        return self._ifp.k
+        k = self._ifp.k
+        assert isinstance(k, int), "training has one k for all layers"
+        return k
 
     def scores(self, selecting: mx.array, lengths: mx.array) -> mx.array:
         """Channel scores of texts, differentiable.
@@ -96,9 +98,9 @@ class Student(nn.Module):
         return mx.sort(best, axis=-1)
 
     def trunk(self) -> nn.Module:
-        """The LLM as a network of its own is made of it: but for the FFNs, its weights are rounded.
+        """What networks are made of: the LLM, with all weights rounded but those of its FFNs.
 
-        Without rounding, the LLM itself.
+        Without rounding, it is the LLM itself.
         """
         return self.llm if self._rounding is None else self._rounding.trunk(self.llm)
 
@@ -166,7 +168,7 @@ def choose_trainable(
             get_module(llm, ffn.path).unfreeze()
     elif fine_tune_type == "lora":
         if lora_parameters.get("dropout"):
-            # A gathered network has LoRA's update in its weights, which nothing can be left out of.
+            # A gathered network has LoRA's update in its weights, where dropout cannot act.
             raise IFPError("lora_parameters: dropout must be 0.")
         try:
             linear_to_lora_layers(llm, len(layers), lora_parameters)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +18,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from tqdm import tqdm
 
 from ..errors import IFPError
+from ..llm.modules import scalar
 from .batches import Batches, make_batch
 from .data import Example
 from .dense_targets import Split
@@ -71,7 +72,7 @@ class Trainer:
         for i, example in enumerate(train.examples):
             if example.task is not None:
                 by_task.setdefault(example.task, []).append(i)
-        # A prompt alone in its task has none to be pulled to.
+        # A prompt that is alone in its task has no other one to be pulled towards.
         self._by_task = {task: members for task, members in by_task.items() if len(members) > 1}
         if args.contrastive_weight and len(self._by_task) < 2:
             raise IFPError(
@@ -97,7 +98,7 @@ class Trainer:
             IFPError: if it is damaged, or of another run.
         """
         state = load_state(path, self.student, self.optimizer)
-        # It updates the state that was there before.
+        # The compiled update would go on with the state that was there before.
         self._apply = None
         theirs = state["identity"]
         for name, value in self.identity.items():
@@ -178,7 +179,8 @@ class Trainer:
             float(sum(p.distilled_tokens for p in positions)),
             float(sum(int(batch.token_mask.sum()) for batch in batches)),
         ])  # fmt: skip
-        answer, distilled, tokens = mx.distributed.all_sum(counts, stream=mx.cpu).tolist()
+        counts = mx.distributed.all_sum(counts, stream=mx.cpu)
+        answer, distilled, tokens = cast(list[float], counts.tolist())
         value_and_grad = nn.value_and_grad(self.student, batch_loss)
         total, sums = None, mx.zeros((3,))
         for number, batch, places in zip(numbers, batches, positions, strict=True):
@@ -196,7 +198,7 @@ class Trainer:
             # Each rank's loss is its part of the sum already; the average divides by their number.
             total = tree_map(lambda g: g * self.world.size(), average_gradients(total))
             sums = mx.distributed.all_sum(sums, stream=mx.cpu)
-        loss, ce, kl = sums.tolist()
+        loss, ce, kl = cast(list[float], sums.tolist())
         return total, loss, ce, kl, int(tokens)
 
     def _require_finite(self, loss: float) -> None:
@@ -212,7 +214,7 @@ class Trainer:
     def _check_weights(self) -> None:
         """Weights are only kept if the next batch has a finite loss under them.
 
-        An update can ruin them, and its own loss is of before it.
+        An update can ruin the weights, and the loss reported with it was computed before it.
         """
         number = self.step * self.args.grad_accumulation_steps
         batch = self.batches(number)
@@ -220,8 +222,8 @@ class Trainer:
         mix = self._mix((positions.answer_tokens, 0), self._sharer(number))
         mix = replace(mix, ce=1 / max(positions.answer_tokens, 1))
         loss, _, _ = batch_loss(self.student, batch, positions, None, mix)
-        # Of all ranks, so that all of them stop.
-        self._require_finite(mx.distributed.all_sum(loss, stream=mx.cpu).item())
+        # The loss is summed over all ranks, so that all of them stop.
+        self._require_finite(scalar(mx.distributed.all_sum(loss, stream=mx.cpu)))
 
     def _compute_targets(self) -> None:
         """Run the dense model over all that this run will ask for.
@@ -296,7 +298,7 @@ class Trainer:
         """
         if mx.metal.is_available():
             # As mlx_lm.lora does; the function it has for that is not in all its versions.
-            mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
+            mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
         args = self.args
         if self.step == 0:
             # A run that is resumed here has it already.
@@ -358,6 +360,6 @@ def identity_of(source: str, examples: list[Example], args: TrainingArgs, **more
     data = hashlib.sha256()
     for example in examples:
         parts = (example.offset, len(example.tokens), *example.tokens, *example.selecting)
-        data.update(np.asarray(parts, np.int32))
+        data.update(np.asarray(parts, np.int32).tobytes())
     return {"model": source, "data": data.hexdigest(),
             **{name: values[name] for name in ours}, **more}  # fmt: skip

@@ -18,7 +18,7 @@ def option(
     short: str | None = None,
     yaml_only: bool = False,
 ) -> Any:
-    """A dataclass field that is an option: of it, flag, check, default and YAML name are made.
+    """A dataclass field that is an option: flag, check, default and YAML name are made from it.
 
     Args:
         default: its value if it is not given; None if there is none.
@@ -43,7 +43,7 @@ def option(
 
 
 def check_least(options: Iterable[Field], values: Mapping[str, Any]) -> None:
-    """Raises IFPError if the value of an option is below its least, or no finite number."""
+    """Raise IFPError if the value of an option is below its least, or not finite."""
     for each in options:
         least, value = each.metadata["least"], values[each.name]
         if least is not None and value is not None and not least <= value < math.inf:

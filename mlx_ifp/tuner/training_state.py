@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import IFPError
 from ..files.atomic import new_directory
 from ..files.tensor_files import write_safetensors
+from ..llm.build import random_state, set_random_state
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -53,7 +54,7 @@ def save_state(
             weights = dict(tree_flatten(student.trainable_parameters()))
             write_safetensors(directory / _WEIGHTS, weights, digest=False)
             write_safetensors(directory / _OPTIMIZER, arrays, digest=False)
-            state = {"step": step, "scalars": scalars, "random": _random_state(), **values}
+            state = {"step": step, "scalars": scalars, "random": random_state(), **values}
             (directory / _STATE).write_text(json.dumps(state))
     except (OSError, RuntimeError) as error:
         last = latest_checkpoint(run)
@@ -68,8 +69,8 @@ def save_state(
     return path
 
 
-def _random_state() -> list[int]:
-    return mx.random.state[0].tolist()
+def _load(file: Path) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], mx.load(str(file)))
 
 
 def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -85,8 +86,8 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
     """
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        weights = mx.load(str(path / _WEIGHTS))
-        arrays = mx.load(str(path / _OPTIMIZER)) if (path / _OPTIMIZER).stat().st_size > 16 else {}
+        weights = _load(path / _WEIGHTS)
+        arrays = _load(path / _OPTIMIZER) if (path / _OPTIMIZER).stat().st_size > 16 else {}
         if missing := {"step", "scalars", "random", "identity"} - state.keys():
             raise ValueError(f"{_STATE} has no {', '.join(sorted(missing))}")
     except Exception as error:
@@ -104,9 +105,9 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
     for name, (value, dtype) in state["scalars"].items():
         arrays[name] = mx.array(value, getattr(mx, dtype))
     # The rates are those of the options: a resumed run may lower them.
-    arrays |= {n: a for n, a in tree_flatten(optimizer.state) if n.endswith("learning_rate")}
+    own = dict(tree_flatten(optimizer.state))
+    arrays |= {name: array for name, array in own.items() if name.endswith("learning_rate")}
     optimizer.state = tree_unflatten(list(arrays.items()))
     mx.eval(student.parameters(), optimizer.state)
-    high, low = state["random"]
-    mx.random.seed(high << 32 | low)
+    set_random_state(state["random"])
     return state

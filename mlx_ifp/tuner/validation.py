@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..llm.modules import scalar
 from ..selection.overlap import overlap_summary
 from ..selection.selection import Selection, select_channels
 from .batches import make_batch
@@ -81,8 +82,9 @@ def score_answers(
             values = logits(parameters, hidden[row][part]).astype(mx.float32)
             lse = mx.logsumexp(values, axis=-1)
             labels = batch.tokens[row, 1:][part]
-            loss += cross_entropy(values, lse, labels).sum().item()
-            kl += kl_to_teacher(values, lse, ids[row][part], logprobs[row][part]).sum().item()
+            loss += scalar(cross_entropy(values, lse, labels).sum())
+            divergence = kl_to_teacher(values, lse, ids[row][part], logprobs[row][part])
+            kl += scalar(divergence.sum())
             exact = exact and bool((values.argmax(axis=-1) == labels).all())
         results.append(AnswerScore(loss, kl, len(positions), exact))
     return results, selections

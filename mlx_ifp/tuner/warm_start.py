@@ -13,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from ..llm.modules import scalar
 from .batches import batches_by_length, make_batch, spread
 from .data import Example
 from .dense_targets import DenseTargets
@@ -33,7 +34,7 @@ def standardized(statistics: np.ndarray) -> np.ndarray:
 
 def mean_importance(targets: DenseTargets, indices: list[int], batch_size: int) -> np.ndarray:
     """The mean standardized statistic over examples: float32 [L, d_ffn], a static score."""
-    total = 0.0
+    total = np.zeros((), np.float32)
     for start in range(0, len(indices), batch_size):
         statistics = targets.activations(indices[start : start + batch_size])
         total = total + standardized(statistics).sum(axis=0)
@@ -107,7 +108,7 @@ def fit_predictor(
         update(grads)
         around_mean = (wanted - mean).square().mean()
         mx.eval(trained.parameters(), optimizer.state, loss, around_mean)
-        explained.append(1 - loss.item() / max(around_mean.item(), 1e-9))
+        explained.append(1 - scalar(loss) / max(scalar(around_mean), 1e-9))
         if step % report_every == 0 or step == iters:
             share = float(np.mean(explained[-report_every:]))
             report({"warm_start_iteration": step, "warm_start_loss": loss.item(),

@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import IFPError
-from ...files.jsonl import read_jsonl, row_messages
+from ...files.jsonl import read_jsonl
+from ...llm.messages import row_messages
 from ...model import IFPModel
 from ...selection.selection import Selection
 from ...selectors.text import selecting_text

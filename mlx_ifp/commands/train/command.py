@@ -101,10 +101,10 @@ def train(args: types.SimpleNamespace) -> Path:
         student = student_of(args, source, start, ifp, train, rounding)
         identity = identity_of_run(args, numbers, ifp, source, teacher, train)
         trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback)
-        if args.resume:
+        if checkpoint is not None:  # and so --resume was given
             trainer.resume(checkpoint)
         if is_first():
-            # Only now is it known that these are options of this run.
+            # Before this line they may not be the options of this run.
             save_config(dict(vars(args)), path / CONFIG_NAME)
         new = start is not None and not args.resume and not has_predictor(args, source)
         if new and args.warm_start_iters:
@@ -171,7 +171,12 @@ def _callback(args: types.SimpleNamespace, path: Path) -> TrainingCallback | Non
     if not is_first():
         return None
     try:
-        return get_reporting_callbacks(args.report_to, args.project_name, str(path), vars(args))
+        return get_reporting_callbacks(
+            args.report_to,
+            args.project_name,
+            str(path),
+            vars(args),  # type: ignore[arg-type]  # mlx-lm's hint says str, its code takes options.
+        )
     except (ImportError, ValueError) as error:
         raise IFPError(f"--report-to {args.report_to}: {' '.join(str(error).split())}") from error
 
@@ -217,8 +222,10 @@ def _save(
         raise IFPError(f"{error} Name another --mlx-path and use --resume.") from error
     print(f"Saved the checkpoint to {result}.")
     if args.quantize:
-        print("[INFO] Only rounded is it the model that was trained: use mlx_ifp.convert with the "
-              "same -q options.")  # fmt: skip
+        print(
+            "[INFO] Training only saw rounded weights, so the model must be rounded before use: "
+            "run mlx_ifp.convert with the same -q options."
+        )
     if args.select_by == "task":
         print("[INFO] It was trained to select by descriptions of tasks: give it --task.")
 

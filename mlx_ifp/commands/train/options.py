@@ -32,7 +32,7 @@ class Start:
     trust_remote_code: bool = option(False, "Let the tokenizer run code of the model's repository")
     dtype: str | None = option(
         None,
-        "Train in this type (default: float32, and as stored what is not trained)",
+        "Train in this type (default: float32; what is not trained stays as stored)",
         choices=("bfloat16", "float32"),
     )
     predictor_model: str | None = option(None, "A pretrained mlx-lm model as the predictor")
@@ -90,7 +90,9 @@ class Training:
     num_layers: int = option(-1, "Layers to train, -1 for all", least=-1)
     # mlx-lm's default.
     lora_parameters: dict[str, Any] = option(
-        {"rank": 8, "dropout": 0.0, "scale": 20.0}, "Of LoRA layers, as in mlx-lm", yaml_only=True
+        {"rank": 8, "dropout": 0.0, "scale": 20.0},
+        "Settings of LoRA layers, as in mlx-lm",
+        yaml_only=True,
     )
     test: bool = option(False, "Evaluate on the test set after training")
     test_batches: int = option(500, "Test batches, -1 for the entire set", least=-1)
@@ -124,7 +126,7 @@ class Run:
     mlx_path: str | None = option(None, "Where the result goes (default: ifp in the run's path)")
     targets_path: str | None = option(
         None,
-        "Where what the dense model does is kept (default: in the run's path); runs on the same "
+        "Where the dense model's results are kept (default: in the run's path); runs on the same "
         "data may share it",
     )
     resume: bool = option(False, "Go on from the last checkpoint")
@@ -153,7 +155,7 @@ _HINTS = {
 
 
 def defaults() -> dict[str, Any]:
-    """All options' values if none is given, and ``config``, the YAML file."""
+    """The values of all options if none is given, and of ``config``, the YAML file."""
     return {"config": None} | {
         each.name: each.default if each.default_factory is MISSING else each.default_factory()
         for each in OPTIONS.values()

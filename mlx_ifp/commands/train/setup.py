@@ -11,7 +11,7 @@ import mlx.core as mx
 from ...checkpoint.config import IFPConfig, MaskConfig, TextConfig
 from ...checkpoint.precision import Precision, quantize_config
 from ...errors import IFPError
-from ...llm.modules import find_embedding, get_module, share
+from ...llm.modules import share
 from ...selection.keep import resolve_one_keep
 from ...tuner.batches import spread
 from ...tuner.dense_targets import DenseTargets, Split
@@ -40,7 +40,8 @@ def load_teacher(args: types.SimpleNamespace, source: Source, dtype: mx.Dtype | 
     teacher = load_source(args.teacher, dtype, args.trust_remote_code, frozen=True)
     shapes = [
         (
-            get_module(each.llm, find_embedding(each.llm)).weight.shape[0],
+            # The shape is known without running the model.
+            each.llm(mx.zeros((1, 1), mx.int32)).shape[-1],
             [ffn.d_ffn for ffn in each.ffns],
         )
         for each in (teacher, source)
@@ -115,7 +116,7 @@ def splits_of(
     teacher: Source,
     examples: dict[str, list],
     path: Path,
-) -> list[Split | None]:
+) -> tuple[Split, Split | None, Split | None]:
     """Training, validation and test data with the dense model's targets; rank 0 makes files."""
     targets = Path(args.targets_path) if args.targets_path else path / "targets"
     # The same arrays: training gives the student new ones.
@@ -126,23 +127,21 @@ def splits_of(
             return part
         return [part[i] for i in spread(len(part), batches * args.batch_size)]
 
-    parts = [
-        examples["train"],
-        some(examples["valid"], args.val_batches),
-        some(examples["test"], args.test_batches),
-    ]
-
-    def split(part: list) -> Split | None:
-        if not part:
-            return None
+    def split(part: list) -> Split:
         return Split(part, DenseTargets(targets, dense, teacher.ffns, part, teacher.digest))
 
-    if is_first():
-        made = [split(part) for part in parts]
+    def splits() -> tuple[Split, Split | None, Split | None]:
+        valid = some(examples["valid"], args.val_batches)
+        test = some(examples["test"], args.test_batches)
+        return (
+            split(examples["train"]),
+            split(valid) if valid else None,
+            split(test) if test else None,
+        )
+
+    made = splits() if is_first() else None
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
-    if not is_first():
-        made = [split(part) for part in parts]
-    return made
+    return splits() if made is None else made
 
 
 def student_of(

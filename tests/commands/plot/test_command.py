@@ -265,8 +265,11 @@ def test_default_layers_are_spread():
         ([], "must be a JSON object"),
         ({"text": 3}, "a row has messages"),
         ({"messages": []}, "a row has messages"),
-        ({"messages": ["hello"]}, "a message must be an object"),
-        ({"messages": [{"role": "user", "content": ["hello"]}]}, "a message must be an object"),
+        ({"messages": ["hello"]}, "message 1 must be an object"),
+        (
+            {"messages": [{"role": "user", "content": ["hello"]}]},
+            "part 1 of the content of message 1",
+        ),
         ({"prompt": "hello", "task": 3}, "task must be a string"),
     ],
 )

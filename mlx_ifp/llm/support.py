@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ifp.errors import IFPError
-from mlx_ifp.llm.ffn import FFN, find_ffns
-from mlx_ifp.llm.modules import get_module, linear
+from ..errors import IFPError
+from .ffn import FFN, find_ffns
+from .modules import get_module, linear
 
 # transformers' names of the activations.
 _ACTIVATIONS = {
@@ -46,7 +46,7 @@ def check_support(network: nn.Module, config: dict[str, Any]) -> list[str]:
     types = text.get("layer_types") or ["sliding_attention"]
     used = used and "sliding_attention" in types
     layered = "layer_types" in known and text.get("layer_types")
-    if not used or layered or "sliding_window_pattern" in known:
+    if not used or layered or known & {"sliding_window_pattern", "attention_window_size"}:
         return []
     if isinstance(context, int) and window >= context:
         return []

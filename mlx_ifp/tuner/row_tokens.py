@@ -1,0 +1,91 @@
+"""A row of training data -> the LLM's tokens, and where in them its answer begins."""
+
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import IFPError, reason_of
+from ..llm.messages import Message
+from ..llm.prompt import common_prefix
+
+
+def row_tokens(
+    tokenizer: TokenizerWrapper, row: dict[str, Any], *, answer: bool
+) -> tuple[list[int], int]:
+    """The tokens that mlx-lm trains on, and the first one that counts.
+
+    Args:
+        tokenizer: the LLM's.
+        row: of one of mlx-lm's formats; ``messages``, if it has any, as
+            :func:`~mlx_ifp.llm.messages.read_messages` gives them, or else a ``text``.
+        answer (bool): the last message counts; otherwise everything does.
+
+    Returns:
+        tuple: token ids, and an offset, which is 0 if everything counts.
+
+    Raises:
+        IFPError: if the tokenizer or the chat template does not take the row, or if the template
+            does not show where the answer begins.
+    """
+    messages = row.get("messages")
+    if messages is None:
+        return _text_tokens(tokenizer, row["text"]), 0
+    if not tokenizer.has_chat_template:
+        raise IFPError("this model has no chat template; give rows of format text.")
+    tools = row.get("tools")
+    tokens = _templated(tokenizer, messages, tools)
+    return tokens, _answer_offset(tokenizer, messages, tools, tokens) if answer else 0
+
+
+def _text_tokens(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """A text ends with the end of text, as in mlx-lm."""
+    if not text.strip():
+        return []
+    try:
+        tokens = list(tokenizer.encode(text))
+    except Exception as error:
+        reason = reason_of(error)
+        raise IFPError(f"the tokenizer does not take this row ({reason}).") from error
+    end = tokenizer.eos_token_id
+    return tokens if tokens[-1:] == [end] else [*tokens, end]
+
+
+def _templated(
+    tokenizer: TokenizerWrapper, messages: list[Message], tools: Any, *, prompt: bool = False
+) -> list[int]:
+    try:
+        tokens = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=prompt, return_dict=False
+        )
+    except Exception as error:
+        reason = reason_of(error)
+        raise IFPError(f"the chat template does not take this row ({reason}).") from error
+    return list(tokens)
+
+
+def _answer_offset(
+    tokenizer: TokenizerWrapper, messages: list[Message], tools: Any, tokens: list[int]
+) -> int:
+    """Where the last message begins in the tokens of a conversation.
+
+    A prompt need not be how its conversation begins: Gemma 4's ends with an empty thought, and that
+    of models that were distilled from DeepSeek R1 with a thought's beginning, which the template
+    leaves out before an answer that is known. There the answer begins where the two part.
+    """
+    prompt = _templated(tokenizer, messages[:-1], tools, prompt=True)
+    offset = common_prefix(prompt, tokens)
+    if offset < len(prompt):
+        # A tokenizer may join the prompt's end with the answer's first characters.
+        joined = tokenizer.decode(tokens[offset:]).startswith(tokenizer.decode(prompt[offset:]))
+        before = _templated(tokenizer, messages[:-1], tools)
+        if not joined and offset < common_prefix(before, prompt):
+            raise IFPError(
+                "the chat template changes what stands before the answer when the answer is there "
+                f"(from token {offset + 1:,} on), so that it is not known where the answer begins. "
+                "Shorten the conversation, or give the model another template."
+            )
+    if offset == 0:
+        raise IFPError("the chat template makes no tokens before the answer.")
+    if offset == len(tokens):
+        raise IFPError("the chat template makes no tokens of the answer.")
+    return offset
