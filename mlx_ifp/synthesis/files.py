@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from ..errors import IFPError
-from ..files.jsonl import read_jsonl, row_messages
+from ..files.jsonl import read_jsonl
+from ..llm.messages import row_messages
 from .writer import Prompt, Tasks
 
 

@@ -70,7 +70,9 @@ class UserTurn:
 
     def question(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of messages that wait for an answer, without thoughts before it."""
-        return token_ids(encode_prompt(self._tokenizer, messages, enable_thinking=False))
+        tokens = encode_prompt(self._tokenizer, messages, enable_thinking=False)
+        assert not isinstance(tokens, str), "messages become tokens"
+        return token_ids(tokens)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids, special tokens included."""
