@@ -21,8 +21,9 @@ from mlx_ifp.commands.export.stock_model import export
 from mlx_ifp.commands.train.command import train
 from mlx_ifp.commands.train.given import options_of
 from mlx_ifp.convert import convert
+from mlx_ifp.convert.dense import dtype_of
 from mlx_ifp.errors import IFPError
-from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.build import build_model, complete
 from mlx_ifp.llm.ffn import find_ffns
 from mlx_ifp.llm.hf_config import mlx_config
 from mlx_ifp.tuner.networks import hidden_states, output_layer
@@ -33,6 +34,7 @@ from .architectures import SHAPE, SLIDING, config_of, model_types, saved_by_tran
 from .conftest import tiny_tokenizer
 
 TEXT = "abcdefgh" * 3
+INF = float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,7 @@ def test_every_architecture_works_or_is_refused_in_a_line(config, tokenizer, row
     expected = model.subnetwork(model.select(TEXT))(tokens)
     export(checkpoint, own, tmp_path / "export", model.select(TEXT))
     stock, _ = load_model(tmp_path / "export")
+    complete(stock)
     assert mx.allclose(stock(tokens), expected, atol=1e-4)
     parameters, logits = output_layer(stock)
     assert mx.allclose(logits(parameters, hidden_states(stock, tokens)[0]), expected[0], atol=1e-4)
@@ -151,8 +154,9 @@ REFUSED = {"gear": "layers do not run on token ids with a cache"}
 
 # Their first two layers are no model of mlx-lm's, or have an embedding for each layer.
 NO_PREDICTOR = {
-    "exaone4": "cannot build a model",
+    "exaone4": "do not run on token ids",
     "olmo3": "cannot build a model",
+    "recurrent_gemma": "do not run on token ids",
     "gemma3n": "has 2 embeddings",
     "gemma4": "has 2 embeddings",
     "gemma4_text": "has 2 embeddings",
@@ -205,17 +209,12 @@ def all_sliding(**more) -> dict:
 def test_a_gemma_3_whose_layers_are_all_sliding(tokenizer, tmp_path):
     dense = make(tmp_path / "dense", all_sliding(_sliding_window_pattern=6), tokenizer)
     model, own = mlx_ifp.load(str(convert(str(dense), tmp_path / "ifp", keep=1.0)))
-    body = model.dense().model
     tokens = mx.array([own.encode(TEXT)])
-    got = body(tokens)
+    got = model.dense().model(tokens)
     # The same with six layers, of which the last two add nothing.
-    config = mlx_config(
-        all_sliding(num_hidden_layers=6, layer_types=[*SLIDING[:1] * 5, SLIDING[-1]])
-    )
-    six = build_model(config)
-    six.load_weights(
-        list(dict(tree_flatten(body.parameters(), prefix="model")).items()), strict=False
-    )
+    types = [*SLIDING[:1] * 5, SLIDING[-1]]
+    six = build_model(mlx_config(all_sliding(num_hidden_layers=6, layer_types=types)))
+    six.load_weights(str(dense / "model.safetensors"), strict=False)
     for layer in six.model.layers[4:]:
         for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
             layer[name].weight = mx.full((32,), -1.0)  # Gemma's norms multiply by 1 + weight
@@ -273,3 +272,45 @@ def test_a_predictor_of_the_first_layers_of_a_model_that_shares_keys_and_values(
     assert len(start.backbone.layers) == layers
     own = ["k_proj" in layer.self_attn for layer in start.backbone.layers]
     assert own == [True, True, False, False][:layers]
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 7.0, "factor": 4.0}
+LONG = YARN | {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, {"rope_theta": 7.0}),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0}),
+        ({"rope_theta": 9.0, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 9.0}),
+        ({"rope_parameters": YARN}, {"rope_scaling": YARN | {"type": "yarn"}}),
+        ({"rope_parameters": LONG}, {"original_max_position_embeddings": 64}),
+        (
+            {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 3.0}}},
+            {"rope_theta": 7.0, "rope_local_base_freq": 3.0},
+        ),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 3.0}}},
+            {"rope_theta": 3.0, "rope_local_base_freq": 3.0},
+        ),
+        ({"time_step_limit": [0.0, {"__float__": "Infinity"}]}, {"time_step_limit": [0, INF]}),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4}),
+    ],
+)
+def test_fields_that_transformers_5_writes_elsewhere(fields, expected):
+    assert mlx_config({"model_type": "llama"} | fields).items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dtype": "float16"},
+        {"torch_dtype": "float16"},
+        {"torch_dtype": "torch.float16"},
+        {"text_config": {"dtype": "float16"}},
+        {"text_config": {"torch_dtype": "float16"}},
+    ],
+)
+def test_the_type_of_a_config(config):
+    assert dtype_of(config) == "float16"

@@ -115,6 +115,7 @@ class Answer:
         start = time.perf_counter()
         before = self.ready.select_seconds + self.ready.load_seconds
         with self._model.using(self.ready) as network, one_line("Generation stopped"):
+            self.request.kv.check(network)
             tokens = self._start_warm() if self.request.warm else self.tokens
             prompt_cache = self._prompt_cache or []
             claim(prompt_cache, self.ready.selection)
@@ -171,6 +172,7 @@ class Answer:
             self._model.using(self.ready) as network,
             one_line("The prompt could not be processed"),
         ):
+            kv.check(network)
             prompt_cache = make_prompt_cache(network, kv.max_kv_size)
             steps = generate_step(
                 mx.array(self._tokenizer.encode(tokens) if isinstance(tokens, str) else tokens),

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -69,7 +68,6 @@ def complete(model: nn.Module) -> None:
             module.__class__ = _all_sliding(type(module))
 
 
-@functools.cache
 def _all_sliding(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of bodies that reach beyond the last cache, for a mask that no layer uses."""
 
@@ -166,7 +164,6 @@ def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
         config["intermediate_size_mlp"] = width
     if config.get("model_type") == "recurrent_gemma":  # it counts gate and up projection
         width *= 2
-    per_layer = config.get("intermediate_size")
-    many = isinstance(per_layer, list)
-    config["intermediate_size"] = [width] * len(per_layer) if many else width
+    found = config.get("intermediate_size")
+    config["intermediate_size"] = [width] * len(found) if isinstance(found, list) else width
     return config

@@ -86,29 +86,41 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
+def _add(config: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field that is absent or null."""
+    if config.get(name) is None:
+        config[name] = value
+
+
 def _add_aliases(config: dict[str, Any]) -> None:
     """The names by which transformers' class knows a field besides the one that it saves."""
     model_type = str(config.get("model_type"))
     if model_type in CONFIG_MAPPING:
         for alias, name in CONFIG_MAPPING[model_type].attribute_map.items():
             if config.get(name) is not None:
-                config.setdefault(alias, config[name])
+                _add(config, alias, config[name])
 
 
 def _add_rope(config: dict[str, Any]) -> None:
+    """What ``rope_parameters`` has, for all layers or for each kind, as transformers 4 wrote it."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return
-    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
+    sliding = rope.get("sliding_attention")
+    full = rope.get("full_attention") or sliding or rope
     if "rope_theta" in full:
-        config.setdefault("rope_theta", full["rope_theta"])
+        _add(config, "rope_theta", full["rope_theta"])
     if "partial_rotary_factor" in rope:
-        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        _add(config, "partial_rotary_factor", rope["partial_rotary_factor"])
     if sliding and "rope_theta" in sliding:
-        config.setdefault("rope_local_base_freq", sliding["rope_theta"])
+        _add(config, "rope_local_base_freq", sliding["rope_theta"])
+    if "original_max_position_embeddings" in full:
+        positions = full["original_max_position_embeddings"]
+        _add(config, "original_max_position_embeddings", positions)
     if config.get("rope_scaling") is None:
-        plain = full.get("rope_type", "default") == "default"
-        config["rope_scaling"] = None if plain else dict(full)
+        kind = full.get("rope_type", "default")
+        # Some of mlx-lm's models look for the type under its older name.
+        config["rope_scaling"] = None if kind == "default" else {"type": kind} | full
 
 
 def _add_layers(config: dict[str, Any]) -> None:

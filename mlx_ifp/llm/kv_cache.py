@@ -6,7 +6,8 @@ architecture, filled by the model itself; there is no formula of ours.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +48,31 @@ class KVSettings:
     def of(cls, arguments: Mapping[str, Any]) -> "KVSettings":
         """The settings that are among the arguments of a generation."""
         return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
+
+    def check(self, model: nn.Module) -> None:
+        """Try lazily whether a model can run with its keys and values quantized.
+
+        mlx-lm would find out only when it is time to, after thousands of tokens.
+
+        Args:
+            model (nn.Module): an mlx-lm model, whose arrays need not be evaluated.
+
+        Raises:
+            IFPError: if it cannot.
+        """
+        if self.kv_bits is None:
+            return
+        cache = make_prompt_cache(model, self.max_kv_size)
+        with self._refusal():
+            for _ in range(2):
+                model(mx.zeros((1, 1), mx.int32), cache=cache)
+                replace(self, quantized_kv_start=0).quantize(cache)
+
+    def _refusal(self) -> AbstractContextManager[None]:
+        return one_line(
+            f"mlx-lm cannot keep this model's keys and values in {self.kv_bits} bits, "
+            f"in groups of {self.kv_group_size}"
+        )
 
     def quantize(self, cache: list[Any]) -> None:
         """Let mlx-lm quantize a prompt cache in place, if it is time to."""
@@ -124,10 +150,7 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
     def step(tokens: int) -> None:
         nonlocal peak
         body(mx.zeros((1, tokens), mx.int32), cache=cache)
-        with one_line(
-            f"mlx-lm cannot keep this model's keys and values in {generation.kv.kv_bits} bits, "
-            f"in groups of {generation.kv.kv_group_size}"
-        ):
+        with generation.kv._refusal():
             generation.kv.quantize(cache)
         peak = max(peak, sum(layer.nbytes for layer in cache))
 
@@ -171,5 +194,6 @@ def _free(layer: Any, generation: Generation) -> int | None:
         start = generation.kv.quantized_kv_start - layer.offset - 1
         return min(free, start) if generation.kv.kv_bits is not None and start >= 0 else free
     if type(layer) is QuantizedKVCache:
-        return layer.keys[0].shape[2] - layer.offset
+        keys: Any = layer.keys  # (packed, scales, biases), once anything is in it
+        return keys[0].shape[2] - layer.offset
     return None

@@ -60,7 +60,7 @@ def find_body(model: nn.Module) -> str:
     layers = getattr(model, "layers", None)
     for path, module in model.named_modules():
         own = module.get("layers") if path else None
-        if isinstance(own, list) and layers and own[0] is layers[0]:
+        if isinstance(own, list) and own and layers and own[0] is layers[0]:
             # PLaMo's list is in a decoder, itself called layers, which takes no token ids.
             return path.removesuffix(".layers")
     raise IFPError(f"{_name(model)} has no module that holds its layers.")

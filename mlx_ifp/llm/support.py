@@ -48,7 +48,7 @@ def check_support(network: nn.Module, config: dict[str, Any]) -> list[str]:
     layered = "layer_types" in known and text.get("layer_types")
     if not used or layered or known & {"sliding_window_pattern", "attention_window_size"}:
         return []
-    if isinstance(context, int) and window >= context:
+    if isinstance(context, int) and isinstance(window, int) and window >= context:
         return []
     return [
         f"mlx-lm's {text.get('model_type')} has no sliding window: prompts of more than {window} "

@@ -120,7 +120,7 @@ class Predictor:
         Returns:
             mx.array: float32 [B, L, d_ffn], before any mask.
         """
-        hidden = self.body(tokens)
+        hidden = self.body(tokens, cache=None)
         last = hidden[mx.arange(tokens.shape[0]), lengths - 1]
         return self.head(last).reshape(tokens.shape[0], self.layers, -1)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import load_dataset
@@ -197,7 +197,9 @@ def _from_hub(
 ) -> dict[str, _Rows]:
     args = SimpleNamespace(data=data, train=False, test=False)
     try:
-        datasets = dict(zip(SPLITS, load_dataset(args, tokenizer), strict=True))
+        # mlx-lm's hint says transformers' tokenizer; its code takes its own, as it does itself.
+        loaded = load_dataset(args, cast(Any, tokenizer))
+        datasets = dict(zip(SPLITS, loaded, strict=True))
     except ImportError as error:
         raise IFPError(
             f"{data}: there is no such directory; to load a dataset from the Hugging Face hub: "

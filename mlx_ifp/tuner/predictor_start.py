@@ -64,8 +64,9 @@ def from_layers(
         check_runs(backbone, body_only=True)
         body, embedding = find_body(backbone), find_embedding(backbone)
     except IFPError as error:
+        reason = str(error).rstrip(".")
         raise IFPError(
-            f"The LLM's first layers ({layers} of them) make no predictor: {error} "
+            f"The LLM's first layers ({layers} of them) make no predictor: {reason}. "
             "Name other --predictor-layers, or a --predictor-model."
         ) from error
     arrays = dict(tree_flatten(source.llm.parameters()))
@@ -126,10 +127,10 @@ def _first_layers(config: dict[str, Any], of: int, layers: int) -> dict[str, Any
                 part[name] = layers
             elif isinstance(value, list) and len(value) == of:
                 part[name] = value[:layers]
-        shared = part.get("num_kv_shared_layers")
-        if isinstance(shared, int):
-            # The last layers use the keys and values of earlier ones.
-            part["num_kv_shared_layers"] = max(0, layers - (of - shared))
+        for name in ("num_kv_shared_layers", "num_kv_reuse_layers"):
+            if isinstance(part.get(name), int):
+                # The last layers use the keys and values of earlier ones.
+                part[name] = max(0, layers - (of - part[name]))
     return config
 
 

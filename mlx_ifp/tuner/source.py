@@ -28,8 +28,8 @@ from ..llm.trial import check_runs
 
 # The type that weights are trained in, whatever they are stored in. In float16 AdamW's epsilon and
 # the squares of most gradients are 0, and its first update divides 0 by 0. In bfloat16 most updates
-# are smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did not
-# change in 100 steps).
+# are smaller than a weight's last bit (at a rate of 1e-5, 97% of the weights of a small model did
+# not change in 100 steps).
 TRAINED_IN = mx.float32
 
 

@@ -192,7 +192,8 @@ class Trainer:
         counts = mx.distributed.all_sum(counts, stream=mx.cpu)
         answer, distilled, tokens = cast(list[float], counts.tolist())
         value_and_grad = nn.value_and_grad(self.student, batch_loss)
-        total, sums = None, mx.zeros((3,))
+        total: dict = {}
+        sums = mx.zeros((3,))
         for number, batch, places in zip(numbers, batches, positions, strict=True):
             teacher = None
             if args.distill_weight:
@@ -201,7 +202,7 @@ class Trainer:
             contrast, tasks = self._contrast(number)
             values, grads = value_and_grad(self.student, batch, places, teacher, mix, contrast,
                                            tasks)  # fmt: skip
-            total = grads if total is None else tree_map(mx.add, total, grads)
+            total = tree_map(mx.add, total, grads) if total else grads
             sums = sums + mx.stack(values)
             mx.eval(total, sums)
         if self.world.size() > 1:

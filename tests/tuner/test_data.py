@@ -319,6 +319,12 @@ def test_a_bad_line_is_named(refused, line, words):
         ({"messages": ["hello"]}, "message 1 must be an object with role and content"),
         ({"messages": [{"content": "x"}]}, "message 1 must be an object with role and content"),
         (messages("user", "assistant", content=3), "the content of message 1 must be a string"),
+        (messages("user", "assistant", content=["x"]), "part 1 of the content of message 1 must"),
+        (messages("user", "assistant", content=[None]), "part 1 of the content of message 1 must"),
+        (
+            messages("user", "assistant", content=[{"type": "text", "text": None}]),
+            "the text of part 1 of the content of message 1 must be a string",
+        ),
         (messages("user", "user"), "the last message must be the assistant's, not of 'user'"),
         (messages("assistant"), "there is nothing before the last message"),
         (messages("system", "assistant"), "There is no user message to select by"),
@@ -332,6 +338,16 @@ def test_bad_messages_are_named(refused, row, words):
     message = refused([CHAT, row])
     assert message.startswith("train.jsonl: line 2: ")
     assert words in message
+
+
+def test_text_parts_are_read_as_one_string(load):
+    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "a river."}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A."}]}
+        for content in (parts, "Name a river.")
+    ]
+    first, second = load(rows)["train"]
+    assert first == second
 
 
 def test_a_text_has_no_prompt_that_selects(refused):
