@@ -23,6 +23,7 @@ from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.modules import find_body
 
 # Fixtures are found here.
+from .chatting import chat_model  # noqa: F401
 from .training import data, options  # noqa: F401
 
 CHAT_TEMPLATE = (

@@ -21,6 +21,7 @@ LAYERS = (
     ("model",),
     ("generation",),
     ("cli",),
+    ("synthesis",),
     ("tuner",),
     ("convert",),
     ("commands",),

@@ -56,7 +56,8 @@ def resolve_one_keep(keep: Keep, d_ffn: int, layers: int) -> int:
     Raises:
         IFPError: if it is out of range, or a list.
     """
-    ks = resolve_keep(keep, d_ffn, layers)
     if isinstance(keep, list):
-        raise IFPError("--keep must be one number for all layers in training.")
-    return ks[0]
+        raise IFPError(
+            "--keep must be one number for all layers in training; --keep-range is for a range."
+        )
+    return resolve_keep(keep, d_ffn, layers)[0]

@@ -61,7 +61,8 @@ def load_examples(
     Args:
         data (str): a directory of ``{train,valid,test}.jsonl`` or a dataset's name on the hub, in
             one of mlx-lm's formats: ``text``, ``completions`` or ``chat``. Each row may have a
-            string ``task``.
+            string ``task``. A row with ``"truncated": true`` has an answer that was cut: the end of
+            its turn is not predicted.
         tokenizer: the LLM's.
         selector_tokenizer: the selector's; may be the same object.
         text (TextConfig): the checkpoint's ``text``.
@@ -255,6 +256,7 @@ def _check_row(row: dict[str, Any], first: str | None, stage: str) -> str:
     kind = _row_format(row)
     _require(first in (None, kind), f"the format is {kind}, but {first} in the first row.")
     _require(isinstance(row.get("task"), str | None), "task must be a string.")
+    _require(isinstance(row.get("truncated"), bool | None), "truncated must be true or false.")
     if kind == "chat":
         messages = read_messages(row["messages"])
         if stage == "sft":

@@ -17,7 +17,8 @@ def row_tokens(
     Args:
         tokenizer: the LLM's.
         row: of one of mlx-lm's formats; ``messages``, if it has any, as
-            :func:`~mlx_ifp.llm.messages.read_messages` gives them, or else a ``text``.
+            :func:`~mlx_ifp.llm.messages.read_messages` gives them, or else a ``text``. If it has
+            ``"truncated": true``, its answer was cut, and the end of its turn is left out.
         answer (bool): the last message counts; otherwise everything does.
 
     Returns:
@@ -34,6 +35,9 @@ def row_tokens(
         raise IFPError("this model has no chat template; give rows of format text.")
     tools = row.get("tools")
     tokens = _templated(tokenizer, messages, tools)
+    if row.get("truncated"):
+        unfinished = _templated(tokenizer, messages, tools, unfinished=True)
+        tokens = tokens[: common_prefix(tokens, unfinished)]
     return tokens, _answer_offset(tokenizer, messages, tools, tokens) if answer else 0
 
 
@@ -51,11 +55,18 @@ def _text_tokens(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 
 
 def _templated(
-    tokenizer: TokenizerWrapper, messages: list[Message], tools: Any, *, prompt: bool = False
+    tokenizer: TokenizerWrapper,
+    messages: list[Message],
+    tools: Any,
+    *,
+    prompt: bool = False,
+    unfinished: bool = False,
 ) -> list[int]:
+    # A template that is a function of mlx-lm need not know this argument.
+    more = {"continue_final_message": True} if unfinished else {}
     try:
         tokens = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=prompt, return_dict=False
+            messages, tools=tools, add_generation_prompt=prompt, return_dict=False, **more
         )
     except Exception as error:
         reason = reason_of(error)

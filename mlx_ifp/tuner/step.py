@@ -78,6 +78,7 @@ class Mix:
         temperature: epsilon of SoftTopK.
         blend: 0 is the dense model, 1 the masked one.
         shared_by: the row of the batch whose text selects for all of it; None: each for itself.
+        k: channels kept in each layer; None for the checkpoint's k.
     """
 
     ce: float
@@ -86,6 +87,7 @@ class Mix:
     temperature: float
     blend: float
     shared_by: int | None
+    k: int | None = None
 
 
 def batch_loss(
@@ -118,10 +120,10 @@ def batch_loss(
     scores = student.scores(selecting, lengths)
     trunk = student.trunk()
     if mix.blend == 1.0 and scores.shape[0] == 1:
-        network = student.narrow(trunk, scores[0], mix.temperature)
+        network = student.narrow(trunk, scores[0], mix.temperature, mix.k)
     else:
         scores = mx.broadcast_to(scores, (batch.tokens.shape[0], *scores.shape[1:]))
-        network = student.wide(trunk, scores, mix.temperature, mix.blend)
+        network = student.wide(trunk, scores, mix.temperature, mix.blend, mix.k)
     inputs = batch.tokens[:, :-1]
     hidden = hidden_states(network, inputs)
     rows = positions.rows

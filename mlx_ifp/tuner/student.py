@@ -92,9 +92,9 @@ class Student(nn.Module):
         predictor = Predictor(backbone, self.head, len(self._ffns))
         return predictor.batch_scores(selecting, lengths)
 
-    def channels(self, scores: mx.array) -> mx.array:
+    def channels(self, scores: mx.array, k: int) -> mx.array:
         """The k channels of each layer, ascending: int32 [L, k] of scores [L, d_ffn]."""
-        best = mx.argpartition(-mx.stop_gradient(scores), self.k - 1, axis=-1)[..., : self.k]
+        best = mx.argpartition(-mx.stop_gradient(scores), k - 1, axis=-1)[..., :k]
         return mx.sort(best, axis=-1)
 
     def trunk(self) -> nn.Module:
@@ -104,36 +104,46 @@ class Student(nn.Module):
         """
         return self.llm if self._rounding is None else self._rounding.trunk(self.llm)
 
-    def narrow(self, trunk: nn.Module, scores: mx.array, temperature: float) -> nn.Module:
+    def narrow(
+        self, trunk: nn.Module, scores: mx.array, temperature: float, k: int | None = None
+    ) -> nn.Module:
         """The sub-network of scores [L, d_ffn], as :func:`~mlx_ifp.tuner.networks.gathered`.
 
         Args:
             trunk (nn.Module): of :meth:`trunk`.
             scores (mx.array): float32 [L, d_ffn].
             temperature (float): epsilon of SoftTopK.
+            k (int): channels to keep in each layer; None for the checkpoint's k.
         """
-        indices = self.channels(scores)
-        soft = self._soft_mask(scores, temperature)
+        k = self.k if k is None else k
+        indices = self.channels(scores, k)
+        soft = self._soft_mask(scores, temperature, k)
         if soft is not None:
             soft = mx.take_along_axis(soft, indices, axis=-1)
         more = () if self._rounding is None else (self._rounding.rows,)
         return gathered(trunk, self._ffns, indices, soft, *more)
 
     def wide(
-        self, trunk: nn.Module, scores: mx.array, temperature: float, blend: float = 1.0
+        self,
+        trunk: nn.Module,
+        scores: mx.array,
+        temperature: float,
+        blend: float = 1.0,
+        k: int | None = None,
     ) -> nn.Module:
         """The masked full network of scores [B, L, d_ffn]; the same arguments."""
-        indices = self.channels(scores)
+        k = self.k if k is None else k
+        indices = self.channels(scores, k)
         kept = mx.put_along_axis(mx.zeros(scores.shape), indices, mx.array(1.0), axis=-1)
-        soft = self._soft_mask(scores, temperature)
+        soft = self._soft_mask(scores, temperature, k)
         return self.masked(trunk, kept if soft is None else kept * soft, blend)
 
-    def _soft_mask(self, scores: mx.array, temperature: float) -> mx.array | None:
+    def _soft_mask(self, scores: mx.array, temperature: float, k: int) -> mx.array | None:
         """SoftTopK of scores [..., d_ffn], or None if the mask is hard."""
         operator = self._ifp.mask.operator
         if operator == "topk":
             return None
-        return soft_topk(scores, self.k, operator=operator, temperature=temperature)
+        return soft_topk(scores, k, operator=operator, temperature=temperature)
 
     def masked(self, trunk: nn.Module, masks: mx.array, blend: float = 1.0) -> nn.Module:
         """The full network under masks [B, L, d_ffn]."""

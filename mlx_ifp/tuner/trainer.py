@@ -22,6 +22,7 @@ from ..llm.modules import scalar
 from .batches import Batches, make_batch
 from .data import Example
 from .dense_targets import Split
+from .elastic_k import KeepRange
 from .run_log import RunLog
 from .step import Mix, batch_loss, compiled_update, make_optimizer, optimizers_of, positions_of
 from .student import Student
@@ -41,6 +42,7 @@ class Trainer:
         select_by (str): ``prompt``, ``task`` or ``static``.
         identity (dict): what a resumed run must have in common with this one.
         callback (TrainingCallback): mlx-lm's, or None.
+        keep_range (KeepRange): k is drawn from it for each batch; None trains the checkpoint's k.
 
     Attributes:
         step: steps done.
@@ -57,11 +59,12 @@ class Trainer:
         select_by: str,
         identity: dict[str, Any],
         callback: TrainingCallback | None = None,
+        keep_range: KeepRange | None = None,
     ) -> None:
         args.check()
         self.student, self.args, self.run = student, args, run
         self.train_split, self.valid_split, self.select_by = train, valid, select_by
-        self.identity = identity
+        self.identity, self.keep_range = identity, keep_range
         self.world = mx.distributed.init()
         self.log = RunLog(run if self.world.rank() == 0 else None, callback)
         self.batches = Batches(
@@ -123,8 +126,14 @@ class Trainer:
 
     # -- steps
 
-    def _mix(self, counts: tuple[float, float], sharer: int | None) -> Mix:
-        """Losses are means over the tokens of the whole update, on all ranks."""
+    def k_of(self, number: int) -> int:
+        """Channels kept in each layer for a batch."""
+        if self.keep_range is None:
+            return self.student.k
+        return self.keep_range.draw(self.args.seed, number)
+
+    def _mix(self, counts: tuple[float, float], number: int) -> Mix:
+        """How a batch is trained. Losses are means over the tokens of the update, on all ranks."""
         args, (answer, distilled) = self.args, counts
         return Mix(
             ce=(1 - args.distill_weight) / max(answer, 1),
@@ -133,7 +142,8 @@ class Trainer:
             / self.world.size(),
             temperature=args.temperature(self.step),
             blend=args.blend(self.step),
-            shared_by=sharer,
+            shared_by=self._sharer(number),
+            k=self.k_of(number),
         )  # fmt: skip
 
     def _sharer(self, number: int) -> int | None:
@@ -188,7 +198,7 @@ class Trainer:
             teacher = None
             if args.distill_weight:
                 teacher = self.train_split.targets.teacher(batch.indices, batch.tokens.shape[1] - 1)
-            mix = self._mix((answer, distilled), self._sharer(number))
+            mix = self._mix((answer, distilled), number)
             contrast, tasks = self._contrast(number)
             values, grads = value_and_grad(self.student, batch, places, teacher, mix, contrast,
                                            tasks)  # fmt: skip
@@ -220,7 +230,7 @@ class Trainer:
         number = self.step * self.args.grad_accumulation_steps
         batch = self.batches(number)
         positions = positions_of(batch, "none")
-        mix = self._mix((positions.answer_tokens, 0), self._sharer(number))
+        mix = self._mix((positions.answer_tokens, 0), number)
         mix = replace(mix, ce=1 / max(positions.answer_tokens, 1))
         loss, _, _ = batch_loss(self.student, batch, positions, None, mix)
         # The loss is summed over all ranks, so that all of them stop.
@@ -343,6 +353,9 @@ class Trainer:
             "trained_tokens": self.trained_tokens,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
+        if self.keep_range is not None:
+            # The k of the last batch.
+            report["k"] = self.k_of(self.step * self.args.grad_accumulation_steps - 1)
         self.log.write(
             report,
             f"Iter {self.step}: Train loss {losses[0]:.3f}, "

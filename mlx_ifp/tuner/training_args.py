@@ -14,9 +14,10 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     least: float | None = None,
-    metavar: str | None = None,
+    metavar: str | tuple[str, ...] | None = None,
     short: str | None = None,
     yaml_only: bool = False,
+    nargs: int | None = None,
 ) -> Any:
     """A dataclass field that is an option: flag, check, default and YAML name are made from it.
 
@@ -28,6 +29,7 @@ def option(
         metavar: what stands for its value in help.
         short: another, short flag.
         yaml_only: whether it has no flag.
+        nargs: how many values its flag takes; YAML has a list of them.
     """
     metadata = {
         "help": help,
@@ -36,6 +38,7 @@ def option(
         "metavar": metavar,
         "short": short,
         "yaml_only": yaml_only,
+        "nargs": nargs,
     }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)

@@ -97,6 +97,25 @@ def test_the_last_answer_of_a_chat_is_predicted(load, tokenizer):
     assert tokenizer.decode(example.tokens[example.offset :]) == "The Rhine."
 
 
+@pytest.mark.parametrize("row", [CHAT, COMPLETION], ids=["chat", "completion"])
+def test_the_end_of_an_answer_that_was_cut_is_not_predicted(tmp_path, row):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = load_tokenizer(GOLDEN, {"chat_template": template})
+    rows = (row, row | {"truncated": True}, row | {"truncated": False})
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    whole, cut, same = load_examples(str(tmp_path), tokenizer, tokenizer, TEXT)["train"]
+    assert whole == same
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert tokenizer.decode(whole.tokens[len(cut.tokens) :]) == "<|im_end|>\n"
+    assert (cut.offset, cut.selecting) == (whole.offset, whole.selecting)
+
+
+def test_whether_an_answer_was_cut_is_true_or_false(refused):
+    assert "truncated must be true or false" in refused([COMPLETION | {"truncated": "yes"}])
+
+
 def test_the_system_message_selects_if_the_checkpoint_says_so(load, tokenizer):
     (example,) = load([CHAT], text=TextConfig(source="system"))["train"]
     assert example.selecting == tokenizer.encode("You know geography.")

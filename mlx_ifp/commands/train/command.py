@@ -37,6 +37,7 @@ from .setup import (
     identity_of_run,
     ifp_config,
     is_first,
+    keep_range_of,
     load_teacher,
     predictor_start,
     rounding_of,
@@ -100,7 +101,8 @@ def train(args: types.SimpleNamespace) -> Path:
         train, valid, test = splits_of(args, teacher, examples, path)
         student = student_of(args, source, start, ifp, train, rounding)
         identity = identity_of_run(args, numbers, ifp, source, teacher, train)
-        trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback)
+        trainer = Trainer(student, numbers, path, train, valid, args.select_by, identity, callback,
+                          keep_range_of(args, source))  # fmt: skip
         if checkpoint is not None:  # and so --resume was given
             trainer.resume(checkpoint)
         if is_first():
@@ -208,6 +210,8 @@ def _save(
         "stage": args.stage,
         "select_by": args.select_by,
     }
+    if trainer.keep_range is not None:
+        training["keep_range"] = [trainer.keep_range.low, trainer.keep_range.high]
     try:
         save_student(
             trainer.student,

@@ -22,12 +22,21 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
     """
     path = given.get("config")
     options = defaults() | (_read(path) if path else {}) | given
-    if isinstance(options["keep"], str):
-        try:
-            options["keep"] = parse_keep(options["keep"])
-        except argparse.ArgumentTypeError as error:
-            raise IFPError(f"{path}: keep: {error}.") from error
+    options["keep"] = _keep_of(path, "keep", options["keep"])
+    if options["keep_range"] is not None:
+        ends = [_keep_of(path, "keep_range", end) for end in options["keep_range"]]
+        options["keep_range"] = ends
     return types.SimpleNamespace(**options)
+
+
+def _keep_of(path: str | None, name: str, value: Any) -> Any:
+    """A count, or what a text such as ``50%`` of a YAML file means."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_keep(value)
+    except argparse.ArgumentTypeError as error:
+        raise IFPError(f"{path}: {name}: {error}.") from error
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -57,6 +66,16 @@ def _checked(path: str, name: str, value: Any) -> Any:
     if kind is Keep:
         if strange or not isinstance(value, (int, float, str, list)):
             raise IFPError(f"{path}: keep must be a count, a fraction or a list of counts.")
+        return value
+    if name == "keep_range":
+        ends = value if isinstance(value, list) and len(value) == 2 else [None]
+        if not all(
+            isinstance(end, int | float | str) and not isinstance(end, bool) for end in ends
+        ):
+            raise IFPError(
+                f"{path}: keep_range must be a list of two counts or fractions, such as "
+                f"[0.5, 1.0], not {value!r}."
+            )
         return value
     if choices is not None and value not in choices:
         raise IFPError(f"{path}: {name} must be one of {', '.join(choices)}, not {value!r}.")

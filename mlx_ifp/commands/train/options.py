@@ -65,6 +65,14 @@ class Mask:
     keep: Keep | None = option(
         None, "FFN channels to keep in each layer (default: 0.5)", metavar="K|FRACTION"
     )
+    # A list is one k for each layer to --keep, so a range has a name of its own.
+    keep_range: list[Keep] | None = option(
+        None,
+        "Draw k anew for each batch from this range, so that the checkpoint serves every k in it; "
+        "--keep is then the checkpoint's own k (default: the middle)",
+        metavar=("LOW", "HIGH"),
+        nargs=2,
+    )
     select_by: str = option(
         "prompt",
         "The prompt, its task's description, or nothing: one mask for all",
@@ -163,7 +171,7 @@ def defaults() -> dict[str, Any]:
 
 
 def type_of(name: str) -> Any:
-    """An option's type: bool, int, float, str, dict or :data:`Keep`."""
+    """An option's type: bool, int, float, str, dict, list or :data:`Keep`."""
     if name == "keep":
         return Keep
     hint = _HINTS[name]
@@ -208,7 +216,8 @@ def _add(group: argparse._ArgumentGroup, each: Field) -> None:
     default = "" if each.default is None else f" (default: {each.default})"
     group.add_argument(
         *flags,
-        type=parse_keep if kind is Keep else kind,
+        type=parse_keep if each.name in ("keep", "keep_range") else kind,
+        nargs=about["nargs"],
         choices=about["choices"],
         metavar=about["metavar"],
         help=about["help"] + default,

@@ -12,9 +12,10 @@ from ...checkpoint.config import IFPConfig, MaskConfig, TextConfig
 from ...checkpoint.precision import Precision, quantize_config
 from ...errors import IFPError
 from ...llm.modules import share
-from ...selection.keep import resolve_one_keep
+from ...selection.keep import DEFAULT_KEEP, resolve_one_keep
 from ...tuner.batches import spread
 from ...tuner.dense_targets import DenseTargets, Split
+from ...tuner.elastic_k import KeepRange
 from ...tuner.predictor_start import (
     HEAD_WIDTH,
     PredictorStart,
@@ -79,11 +80,26 @@ def has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
     return trained and args.predictor_model is None and args.predictor_layers is None
 
 
+def keep_range_of(args: types.SimpleNamespace, source: Source) -> KeepRange | None:
+    """The range that k is drawn from in training, or None if k is always the same."""
+    if args.keep_range is None:
+        return None
+    return KeepRange.of(args.keep_range, source.ffns[0].d_ffn, len(source.ffns))
+
+
 def ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
     """What the checkpoint will say, but for its predictor."""
     trained = source.checkpoint.ifp if source.checkpoint is not None else None
-    keep = args.keep if args.keep is not None else (trained.k if trained else 0.5)
+    keep_range = keep_range_of(args, source)
+    keep = args.keep
+    if keep is None:
+        keep = keep_range.middle if keep_range else (trained.k if trained else DEFAULT_KEEP)
     k = resolve_one_keep(keep, source.ffns[0].d_ffn, len(source.ffns))
+    if keep_range is not None and k not in keep_range:
+        raise IFPError(
+            f"--keep is {k} channels, outside of --keep-range, {keep_range.low} to "
+            f"{keep_range.high}; the checkpoint's k must be one that is trained."
+        )
     text = replace(trained.text if trained else TextConfig())
     if args.text_format is not None:
         text.format = args.text_format
@@ -180,12 +196,14 @@ def identity_of_run(
     train: Split,
 ) -> dict[str, Any]:
     """What a run that is resumed must have in common with what began it."""
+    keep_range = keep_range_of(args, source)
     return identity_of(
         source.digest,
         train.examples,
         numbers,
         stage=args.stage,
         k=ifp.k,
+        keep_range=[keep_range.low, keep_range.high] if keep_range else None,
         select_by=args.select_by,
         fine_tune_type=args.fine_tune_type,
         mask=[ifp.mask.operator, ifp.mask.temperature, ifp.mask.keep_soft_values],

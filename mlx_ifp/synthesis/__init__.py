@@ -1,0 +1,1 @@
+"""A chat model writes data to train on."""
