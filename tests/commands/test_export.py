@@ -13,6 +13,7 @@ from mlx_lm.utils import load_model
 from mlx_ifp import IFPError, load
 from mlx_ifp.checkpoint.config import MaskConfig
 from mlx_ifp.checkpoint.directory import open_checkpoint
+from mlx_ifp.commands.export import config as config_module
 from mlx_ifp.commands.export.stock_model import export
 from mlx_ifp.convert import convert
 from mlx_ifp.llm.ffn import find_ffns
@@ -208,18 +209,24 @@ def test_gguf_is_refused_where_it_would_be_wrong(tiny_checkpoint, tmp_path, valu
         ),
     ],
 )  # fmt: skip
-def test_an_ffn_that_is_not_as_wide_as_intermediate_size(tmp_path, architecture, values, field):
-    """The config is one of which mlx-lm builds this width, or nothing is written."""
+@pytest.mark.parametrize("known", [True, False])
+def test_an_ffn_that_is_not_as_wide_as_intermediate_size(
+    tmp_path, monkeypatch, architecture, values, field, known
+):
+    """The config is one of which mlx-lm builds this width, also where the field must be found."""
+    if not known:
+        plain = config_module.with_width
+        monkeypatch.setattr(
+            config_module, "with_width", lambda c, k: plain(c, k) | {field: c[field] * 1.1}
+        )
     config = ARCHITECTURES["llama"] | values
-    checkpoint = open_checkpoint(
-        convert(str(make_dense(tmp_path / "dense", "llama", model_type=architecture, **config)),
-                tmp_path / "ifp", keep=0.5)
-    )  # fmt: skip
+    dense = make_dense(tmp_path / "dense", "llama", model_type=architecture, **config)
+    checkpoint = open_checkpoint(convert(str(dense), tmp_path / "ifp", keep=0.5))
     _, tokenizer = load(checkpoint.path, cache=False)
     layers, d_ffn = len(checkpoint.ffns), checkpoint.d_ffn
     for k, out in ((33, "odd"), (d_ffn, "whole")):
         notes = export(checkpoint, tokenizer, tmp_path / out, random_selection(layers, d_ffn, k))
-        assert field in " ".join(notes) or k == d_ffn
+        assert (field in " ".join(notes)) == (not known and k != d_ffn)
         network, _ = mlx_lm.load(str(tmp_path / out))
         assert find_ffns(network)[0].d_ffn == k
 

@@ -31,7 +31,8 @@ def config_of_width(
     Raises:
         IFPError: if no such config is found.
     """
-    plain = with_width(config, width)
+    # The whole width is that of the config as it is.
+    plain = config if width == d_ffn else with_width(config, width)
     problem = misfit(plain, tensors)
     if problem is None:
         return plain, []
