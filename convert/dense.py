@@ -18,7 +18,7 @@ from mlx_ifp.errors import IFPError, one_line
 from mlx_ifp.files.tensor_files import LazyTensor
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import FFN, find_ffns
-from mlx_ifp.llm.hf_config import mlx_config
+from mlx_ifp.llm.hf_config import buildable, mlx_config
 from mlx_ifp.llm.modules import get_module, linear
 from mlx_ifp.llm.trial import check_runs
 
@@ -92,6 +92,8 @@ def load_dense(
     config = mlx_config(config)
     if (path / CONFIG_FILE).exists():
         raise IFPError(f"{model} is a checkpoint of mlx_ifp already.")
+    # First, because transformers warns about an architecture that it does not know either.
+    buildable(config)
     own = open_tokenizer(tokenizer or str(path), trust_remote_code)
     if _is_quantized(path, config):
         network, config = load_quantized(model, path, config)

@@ -128,7 +128,7 @@ class Answer:
         start = time.perf_counter()
         before = self.ready.select_seconds + self.ready.load_seconds
         with self._model.using(self.ready) as network, one_line("Generation stopped"):
-            self.request.kv.check(network)
+            self.request.kv.check(network, self._most_positions())
             tokens = self._start_warm() if self.request.warm else self.tokens
             prompt_cache = self._prompt_cache or []
             claim(prompt_cache, self.ready.selection)
@@ -146,6 +146,13 @@ class Answer:
             finally:
                 # With kv_bits mlx-lm puts new, quantized layers into the list.
                 claim(prompt_cache, self.ready.selection)
+
+    def _most_positions(self) -> int | None:
+        """Tokens that keys and values are kept of at most; None if generation has no bound."""
+        # 256 is what mlx-lm generates if nothing is said.
+        more = self.request.options.get("max_tokens", 256)
+        count = self.request.positions(self._tokenizer, self.tokens)
+        return None if more < 0 else count + more
 
     def _check_finite(self, response: GenerationResponse) -> None:
         """Raises IFPError for logits from which no token can be chosen; mlx-lm would choose one."""
@@ -193,7 +200,7 @@ class Answer:
             self._model.using(self.ready) as network,
             one_line("The prompt could not be processed"),
         ):
-            kv.check(network)
+            kv.check(network, self.request.positions(self._tokenizer, tokens))
             prompt_cache = make_prompt_cache(network, kv.max_kv_size)
             steps = generate_step(
                 mx.array(self._tokenizer.encode(tokens) if isinstance(tokens, str) else tokens),

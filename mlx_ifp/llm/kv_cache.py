@@ -49,18 +49,22 @@ class KVSettings:
         """The settings that are among the arguments of a generation."""
         return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, positions: int | None = None) -> None:
         """Try lazily whether a model can run with its keys and values quantized.
 
         mlx-lm would find out only when it is time to, after thousands of tokens.
 
         Args:
             model (nn.Module): an mlx-lm model, whose arrays need not be evaluated.
+            positions (int): how many tokens there will be at most; with fewer than
+                ``quantized_kv_start`` nothing is quantized. None for no bound.
 
         Raises:
             IFPError: if it cannot.
         """
         if self.kv_bits is None:
+            return
+        if positions is not None and positions < self.quantized_kv_start:
             return
         cache = make_prompt_cache(model, self.max_kv_size)
         with self._refusal():

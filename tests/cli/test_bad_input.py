@@ -151,7 +151,7 @@ def test_keys_and_values_that_cannot_be_quantized(tiny_checkpoint, tmp_path):
     flags = ("-p", "x", "--prompt-cache-file", tmp_path / "x.safetensors", *quantized)
     done = run_command("cache_prompt", "--model", tiny_checkpoint, *flags, "--kv-group-size", 128)
     assert done.returncode == 1
-    assert "could not be processed" in done.stderr.splitlines()[-1]
+    assert "cannot keep this model's keys and values in 4 bits" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     for flag in (("--kv-bits", 7), ("--kv-group-size", 7), ("--quantized-kv-start", -1)):
         assert flag[0] in generate_fails(tiny_checkpoint, *flag)

@@ -139,7 +139,7 @@ def test_prompts_of_a_file_are_read_line_by_line(tmp_path):
     assert read_prompts(file) == ["one\u2028and one", "three"]
     for bad, words in (
         ('{"prompt": 5}', "a row has messages"),
-        ('{"messages": [3]}', "a message must be an object"),
+        ('{"messages": [3]}', "message 1 must be an object"),
         ("[]", "must be a JSON object"),
         ("{", "not JSON"),
     ):

@@ -74,7 +74,7 @@ FAILURES = {
     "settings": (
         ("--kv-bits", 8, "--kv-group-size", 128, "--quantized-kv-start", 0),
         QUANTIZED,
-        "Generation stopped: ",
+        "mlx-lm cannot keep this model's keys and values in 8 bits",
     ),
     "draft": (
         ("--draft-model", "/nowhere/none"),

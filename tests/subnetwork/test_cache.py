@@ -212,7 +212,8 @@ def test_a_file_that_goes_meanwhile_is_left_out(tmp_path):
     [
         ("darwin", {}, "home/Library/Caches/mlx_ifp"),
         ("linux", {}, "home/.cache/mlx_ifp"),
-        ("linux", {"XDG_CACHE_HOME": "xdg"}, "xdg/mlx_ifp"),
+        ("linux", {"XDG_CACHE_HOME": "/xdg"}, "/xdg/mlx_ifp"),
+        ("linux", {"XDG_CACHE_HOME": "xdg"}, "home/.cache/mlx_ifp"),
         ("darwin", {"MLX_IFP_CACHE": "own"}, "own"),
     ],
 )
