@@ -13,7 +13,7 @@ main = entry_point(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    # MLX is imported when it is needed: help answers without it.
+    # MLX is imported only when it is needed, so that --help answers without it.
     if name != "convert":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .conversion import convert

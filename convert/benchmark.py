@@ -64,10 +64,10 @@ _P = 128
 
 
 def make_checkpoint(directory: Path, gigabytes: float, suffix: str) -> tuple[Path, list[str]]:
-    """Write a checkpoint of the layout "module", bfloat16, about so large.
+    """Write a bfloat16 checkpoint of the layout "module" that has about this many gigabytes.
 
     Returns:
-        tuple: the file, and the flags that name what it lacks.
+        tuple: the file, and the flags that name what the checkpoint lacks.
     """
     layers = 1
     while _size(layers) < gigabytes * 1e9:
@@ -101,7 +101,7 @@ def _size(layers: int) -> int:
 
 
 def _write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Tensors of one random pattern: their values do not matter, their bytes must not be zero."""
+    """Write tensors that repeat one random pattern: any values will do, if they are not zero."""
     pattern = np.random.default_rng(0).integers(0x3A00, 0x3C00, 1 << 20, dtype=np.uint16)
 
     def values(shape: tuple[int, ...]) -> np.ndarray:
@@ -122,10 +122,11 @@ def _write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def timed(work: Callable[[], object], leftovers: Path) -> float:
-    """Seconds of a piece of work.
+    """Measure the seconds that a piece of work takes.
 
-    What earlier work has left is removed just before, so that each finds the same pages free: a
-    virtual machine gives them back to its host within seconds, and getting them again is slow.
+    The files that earlier work has left are removed just before, so that every run finds the same
+    pages of memory free: a virtual machine gives free pages back to its host within seconds, and
+    getting them again is slow.
     """
     os.sync()
     if leftovers.is_dir():
@@ -138,13 +139,13 @@ def timed(work: Callable[[], object], leftovers: Path) -> float:
 
 
 def convert_timed(args: list[str], out: Path, leftovers: Path) -> tuple[float, int, str]:
-    """Convert in this process: seconds, the process's peak memory in bytes, what was printed."""
+    """Convert in this process; return seconds, peak memory in bytes and what was printed."""
     options = setup_arg_parser_of_convert().parse_args([*args, "--mlx-path", str(out)])
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
         seconds = timed(lambda: convert_with(options), leftovers)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KB, macOS in bytes.
+    # Linux counts in KB, and macOS counts in bytes.
     return seconds, usage * (1 if platform.system() == "Darwin" else 1024), text.getvalue()
 
 
@@ -177,7 +178,7 @@ def main() -> None:
         copy, out = directory / "copy", directory / "out"
         flags = ["--model", str(path), *flags, *args.convert_args.split()]
         copies, conversions = [], []
-        # A process that has all it imports, and has done nothing else.
+        # This process has imported all that it needs, and has done nothing else.
         with spawn.Pool(1) as pool:
             _, _, plan = pool.apply(convert_timed, ([*flags, "--dry-run"], out, out))
             shutil.copyfile(path, copy)
@@ -202,7 +203,7 @@ def main() -> None:
 
 
 def _end(pool: Pool) -> None:
-    """Let the process end by itself: one that is ended from outside is said to leak."""
+    """Let the process end by itself: Python reports a leak if it is ended from outside."""
     pool.close()
     pool.join()
 

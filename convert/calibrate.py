@@ -1,7 +1,7 @@
-"""Prompts -> the order in which a checkpoint stores its channels.
+"""Find the order in which a checkpoint stores its channels, from what prompts select.
 
-The order of channels inside a layer is free: an FFN is a sum over them. Stored side by side, the
-channels that prompts select together are a few long runs on the disk.
+The order of channels inside a layer is free: an FFN is a sum over them. When the channels that
+prompts select together are stored side by side, they are read from disk in a few long runs.
 """
 
 import os
@@ -31,8 +31,8 @@ def calibrate(directory: Path, tokenizer: TokenizerWrapper | None, prompts: list
 
     Args:
         directory (Path): a checkpoint that nobody uses yet; its files are replaced.
-        tokenizer: of its LLM.
-        prompts (list): texts that select.
+        tokenizer: the tokenizer of its LLM.
+        prompts (list): texts for which the selector chooses channels.
 
     Raises:
         IFPError: if a prompt is too long for the selector.
@@ -66,7 +66,7 @@ def calibrate(directory: Path, tokenizer: TokenizerWrapper | None, prompts: list
 
 
 def _reordered(reader: ChannelReader, name: str, info: TensorInfo, order: np.ndarray) -> LazyTensor:
-    """A tensor's rows in another order; the reader gives them by channel, however they lie."""
+    """A tensor with its rows in another order; the reader finds a row by its channel's number."""
 
     def read(*_: int) -> mx.array:
         (array,) = reader.read([[(name, None)]])
@@ -76,14 +76,15 @@ def _reordered(reader: ChannelReader, name: str, info: TensorInfo, order: np.nda
 
 
 def channel_order(masks: np.ndarray) -> np.ndarray:
-    """Channels in the order to store them, from what prompts selected.
+    """Find the order to store channels in, from what prompts selected.
 
-    Prompts are put into a few clusters by what they have in common. A channel belongs to the
-    clusters of which most prompts select it. Those of all clusters come first and those of none
-    last; channels of the same clusters lie together, the most frequent ones first.
+    Prompts that select similar channels are put into the same cluster. A channel belongs to a
+    cluster if most of its prompts select it. Channels that belong to all clusters come first, and
+    those that belong to none come last. Channels of the same clusters lie together, and the most
+    frequent of them come first.
 
     Args:
-        masks (array): bool [prompts, L, d_ffn].
+        masks (array): bool [prompts, L, d_ffn], True where a prompt selects a channel.
 
     Returns:
         array: int64 [L, d_ffn], a permutation in each row.
@@ -97,13 +98,13 @@ def channel_order(masks: np.ndarray) -> np.ndarray:
         bits = np.stack([member[:, layer].mean(axis=0) > 0.5 for member in members])
         pattern = (bits * (1 << np.arange(len(bits))[::-1])[:, None]).sum(axis=0)
         frequency = masks[:, layer].sum(axis=0)
-        # The last key is the first to count; what is equal stays in the order of channels.
+        # lexsort sorts by the last key first; channels that are equal keep their order.
         order.append(np.lexsort((-frequency, -pattern, -bits.sum(axis=0))))
     return np.stack(order)
 
 
 def _cluster(masks: np.ndarray) -> np.ndarray:
-    """A cluster for each prompt, around the prompts that are most unlike one another: int [n]."""
+    """Put each prompt into a cluster around one of the most unlike prompts; return int [n]."""
     common = np.zeros((len(masks), len(masks)))
     for layer in range(masks.shape[1]):
         rows = masks[:, layer].astype(np.float32)
@@ -115,7 +116,7 @@ def _cluster(masks: np.ndarray) -> np.ndarray:
         centers.append(int(nearest.argmin()))
     for _ in range(_ROUNDS):
         labels = common[:, centers].argmax(axis=1)
-        # A center is in its own cluster, unless another prompt selects the very same.
+        # A center is in its own cluster, unless another center selects the very same channels.
         groups = [np.flatnonzero(labels == i) for i in range(len(centers))]
         new = [
             int(group[common[np.ix_(group, group)].sum(axis=1).argmax()]) if len(group) else center

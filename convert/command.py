@@ -1,4 +1,4 @@
-"""``mlx_ifp.convert``: a dense or trained model, or another checkpoint, becomes a checkpoint."""
+"""``mlx_ifp.convert`` makes a checkpoint from a dense or trained model or another checkpoint."""
 
 import argparse
 import signal
@@ -23,7 +23,7 @@ def _terminated(*_: object) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.convert``."""
-    # A kill should clean up like Ctrl-C.
+    # When the process is told to terminate, it should clean up as it does after Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
     path = convert_with(args)
     if args.dry_run:

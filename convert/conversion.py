@@ -1,4 +1,4 @@
-"""A source of any kind -> a checkpoint directory, planned first, then written."""
+"""Convert a source of any kind to a checkpoint directory: plan it first, then write it."""
 
 import json
 import shutil
@@ -37,19 +37,20 @@ from .request import ConversionRequest
 from .sources.files import PICKLES
 from .trained import plan_trained
 
-# Tokenizer, configs and the file system's own needs.
+# This much is left for the tokenizer, the configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
 
-# A model's own files, and what the layouts and our checkpoints have beside them.
+# These are a model's own files, and those that the layouts and our checkpoints add to them.
 HUB_PATTERNS = [
     *TOKENIZER_PATTERNS,
     *("*.py", "model*.safetensors", "llama/*", "predictor*", "extractor.*", "mask_head.*"),
     *("channels*.safetensors", "static*.safetensors", ORDER_FILE),
 ]
 
-# Weights under other names and as pickles, which many repositories have besides: only if need be.
+# Many repositories also have their weights under other names or as pickles. These files are
+# downloaded only if the patterns above find no weights.
 OTHER_WEIGHTS = ["*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.distcp", ".metadata"]
-# Copies of the weights in other programs' formats.
+# These are copies of the weights in other programs' formats.
 NOT_OURS = ["original/*", "onnx/*", "openvino/*", "coreml/*"]
 
 
@@ -65,7 +66,7 @@ def convert(model: str, mlx_path: str | Path = "mlx_model", **options: Any) -> P
         Path: the checkpoint.
 
     Raises:
-        IFPError: one line; nothing is left behind.
+        IFPError: if the conversion fails; the message is one line, and nothing is left behind.
     """
     return carry_out(ConversionRequest(model, Path(mlx_path), **options))
 
@@ -73,14 +74,14 @@ def convert(model: str, mlx_path: str | Path = "mlx_model", **options: Any) -> P
 def carry_out(request: ConversionRequest) -> Path:
     """Make the checkpoint that is asked for.
 
-    A checkpoint of mlx_ifp stays what it is but for its precision and k. Tensors stream through
-    memory, the largest ones in parts.
+    If the source is a checkpoint of mlx_ifp, only its precision and k can change. Tensors stream
+    through memory, and the largest ones are read in parts.
 
     Returns:
         Path: the checkpoint.
 
     Raises:
-        IFPError: one line; nothing is left behind.
+        IFPError: if the conversion fails; the message is one line, and nothing is left behind.
     """
     path = request.mlx_path
     static, calibration = (
@@ -97,14 +98,14 @@ def carry_out(request: ConversionRequest) -> Path:
         plan = _plan(request, precisions, directory)
         report = report_of(plan)
         _write(plan, directory, path)
-        # Only a dense model, which brings its tokenizer, has static prompts.
+        # Static prompts are used only with a dense model, which always has a tokenizer.
         if static is not None and plan.tokenizer is not None:
             add_static_scores(directory, plan.ifp, plan.tokenizer, static)
         if calibration is not None:
             options = {"trust_remote_code": request.trust_remote_code}
             tokenizer = plan.tokenizer or load_tokenizer_of(open_checkpoint(directory), options)
             order_channels(directory, tokenizer, calibration)
-        # A checkpoint brings its own: its source is that of the tensors.
+        # A checkpoint's own report is copied, because it tells where its tensors are from.
         if not (directory / REPORT_FILE).exists():
             (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
         open_checkpoint(directory)
@@ -118,7 +119,7 @@ def carry_out(request: ConversionRequest) -> Path:
 
 
 def _plan(request: ConversionRequest, precisions: Precisions, scratch: Path | None) -> Plan:
-    """The conversion of a source of any kind; ``scratch`` is a directory for temporary files."""
+    """Plan the conversion of any source; ``scratch`` is a directory for temporary files."""
     path = _find(request.model, request.revision)
     kind = request.layout or detect_layout(path)
     if kind == CHECKPOINT:
@@ -175,7 +176,7 @@ def _plan_trained(
 
 
 def _source(request: ConversionRequest) -> dict[str, Any]:
-    """What is recorded of the source; a local one has no revision, whatever was asked for."""
+    """What is recorded about the source; a local one has no revision, whatever was asked for."""
     source = {"model": source_name(request.model)}
     if request.revision is not None and not expanded(request.model).exists():
         source["revision"] = request.revision
@@ -201,7 +202,7 @@ def _find(model: str, revision: str | None) -> Path:
 
 
 def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:
-    """Everything but the report; the plan's tensors are used up."""
+    """Write everything but the report; the plan's tensors are used up."""
     _check_space(mlx_path, plan.nbytes)
     if plan.tokenizer is not None:
         plan.tokenizer.save_pretrained(str(directory))
@@ -217,7 +218,7 @@ def _write(plan: Plan, directory: Path, mlx_path: Path) -> None:
 
 
 def _copy(files: list[Path], directory: Path) -> None:
-    """Copy files and whole directories, without what is hidden in them."""
+    """Copy files and whole directories, but no hidden files inside of them."""
     for file in files:
         if file.is_dir():
             hidden = shutil.ignore_patterns(".*")

@@ -1,4 +1,4 @@
-"""A dense model -> an mlx-lm model and its tensors, their data unread."""
+"""Open a dense model as an mlx-lm model and its tensors, without reading their data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,17 +32,17 @@ from .sources.tokenizer import open_tokenizer
 
 @dataclass
 class DenseModel:
-    """A dense model, and what belongs to it.
+    """A dense model and all that belongs to it.
 
     Attributes:
         network: mlx-lm's model.
         config: its ``config.json``.
-        tokenizer: to be saved beside it.
+        tokenizer: its tokenizer, which is saved beside it.
         source: where it came from, for ``ifp_config.json``.
         tensors: mlx-lm's names -> how to read them.
         ffns: its FFNs.
-        token_rows: of its embedding; None if that is not known.
-        extra_files: to be copied as they are.
+        token_rows: the rows of its embedding; None if the number is not known.
+        extra_files: files that are copied as they are.
         notes: what the user should know about the conversion.
         mapped: the source's tensor names -> mlx-lm's, where they are known.
         skipped: the source's tensor names -> why they are not used.
@@ -73,7 +73,7 @@ def load_dense(
     """Open a dense model without reading its weights into memory.
 
     Args:
-        model (str): what the user calls it.
+        model (str): the name that the user gave.
         path (Path): a directory of a Hugging Face or mlx-lm model, or a GGUF file.
         dequantize (bool): undo a quantization, as ``mlx_lm.convert -d`` does.
         tokenizer (str): a directory or hub id to take the tokenizer from instead.
@@ -160,7 +160,7 @@ def _from_network(
     source: dict[str, Any],
     dequantize: bool,
 ) -> DenseModel:
-    """Around a model whose lazy arrays are its weights; it lets go of them."""
+    """Make a DenseModel from a network, which then lets go of the lazy arrays of its weights."""
     if dequantize:
         network = dequantize_model(network)
         for name in ("quantization", "quantization_config"):
@@ -196,8 +196,9 @@ def dtype_of(config: dict[str, Any]) -> str | None:
 def _turn_quantized(network: nn.Module, config: dict[str, Any], ffns: list[FFN]) -> list[str]:
     """Turn the down projections that are quantized already: their groups lie along the wrong axis.
 
-    Each is dequantized, turned and quantized again, in 8 bits: on SmolLM2-135M that moves the
-    model by a KL of 0.0007 nats a token, where 4 bits a second time would move it by 0.08.
+    Each is dequantized, turned and quantized again in 8 bits. On SmolLM2-135M that changes the
+    model by a KL of 0.0007 nats a token; quantizing to 4 bits a second time would change it by
+    0.08.
     """
     again = 0
     for ffn in ffns:

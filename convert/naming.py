@@ -1,4 +1,4 @@
-"""PyTorch's tensor names -> mlx-lm's, through mlx-lm's own ``sanitize``; none is lost unseen."""
+"""Give tensors mlx-lm's names through its own ``sanitize``, and account for every one of them."""
 
 import io
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ class NamedModel:
 
     Attributes:
         network: mlx-lm's model of the config; its own arrays stay unevaluated.
-        config: that mlx-lm builds it from.
+        config: the config that mlx-lm builds it from.
         tensors: mlx-lm's names -> where to read them.
         mapped: the source's names -> mlx-lm's.
         skipped: the source's names -> why they are not used.
@@ -64,13 +64,13 @@ def name_tensors(
 ) -> NamedModel:
     """Give a Hugging Face model's tensors the names they have in mlx-lm.
 
-    mlx-lm's ``sanitize`` is run on placeholders first. What comes out as it went in is only
-    renamed and can be streamed; the rest (transposed, merged, shifted by one) is run through
-    ``sanitize`` a second time, with its values.
+    mlx-lm's ``sanitize`` is run on placeholders first. A tensor that comes out as it went in is
+    only renamed and can be streamed. The others (transposed, merged, shifted by one) are run
+    through ``sanitize`` a second time, with their values.
 
     Args:
-        config: of the model.
-        sources: its tensors by PyTorch's names; those of a body alone may lack the ``model.``.
+        config: the model's config.
+        sources: its tensors by PyTorch's names, which may lack ``model.`` if there is only a body.
         where: names the model in messages.
         body_only: only the final hidden states are wanted, not the output layer.
 
@@ -100,7 +100,7 @@ def name_tensors(
             used = {f"{around}{name}" for name in inner}
             model.skipped |= {name: TRAINING_STATE for name in sources if name not in used}
             return model
-    # Names fit one prefix at most; the message about that one tells more.
+    # The names fit one prefix at most, and the message about that prefix tells the most.
     raise min(problems, key=lambda error: getattr(error, "missing", 0))
 
 
@@ -223,7 +223,7 @@ def _check(
 
 
 def _check_tied(name: str, sources: dict[str, SourceTensor], where: str) -> None:
-    """A config that ties weights which training has untied would lose one of them."""
+    """Refuse tied weights that differ: the config would make one replace the other."""
     head = next(tensor for key, tensor in sources.items() if key.endswith(name))
     embeddings = [t for key, t in sources.items() if key.endswith("embed_tokens.weight")]
     if not embeddings or not same_values(head.lazy(), embeddings[0].lazy()):
@@ -241,7 +241,7 @@ def _with_values(
     made: dict[str, mx.array],
     where: str,
 ) -> dict[str, mx.array]:
-    """The arrays that ``sanitize`` computes, from the values of the tensors that it needs."""
+    """Let ``sanitize`` compute arrays from the values of the tensors that it needs."""
     arrays = {
         name: sources[name].array() if name in used else placeholder
         for name, placeholder in placeholders.items()

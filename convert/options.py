@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.convert``: mlx-lm's where they mean the same, and ours."""
+    """The arguments of ``mlx_ifp.convert``; those that mlx-lm has too are named as mlx-lm's are."""
     parser = new_parser(
         "convert",
         "Make a checkpoint from a dense model, from one trained with PyTorch, or from "

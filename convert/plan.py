@@ -1,4 +1,4 @@
-"""What a conversion will write, known before anything is read or written."""
+"""A plan says what a conversion will write, before any tensor is read or written."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,14 +24,14 @@ class Plan:
     """A conversion that is ready to run.
 
     Attributes:
-        layout: of the source.
-        config, predictor_config: mlx-lm's; the second is None without a predictor.
+        layout: the source's layout.
+        config, predictor_config: mlx-lm's configs; the second is None without a predictor.
         ifp: what ``ifp_config.json`` will say.
         tensors: file stem -> name -> tensor.
-        bytes_in: of the source tensors.
-        layers, d_ffn: of the LLM.
-        tokenizer, predictor_tokenizer: to be saved.
-        extra_files, predictor_files: to be copied as they are.
+        bytes_in: the bytes of the source's tensors.
+        layers, d_ffn: the LLM's number of layers and of FFN channels in each.
+        tokenizer, predictor_tokenizer: the tokenizers that are saved.
+        extra_files, predictor_files: files that are copied as they are.
         sources: groups of source tensors -> name -> its name in mlx-lm.
         skipped: the same groups -> name -> why it is not used.
         notes: what the user should know.
@@ -60,7 +60,7 @@ class Plan:
 
 
 def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: str | None) -> Plan:
-    """A dense model's conversion: no predictor, any k.
+    """Plan a dense model's conversion: it has no predictor, and k is free.
 
     Floats are stored in the type that the config names, as ``mlx_lm.convert`` does.
 
@@ -95,11 +95,11 @@ def plan_dense(dense: DenseModel, keep: Any, precision: Precision, text_format: 
 
 
 def note_tokens(tokenizer: TokenizerWrapper, rows: int | None, what: str) -> list[str]:
-    """What the user should know of a model's tokenizer: tokens that the model does not know.
+    """Tell the user about tokens of a tokenizer that the model does not know.
 
     Args:
-        tokenizer: of the model.
-        rows (int): of its embedding, or None if that is not known.
+        tokenizer: the model's tokenizer.
+        rows (int): the rows of the model's embedding, or None if the number is not known.
         what (str): names the tokenizer in messages, such as ``"the predictor's tokenizer"``.
 
     Raises:
@@ -118,14 +118,14 @@ def note_tokens(tokenizer: TokenizerWrapper, rows: int | None, what: str) -> lis
 def split_tensors(
     model: DenseModel | NamedModel, ffns: list[FFN], how: dict[str, Any], dtype: str | None
 ) -> tuple[Tensors, Tensors]:
-    """Trunk and channels of a model, which lets go of its tensors."""
+    """Split a model into trunk and channels; the model lets go of its tensors."""
     trunk, channels = split_model(model.network, dict(model.tensors), ffns, how, dtype)
     model.tensors.clear()
     return trunk, channels
 
 
 def format_of(tokenizer: TokenizerWrapper) -> str:
-    """How the text that selects is tokenized without a predictor: as the LLM's prompts are."""
+    """Without a predictor, the text that selects is tokenized as the LLM's prompts are."""
     return "chat_template" if tokenizer.has_chat_template else "raw"
 
 
@@ -135,5 +135,5 @@ def text_of(config: dict[str, Any], text_format: str) -> TextConfig:
 
 
 def with_versions(source: dict[str, Any]) -> dict[str, Any]:
-    """A source as ``ifp_config.json`` has it: with the versions that converted it."""
+    """Add to a source the versions of the programs that convert it, for ``ifp_config.json``."""
     return source | {"mlx_ifp": version("mlx_ifp"), "mlx_lm": version("mlx_lm")}

@@ -1,4 +1,4 @@
-"""Prompts that calibrate a checkpoint's order or make its static scores."""
+"""Read the prompts that calibrate a checkpoint's order or make its static scores."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from mlx_ifp.subnetwork.parent import Parent
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; in a .jsonl file what selects in ``messages``, ``prompt`` or ``text``."""
+    """Read a prompt per line; a .jsonl file has it in ``messages``, ``prompt`` or ``text``."""
     if path.suffix.lower() == ".jsonl":
         prompts = read_jsonl(path, lambda row, _: str(selecting_text(row_messages(row))))
     else:
@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> list[str]:
 def add_static_scores(
     directory: Path, ifp: IFPConfig, tokenizer: TokenizerWrapper, prompts: list[str]
 ) -> None:
-    """The mean over prompts of each one's activation scores, at unit norm in every layer."""
+    """Add the mean of the prompts' activation scores, each scaled to unit norm in every layer."""
     checkpoint = open_checkpoint(directory)
     selector = Selector(checkpoint, Parent.load(checkpoint, default_dtype()), tokenizer)
     total = mx.zeros((len(checkpoint.ffns), checkpoint.d_ffn))

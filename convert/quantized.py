@@ -1,4 +1,4 @@
-"""Models that are quantized already: mlx-lm reads its own format and those of other quantizers."""
+"""Load models that are quantized already, in mlx-lm's format or in another that mlx-lm reads."""
 
 import tempfile
 from pathlib import Path
@@ -15,31 +15,30 @@ from mlx_ifp.llm.build import quantization_of
 
 from .sources.files import kind_of, weight_files
 
-# The methods that mlx-lm's load_model has a branch for. It takes others for floats.
+# mlx-lm's load_model has a branch for each of these methods. It takes any other for floats.
 _METHODS = (
     *("awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt"),
     *("mxfp4", "mxfp8"),
 )
-# What mlx-lm reads besides the weights.
+# mlx-lm reads these files besides the weights.
 _CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")
 
 
 def load_quantized(
     model: str, path: Path, config: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's model of a quantized directory, its arrays unread.
+    """Load a quantized directory as mlx-lm's model, whose arrays are not read yet.
 
     Args:
-        model (str): what the user calls it.
+        model (str): the name that the user gave.
         path (Path): the directory.
-        config: of it, as mlx-lm's models read it.
+        config: the directory's config, as mlx-lm's models read it.
 
     Returns:
         tuple: the model, and the config as mlx-lm has changed it.
 
     Raises:
-        IFPError: if mlx-lm does not read this quantization, or the model has weights of it that
-            it does not unpack.
+        IFPError: if mlx-lm does not read this quantization, or leaves some of the weights packed.
     """
     method = _method(config)
     if method is not None and method not in _METHODS:
@@ -60,14 +59,14 @@ def load_quantized(
         try:
             network, config = load_model(view, lazy=True, model_config=config)
         except Exception as error:
-            # The directory is gone when the message is read.
+            # This directory is gone when the user reads the message, so it is not named.
             raise IFPError(f"{what}: {reason_of(error).replace(name, str(path))}") from error
     _check_unpacked(network, model, method)
     return network, config
 
 
 def _method(config: dict[str, Any]) -> str | None:
-    """Which other quantizer made it; None for mlx-lm's own format."""
+    """Find out which other quantizer made the model; None stands for mlx-lm's own format."""
     if isinstance(config.get("quantization"), dict):
         return None
     nested = config.get("text_config") or {}
@@ -78,9 +77,10 @@ def _method(config: dict[str, Any]) -> str | None:
 
 
 def _view(view: Path, path: Path, files: list[Path]) -> Path:
-    """A directory of links, in which mlx-lm finds the weights that are the model's and no others.
+    """Make a directory of links in which mlx-lm finds the model's own weights and no others.
 
-    mlx-lm takes every ``model*.safetensors``, and finds none if the path has characters of a glob.
+    mlx-lm loads every ``model*.safetensors`` that it finds, and finds none if the path has
+    characters that are special in a glob pattern.
     """
     for name in _CONFIGS:
         if (path / name).is_file():
@@ -91,7 +91,7 @@ def _view(view: Path, path: Path, files: list[Path]) -> Path:
 
 
 def _check_unpacked(network: nn.Module, model: str, method: str | None) -> None:
-    """Weights that mlx-lm has loaded packed, into modules that compute with floats."""
+    """Refuse weights that mlx-lm has left packed in modules that compute with floats."""
     packed: set[str] = set()
     for path, module in network.named_modules():
         if _is_quantized(module):
@@ -118,7 +118,7 @@ def _is_quantized(module: nn.Module) -> bool:
 def record_quantization(network: nn.Module, config: dict[str, Any]) -> None:
     """Write into a config how each of a model's modules is quantized.
 
-    mlx-lm finds out from the shapes what a config does not say, and a checkpoint must say it.
+    When a config does not say it, mlx-lm infers it from the shapes; a checkpoint must say it.
     """
     found = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
@@ -128,7 +128,7 @@ def record_quantization(network: nn.Module, config: dict[str, Any]) -> None:
     said = config.get("quantization")
     if not found or not isinstance(said, dict):
         return
-    # Entries of modules that are not quantized so would be wrong, too.
+    # An entry for a module that is not quantized would be wrong, so it is left out.
     said = {name: how for name, how in said.items() if not isinstance(how, dict) or name in found}
     said |= {
         name: how

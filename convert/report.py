@@ -1,4 +1,4 @@
-"""What a conversion did with every source tensor, and what it would do."""
+"""Report what a conversion did, or would do, with every tensor of the source."""
 
 import sys
 from collections import Counter
@@ -12,17 +12,17 @@ from .layouts.parts import TrainedModel
 from .plan import Plan
 
 REPORT_FILE = "source_tensors.json"
-# Python, MLX and mlx-lm themselves, and PyTorch where it is needed.
+# Python, MLX and mlx-lm take this much memory, with PyTorch where it is needed.
 _PROCESS_BYTES = 420 << 20
 
 
 def report_of(plan: Plan) -> dict[str, Any]:
-    """Every source tensor by group: ``mapped`` to a name, or ``skipped`` for a reason."""
+    """List every source tensor by group: it is ``mapped`` to a name or ``skipped`` for a reason."""
     return {"layout": plan.layout, "mapped": plan.sources, "skipped": plan.skipped}
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """A line of counts, and one for each reason why tensors were skipped."""
+    """Print a line of counts, and one for each reason why tensors were skipped."""
     if not any(report["mapped"].values()):
         return
     mapped = ", ".join(
@@ -38,7 +38,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_missing(trained: TrainedModel) -> None:
-    """What is known of a checkpoint from which something is missing."""
+    """Print what is known about a checkpoint from which something is missing."""
     predictor = trained.predictor
     print(f"layout:      {trained.layout}")
     backbone = None if predictor is None else predictor.config
@@ -57,7 +57,7 @@ def print_missing(trained: TrainedModel) -> None:
 
 
 def print_dry_run(plan: Plan, mlx_path: Path) -> None:
-    """Layout, architectures, shapes, sizes and memory of a conversion."""
+    """Print the layout, architectures, shapes, sizes and memory of a conversion."""
     ifp = plan.ifp
     backbone = plan.predictor_config
     print(f"layout:      {plan.layout}")
@@ -84,14 +84,14 @@ def _counts(plan: Plan) -> list[str]:
 
 
 def memory_of(plan: Plan) -> int:
-    """Bytes at most in memory at once: the process, and the tensor that needs most."""
+    """Estimate the peak memory in bytes: the process itself and the tensor that needs most."""
     return _PROCESS_BYTES + max(
         _working(tensor) for tensors in plan.tensors.values() for tensor in tensors.values()
     )
 
 
 def _working(tensor: LazyTensor) -> int:
-    """A tensor made whole is there twice: as read and as written."""
+    """Bytes that a tensor needs; one that is made whole is held twice, as read and as written."""
     if not tensor.step or not tensor.shape:
         return tensor.held + 2 * tensor.nbytes
     block = min(tensor.step * tensor.nbytes // max(tensor.shape[0], 1), tensor.nbytes)

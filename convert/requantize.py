@@ -1,4 +1,4 @@
-"""A checkpoint of mlx_ifp -> the same one in another precision, or with another k."""
+"""Convert a checkpoint of mlx_ifp to another precision or another k."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -39,7 +39,7 @@ from .plan import Plan, with_versions
 from .sources.tensor import SourceTensor, file_rows
 from .streams import Tensors, dequantized, split_model
 
-# Written anew.
+# These files are written anew, so they are not copied.
 _NOT_COPIED = ("config.json", CONFIG_FILE)
 _COPIED = (*TOKENIZER_PATTERNS, "*.py")
 
@@ -50,14 +50,14 @@ def plan_requantized(
     precisions: Precisions,
     dequantize: bool = False,
 ) -> Plan:
-    """The conversion of a checkpoint: all of it is kept but for its precision and k.
+    """Plan the conversion of a checkpoint: everything is kept but its precision and k.
 
     Args:
         path (Path): the checkpoint.
         keep: k, as :func:`~mlx_ifp.selection.keep.resolve_keep` takes it; None keeps the
             checkpoint's.
-        precisions (Precisions): where nothing is asked for, tensors stay as they are.
-        dequantize (bool): undo the quantization of all three first.
+        precisions (Precisions): what is asked for; tensors for which nothing is stay as they are.
+        dequantize (bool): undo the quantization of LLM, backbone and head first.
 
     Raises:
         IFPError: if a part that is to be quantized is quantized already, or k does not fit.
@@ -79,7 +79,7 @@ def plan_requantized(
     elif precisions.head.quantize:
         raise IFPError(f"{path} has no predictor, so no head for --head-q-bits.")
     if checkpoint.order:
-        # Rows stay where they are: precision is a matter of each row.
+        # Rows stay where they are, because each row is quantized by itself.
         tensors[Path(ORDER_FILE).stem] = _lazy(checkpoint.order)
     if checkpoint.static:
         tensors[Path(STATIC_FILE).stem] = _lazy(checkpoint.static)
@@ -118,7 +118,7 @@ def _llm(
         (CHANNELS, checkpoint.channels, channel_how),
     ):
         stored = _stored(infos, how_of, dequantize)
-        # Down projections lie as rows already: for all that is left to do, it is no FFN.
+        # Down projections are stored as rows already, so channels are treated as other tensors.
         tensors[stem], _ = split_model(network, stored, [], plan, precision.dtype)
     return config, tensors, notes
 
@@ -169,7 +169,7 @@ def _check(
 
 
 def _config(config: dict[str, Any], precision: Precision, dequantize: bool) -> dict[str, Any]:
-    """Without a quantization that is undone or about to be replaced."""
+    """Return the config without a quantization that is undone or about to be replaced."""
     if not (precision.quantize or dequantize):
         return config
     names = ("quantization", "quantization_config")
@@ -177,7 +177,7 @@ def _config(config: dict[str, Any], precision: Precision, dequantize: bool) -> d
 
 
 def _lazy(infos: dict[str, TensorInfo]) -> Tensors:
-    """Tensors as they are stored, their data unread."""
+    """Tensors as they are stored; their data are not read yet."""
     return {
         name: SourceTensor(
             info.path,
@@ -207,9 +207,10 @@ def _stored(
 
 
 def _files(directory: Path) -> list[Path]:
-    """Tokenizer, generation config and the report on the source: to be copied.
+    """List the files to copy: tokenizer, generation config and the report on the source.
 
-    Neither hidden files are, nor the indexes of weights, which are those of another model.
+    Hidden files are not copied, and neither are indexes of weights: they would list files that the
+    new checkpoint does not have.
     """
     found = {file for pattern in _COPIED for file in directory.glob(pattern) if file.is_file()}
     copied = [
@@ -219,6 +220,6 @@ def _files(directory: Path) -> list[Path]:
         and not file.name.startswith(".")
         and not file.name.endswith(".index.json")
     ]
-    # A tokenizer with several templates has all but the first in a directory.
+    # A tokenizer with several templates keeps all but the first of them in a directory.
     templates = directory / CHAT_TEMPLATE_DIR
     return [*copied, templates] if templates.is_dir() else copied

@@ -18,26 +18,28 @@ class ConversionRequest:
             the llama architecture, a trained checkpoint of a known layout, or a checkpoint of
             mlx_ifp.
         mlx_path: the checkpoint to make; it must not exist.
-        keep: k, a count, a fraction (float) or a list of L counts; None for what the layout says,
-            or half of the channels of a dense model.
+        keep: k, as a count, a fraction (float) or a list of L counts; None takes what the layout
+            says, or half of the channels of a dense model.
         quantize_weights, q_bits, q_group_size, q_mode, quant_predicate, dequantize_weights, dtype:
             as in ``mlx_lm.convert``. A trained checkpoint and one of mlx_ifp keep their types
             unless ``dtype`` is given; one of mlx_ifp may be dequantized and quantized anew.
         predictor_dtype, predictor_q_bits, predictor_q_group_size: the same for the predictor, if
-            it is to differ; 0 bits leave it unquantized.
-        head_q_bits: quantize the predictor's head, in the predictor's groups; None does not.
-        layout: ``split``, ``module``, ``manifest`` or ``dense``; None finds out.
+            it shall differ from the LLM; 0 bits leave it unquantized.
+        head_q_bits: the bits of the predictor's head, which is quantized in the predictor's groups;
+            None leaves it unquantized.
+        layout: ``split``, ``module``, ``manifest`` or ``dense``; None detects it.
         llm_config, predictor_config: a ``config.json``, or a directory or hub id that has one.
-        tokenizer, predictor_tokenizer: where to take them from, if not from the model.
-        text_format: how the text that selects is tokenized, ``raw`` or ``chat_template``; by
-            default raw with a predictor, otherwise the latter if the tokenizer has one.
+        tokenizer, predictor_tokenizer: where to take the tokenizers from, if not from the model.
+        text_format: how the text that selects is tokenized, ``raw`` or ``chat_template``. The
+            default is ``raw`` with a predictor, and without one ``chat_template`` if the tokenizer
+            has a template.
         static_prompts: a text or jsonl file of prompts; their mean ``activations`` scores become
             the scores of the ``static`` selector.
         calibrate: a text or jsonl file of prompts; the channels that the checkpoint's selector
             selects together for them are stored side by side.
         upload_repo: a hub repository to upload the checkpoint to.
         dry_run: print what would be done, and write nothing.
-        revision: of a hub repository.
+        revision: the revision of a hub repository.
         trust_remote_code: let the tokenizer run code of its repository.
     """
 
@@ -69,7 +71,7 @@ class ConversionRequest:
     trust_remote_code: bool = False
 
     def precisions(self) -> Precisions:
-        """How the parts are to be stored.
+        """How each part of the checkpoint shall be stored.
 
         Raises:
             IFPError: if the options contradict one another.
@@ -92,7 +94,7 @@ class ConversionRequest:
 
     @property
     def given(self) -> Given:
-        """What is named because a trained checkpoint may lack it."""
+        """The parts that the user names because a trained checkpoint may lack them."""
         return Given(
             self.llm_config,
             self.predictor_config,
@@ -103,5 +105,5 @@ class ConversionRequest:
 
     @property
     def for_predictor(self) -> bool:
-        """Whether something is named that only a model with a predictor has a use for."""
+        """Whether the user has named something that only a model with a predictor can use."""
         return bool(self.predictor_config or self.predictor_tokenizer or self.head_q_bits)

@@ -1,4 +1,4 @@
-"""What a predictor has in common with its LLM: an embedding and a tokenizer, stored once."""
+"""A predictor and its LLM may have the same embedding and tokenizer, which are stored once."""
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -12,7 +12,7 @@ _REASON = "the same as the LLM's, bit for bit, which the predictor uses"
 
 
 def shared_embedding(llm: NamedModel, backbone: NamedModel) -> tuple[str, str] | None:
-    """The paths of the embeddings of LLM and backbone, if both have the same values.
+    """Find the paths of the embeddings of LLM and backbone, if both have the same values.
 
     The values are compared in pieces; neither tensor is ever in memory as a whole.
     """
@@ -26,7 +26,7 @@ def shared_embedding(llm: NamedModel, backbone: NamedModel) -> tuple[str, str] |
 
 
 def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper) -> bool:
-    """Whether two tokenizers give the same ids: of equal ``tokenizer.json`` and chat template."""
+    """Whether two tokenizers give the same ids: ``tokenizer.json`` and chat template are equal."""
     ours, theirs = (getattr(each, "backend_tokenizer", None) for each in (one, other))
     if ours is None or theirs is None or one.chat_template != other.chat_template:
         return False
@@ -34,7 +34,7 @@ def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper) -> bool:
 
 
 def leave_out_embedding(backbone: NamedModel, path: str) -> None:
-    """Take the embedding at a path out of what is converted; the report says why."""
+    """Do not convert the embedding at this path; the report says why."""
     names = {name for name in backbone.tensors if name.startswith(f"{path}.")}
     for name in names:
         del backbone.tensors[name]

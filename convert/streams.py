@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are stored in: cast, turned and quantized, as they are written."""
+"""Cast, transpose and quantize a checkpoint's tensors while they are written."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,8 @@ from mlx_ifp.llm.ffn import FFN
 from .sources.tensor import buffers
 
 Tensors = dict[str, LazyTensor]
-# Rows that a transposition turns at once: measured 1.5 GB/s, 64 rows 0.7, all rows 0.35.
+# A transposition turns this many rows at once, which was measured at 1.5 GB/s. With 64 rows it was
+# 0.7 GB/s, and with all rows at once 0.35.
 _TILE = 16
 
 
@@ -25,12 +26,12 @@ def split_model(
     plan: dict[str, dict[str, Any]],
     dtype: str | None,
 ) -> tuple[Tensors, Tensors]:
-    """A model's tensors as a checkpoint has them: trunk, and channels as rows.
+    """Split a model's tensors as a checkpoint stores them: the trunk, and channels as rows.
 
     Args:
         network (nn.Module): mlx-lm's model, for its ``cast_predicate``.
-        tensors (dict): mlx-lm's names -> tensors; emptied on the way.
-        ffns (list): its FFNs; with none, all is trunk.
+        tensors (dict): mlx-lm's names -> tensors; the dict is emptied on the way.
+        ffns (list): its FFNs; if the list is empty, everything is trunk.
         plan (dict): module path -> how to quantize it.
         dtype (str): cast floats to this type; None keeps them.
     """
@@ -38,7 +39,7 @@ def split_model(
     trunk: Tensors = {}
     channels: Tensors = {}
     owners = owners_of(ffns)
-    # What is quantized already has been turned: only then do its groups lie inside a row.
+    # Modules that are quantized already have been transposed, so that groups lie inside a row.
     turned = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
     for name in sorted(tensors):
         tensor = tensors.pop(name)
@@ -63,12 +64,12 @@ def split_model(
 
 
 def as_array(block: mx.array | np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """A block of a LazyTensor as an MLX array."""
+    """Return a block of a LazyTensor as an MLX array."""
     return block if isinstance(block, mx.array) else mx.array(block).view(dtype)
 
 
 def same_values(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors are equal, bit for bit; they are read in pieces, up to a difference."""
+    """Whether two tensors are equal bit for bit; both are read in pieces until one differs."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     count = len_of(one.shape)
@@ -80,14 +81,14 @@ def same_values(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def _bits(block: mx.array | np.ndarray) -> np.ndarray:
-    """A copy: the next read may use the same memory."""
+    """Copy a block's bits, because the next read may use the same memory."""
     if isinstance(block, mx.array):
         return np.array(block.view(mx.uint8))
     return np.array(block).view(np.uint8)
 
 
 def cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
-    """Floats in another type; anything else as it is."""
+    """Cast floats to another type; leave anything else as it is."""
     if tensor.dtype == dtype or not mx.issubdtype(tensor.dtype, mx.floating):
         return tensor
 
@@ -98,11 +99,11 @@ def cast(tensor: LazyTensor, dtype: mx.Dtype) -> LazyTensor:
 
 
 def dequantized(parts: Tensors, how: dict[str, Any]) -> LazyTensor:
-    """The float weight of a quantized module, made block by block.
+    """Make the float weight of a quantized module, block by block.
 
     Args:
         parts: ``weight``, ``scales`` and, if affine, ``biases``.
-        how: group_size, bits and mode.
+        how: its group_size, bits and mode.
     """
     weight, scales = parts["weight"], parts["scales"]
     tensors = [weight, scales, *([parts["biases"]] if "biases" in parts else [])]
@@ -119,7 +120,7 @@ def dequantized(parts: Tensors, how: dict[str, Any]) -> LazyTensor:
 
 
 def rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
-    """Some of the rows."""
+    """Take the rows from ``begin`` to ``end``."""
     return LazyTensor(
         (end - begin, *tensor.shape[1:]),
         tensor.dtype,
@@ -129,7 +130,7 @@ def rows(tensor: LazyTensor, begin: int, end: int) -> LazyTensor:
 
 
 def transposed(tensor: LazyTensor) -> LazyTensor:
-    """A matrix with rows and columns exchanged; it is read whole, and turned block by block."""
+    """Exchange a matrix's rows and columns; it is read whole, and transposed block by block."""
     count, columns = tensor.shape
     held: list[mx.array | np.ndarray] = []
 
@@ -150,11 +151,11 @@ def transposed(tensor: LazyTensor) -> LazyTensor:
 
 
 def quantized(name: str, tensor: LazyTensor, how: dict[str, Any] | None) -> Tensors:
-    """A weight as ``weight``, ``scales`` and, if affine, ``biases``; made once, when first read.
+    """Quantize a weight to ``weight``, ``scales`` and, if affine, ``biases``, at the first read.
 
     Args:
-        name: of the weight; other parts of a module are returned as they are.
-        tensor: [output, input].
+        name: the weight's name; other parts of a module are returned as they are.
+        tensor: the weight [output, input].
         how: group_size, bits and mode, or None to leave it.
     """
     module, _, part = name.rpartition(".")

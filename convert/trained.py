@@ -1,4 +1,4 @@
-"""A trained checkpoint -> the plan of its conversion."""
+"""Plan the conversion of a trained checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def plan_trained(
     text_format: str | None,
     trust_remote_code: bool,
 ) -> Plan:
-    """A trained checkpoint's conversion.
+    """Plan a trained checkpoint's conversion.
 
     Raises:
         IFPError: if something is missing, or LLM, predictor, head and k do not fit together.
@@ -46,7 +46,7 @@ def plan_trained(
             f"The layout {trained.layout!r} has not all that is needed; name "
             f"{', '.join(trained.missing)}."
         )
-    # Neither is missing.
+    # The code above has refused a checkpoint that lacks one of them.
     assert trained.llm_config is not None and trained.tokenizer is not None
     llm = name_tensors(trained.llm_config, trained.llm, "the LLM")
     ffns = llm.ffns
@@ -96,8 +96,8 @@ def _add_predictor(
     precisions: Precisions,
     trust_remote_code: bool,
 ) -> None:
-    """Complete the plan of an LLM by the predictor that selects its channels."""
-    # plan_trained has refused what is missing.
+    """Add to the plan of an LLM the predictor that selects its channels."""
+    # plan_trained has refused a checkpoint that lacks one of them.
     assert predictor.config is not None and predictor.tokenizer is not None
     backbone = name_tensors(
         predictor.config, predictor.backbone, "the predictor's backbone", body_only=True
@@ -110,7 +110,7 @@ def _add_predictor(
     plan.notes += note_tokens(own, token_rows(backbone.network), "the predictor's tokenizer")
     if plan.tokenizer is not None and same_tokens(plan.tokenizer, own):
         paths = shared_embedding(llm, backbone)
-        # An embedding that is to be stored in another precision is another one.
+        # Embeddings that will be stored in different precisions cannot be shared.
         alike = precisions.llm.dtype == precisions.predictor.dtype
         if paths is not None and alike and llm_how.get(paths[0]) == how.get(paths[1]):
             leave_out_embedding(backbone, paths[1])
@@ -136,7 +136,7 @@ def _add_predictor(
 
 
 def _scores(static: SourceTensor, layers: int, d_ffn: int) -> LazyTensor:
-    """The scores of a static run, if they are of the LLM's shape."""
+    """Return the scores of a static run; they must have the LLM's shape."""
     if static.shape != (layers, d_ffn) or static.dtype != "F32":
         raise IFPError(
             f"{static.path}: {static.name} is {static.dtype} {static.shape}, but {layers} layers "

@@ -1,7 +1,8 @@
-"""What training puts around a model, and with it into tensors' names; known once for all layouts.
+"""Remove what training puts around a model and into tensors' names; all layouts use this.
 
 ``torch.compile``, DistributedDataParallel, FSDP and PEFT put segments into names, and programs put
-a state dict into a dict with other things. LoRA's adapters are no model: they must be merged first.
+a state dict into a dict with other things. LoRA's adapters alone are not a model: they must be
+merged into it first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from mlx_ifp.errors import IFPError
 
 T = TypeVar("T")
 
-# Segments of names that are never a module of the model itself.
+# No module of a model itself has these segments in its name.
 _SEGMENTS = (
     ("_orig_mod",),
     ("_fsdp_wrapped_module",),
@@ -19,15 +20,15 @@ _SEGMENTS = (
     ("module",),
     ("base_model", "model"),
 )
-# Keys of a saved dict that hold training state, by how they begin.
+# A key of a saved dict that begins with one of these holds training state.
 _TRAINING = (
     *("optim", "sched", "lr_", "scaler", "rng", "random", "ema", "epoch", "step", "global_step"),
     *("iter", "loss", "best", "amp", "grad"),
 )
-# Why those are not converted.
+# The report gives this as the reason why those are not converted.
 TRAINING_STATE = "training state"
 _DEPTH = 4
-# Segments that only an adapter of PEFT has.
+# Only adapters of PEFT have these segments.
 _ADAPTERS = (
     "base_layer",
     "lora_A",
@@ -39,7 +40,7 @@ _ADAPTERS = (
 
 
 def unwrapped(tensors: Mapping[str, T], where: str) -> dict[str, T]:
-    """The same tensors, their names without the wrappers' segments.
+    """Take the wrappers' segments out of tensors' names.
 
     Args:
         tensors: a source's names -> anything.
@@ -64,7 +65,7 @@ def _without_wrappers(parts: list[str]) -> str:
     kept = []
     while parts:
         wrapper = next((s for s in _SEGMENTS if tuple(parts[: len(s)]) == s), None)
-        # What is left must still have a name.
+        # Something must be left of the name.
         if wrapper is not None and len(parts) > len(wrapper):
             parts = parts[len(wrapper) :]
         else:
@@ -77,7 +78,7 @@ def check_merged(names: Mapping[str, object], where: str) -> None:
     """Refuse adapters that were not merged into the model.
 
     Raises:
-        IFPError: naming one of them.
+        IFPError: if there are any; the message names one of them.
     """
     for name in names:
         if not set(_ADAPTERS).isdisjoint(name.split(".")):
@@ -89,7 +90,7 @@ def check_merged(names: Mapping[str, object], where: str) -> None:
 
 
 def state_dicts(tensors: Mapping[str, T]) -> Iterator[tuple[str, dict[str, T]]]:
-    """What may be the model among a file's tensors: all of them, or those of one dict inside.
+    """Find what may be the model in a file: all tensors, or those of one dict inside.
 
     Programs save ``{"model_state_dict": ..., "optimizer": ...}``. A key holds the model if it is
     the only one beside training state.

@@ -1,4 +1,4 @@
-"""The layouts that PyTorch implementations of IFPruning save, and which one a checkpoint has."""
+"""Find out which of the layouts that IFPruning's PyTorch implementations save a checkpoint has."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +15,22 @@ TRAINED: dict[str, Callable[[Path, Given], TrainedModel]] = {
     "module": module.open_module,
     "manifest": manifest.open_manifest,
 }
-# Our own, which is found out and never named.
+# This is our own layout. It is detected; the user cannot name it.
 CHECKPOINT = "checkpoint"
 
 
 def detect_layout(path: Path) -> str:
-    """Which layout a file or directory has, or looks most like.
+    """Find the layout that a file or directory has, or that it looks most like.
 
     Returns:
         str: one of ``mlx_ifp.choices.LAYOUTS``; ``dense`` for a model without a predictor,
-        ``checkpoint`` for what is converted already.
+        ``checkpoint`` for a model that is converted already.
 
     Raises:
         IFPError: if it holds several checkpoints.
     """
     if path.is_file():
-        # A damaged file is told by its name.
+        # The kind of a damaged file is known only by its name.
         kind = kind_of(path) or path.suffix.lower().removeprefix(".")
         return "dense" if kind == "gguf" else "module"
     if (path / CONFIG_FILE).exists():

@@ -10,18 +10,18 @@ A directory of this layout holds the LLM as transformers saves it, with its toke
 - ``predictor_tokenizer/``: the predictor's tokenizer.
 - ``static.safetensors``, in place of the two: ``scores`` float32 [L, d_ffn], the same for every
   text. Such a run converts to the selector ``static``.
-- ``ifpruning_config.json``: an object with the fields
+- ``ifpruning_config.json``: an object with these fields:
 
   - ``num_layers``, ``full_intermediate_dim``, ``target_intermediate_dim``: L, d_ffn and k;
   - ``predictor_hidden_dim`` (optional): P;
   - ``predictor_model`` (optional): where the backbone's ``config.json`` is: a file or a directory,
     relative to the checkpoint or absolute, or a hub id. Without it the user names one;
-  - ``head_activation`` (optional, ``leaky_relu``): between the head's two Linears, as
-    ``head.activation`` in ``ifp_config.json``;
+  - ``head_activation`` (optional, ``leaky_relu``): the activation between the head's two Linears,
+    as ``head.activation`` in ``ifp_config.json``;
   - ``mask_operator`` (optional, ``sigmoid``) and ``mask_temperature`` (optional, 1.0): SoftTopK
     and its epsilon, as ``mask`` in ``ifp_config.json``;
   - ``keep_soft_values`` (optional, false): whether inference multiplies each kept channel by its
-    soft value; otherwise the mask was trained soft and is used hard, which keeps the same order;
+    soft value. If not, the mask was trained soft and is used hard, which selects the same channels;
   - ``static_scores`` (optional): true for a static run with ``static.safetensors``, or the name of
     another file that holds ``scores``.
 
@@ -58,7 +58,7 @@ _FIELDS = ("num_layers", "full_intermediate_dim", "target_intermediate_dim")
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a directory looks like it."""
+    """Whether a directory looks like one of this layout."""
     return (path / MANIFEST).is_file() or (path / _PREDICTOR).is_file()
 
 
@@ -66,7 +66,7 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
     """Open a checkpoint of this layout.
 
     Raises:
-        IFPError: naming the file and the field or tensor that is wrong.
+        IFPError: if a field or tensor is wrong; the message names it and its file.
     """
     manifest = read_json(path / MANIFEST)
     for name in _FIELDS:
@@ -131,13 +131,13 @@ def _predictor(given: Given, manifest: dict[str, Any], path: Path) -> TrainedPre
 
 
 def _backbone_config(given: Given, manifest: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """The user's, or that of the backbone which the manifest names, if it can be found."""
+    """The config that the user gave, or else that of the manifest's backbone if it is found."""
     if given.predictor_config is not None:
         return read_config(given.predictor_config)
     named = manifest.get("predictor_model")
     if not isinstance(named, str) or not named:
         return None
-    # A relative path starts at the checkpoint, an absolute one stays what it is.
+    # A relative path starts at the checkpoint, and an absolute one stays what it is.
     if (path / named).exists():
         return read_config(str(path / named))
     try:

@@ -29,7 +29,7 @@ _HEAD = {
 
 
 def is_module(path: Path) -> bool:
-    """Whether a directory of a model has it."""
+    """Whether a model's directory has this layout."""
     with contextlib.suppress(IFPError):
         _find_prefix(path, open_tensors(path))
         return True
@@ -37,7 +37,7 @@ def is_module(path: Path) -> bool:
 
 
 def _find_prefix(path: Path, tensors: dict[str, SourceTensor]) -> str:
-    """What stands before ``llm.`` in every name: nothing, or a wrapper such as ``model.``."""
+    """Find what stands before ``llm.`` in every name: nothing, or a wrapper such as ``model.``."""
     for name in sorted(tensors, key=len):
         prefix, found, _ = name.partition(_LLM)
         whole = not prefix or prefix.endswith(".")
@@ -51,10 +51,10 @@ def _find_prefix(path: Path, tensors: dict[str, SourceTensor]) -> str:
 
 
 def open_module(path: Path, given: Given) -> TrainedModel:
-    """Open a checkpoint of this layout. Configs, tokenizers and k are the user's to name.
+    """Open a checkpoint of this layout; the user must name its configs, tokenizers and k.
 
     Raises:
-        IFPError: naming the tensor that is wrong.
+        IFPError: if a tensor is wrong; the message names it.
     """
     tensors = open_tensors(path)
     prefix = _find_prefix(path, tensors)

@@ -1,4 +1,4 @@
-"""What every layout gives, and what a user can add to it."""
+"""The parts of a trained model that every layout yields, and those that a user can name."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..wrappers import state_dicts
 
 @dataclass(frozen=True)
 class Given:
-    """What the user names; each is None where the layout has it.
+    """The parts that the user names; those that the layout has itself stay None.
 
     Attributes:
         llm_config, predictor_config: a ``config.json``, or a directory or hub id that has one.
@@ -34,13 +34,13 @@ class Given:
 
 @dataclass
 class TrainedPredictor:
-    """A predictor, its data unread.
+    """A predictor whose tensors are not read yet.
 
     Attributes:
         backbone: tensors by the names that Hugging Face's classes give them.
-        config: Hugging Face's, of the backbone; None if the user has to name it.
+        config: Hugging Face's config of the backbone; None if the user has to name it.
         head: ``linear1.weight`` [P, D], ``linear1.bias``, ``linear2.weight`` [L * d_ffn, P], ...
-        activation, feature_norm: of the head, as in ``ifp_config.json``.
+        activation, feature_norm: the head's, as in ``ifp_config.json``.
         tokenizer: where it is; None if the user has to name it.
     """
 
@@ -52,10 +52,10 @@ class TrainedPredictor:
     tokenizer: str | None
 
     def head_config(self) -> HeadConfig:
-        """The head's shape, checked.
+        """Check the head's shape and return its config.
 
         Raises:
-            IFPError: naming the tensor that does not fit.
+            IFPError: if a tensor does not fit; the message names it.
         """
         for name in ("linear1.weight", "linear2.weight"):
             if len(self.head[name].shape) != 2:
@@ -82,7 +82,7 @@ class TrainedPredictor:
 
 @dataclass
 class TrainedModel:
-    """A trained checkpoint, its data unread.
+    """A trained checkpoint whose tensors are not read yet.
 
     Attributes:
         layout: its name.
@@ -91,10 +91,10 @@ class TrainedModel:
         predictor: what gives the scores; None if ``static`` does.
         mask: what inference does with the scores.
         keep: k.
-        layers, d_ffn: what the layout says of the LLM, or None.
-        tokenizer: where the LLM's is.
+        layers, d_ffn: what the layout says about the LLM, or None.
+        tokenizer: where the LLM's tokenizer is.
         static: scores float32 [L, d_ffn] that are the same for every text.
-        extra_files: of the LLM, to be copied as they are.
+        extra_files: files of the LLM that are copied as they are.
         others: source tensors that belong to neither, and why they are not used.
         missing: what the user has to name, as ``--flag (what it is)``.
         notes: what the user should know.
@@ -137,7 +137,7 @@ class TrainedModel:
 
 
 def read_config(name: str | None) -> dict[str, Any] | None:
-    """A ``config.json``: a file, or that of a directory or hub id."""
+    """Read a ``config.json``, given as a file or as a directory or hub id that has one."""
     if name is None:
         return None
     path = expanded(name)
@@ -155,17 +155,17 @@ def read_config(name: str | None) -> dict[str, Any] | None:
 def take_head(
     tensors: dict[str, SourceTensor], names: dict[str, str], where: str
 ) -> dict[str, SourceTensor]:
-    """The head's tensors under our names.
+    """Find the head's tensors and give them our names.
 
     Args:
-        tensors: the source's, without those of the backbone.
+        tensors: the source's tensors, without those of the backbone.
         names: the source's names -> ours.
         where: names the file in messages.
 
     Raises:
         IFPError: if one is missing or left over.
     """
-    # The dict inside the file that has them, if one has.
+    # If a dict inside the file has all of the head's tensors, they are taken from it.
     inside = (found for _, found in state_dicts(tensors) if names.keys() <= found.keys())
     tensors = next(inside, tensors)
     for name in names:
@@ -183,6 +183,6 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def generation_config(where: str | Path | None) -> list[Path]:
-    """The ``generation_config.json`` of a directory, if there is one: it names the end tokens."""
+    """Find a directory's ``generation_config.json``, if it has one: it names the end tokens."""
     files = [expanded(where) / "generation_config.json"] if where is not None else []
     return [file for file in files if file.is_file()]

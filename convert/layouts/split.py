@@ -22,7 +22,8 @@ _HEAD = {
     "2.weight": "linear2.weight",
     "2.bias": "linear2.bias",
 }
-# Its trainer's names of the masks -> ours. "soft" keeps the values of SoftTopK at inference.
+# The keys are its trainer's names of the masks, and the values are ours. "soft" keeps the values
+# of SoftTopK at inference.
 _MASKS = {
     "soft": MaskConfig("sigmoid", 1.0, keep_soft_values=True),
     "st": MaskConfig("topk"),
@@ -38,12 +39,12 @@ _FIELDS = {
 
 
 def is_split(path: Path) -> bool:
-    """Whether a directory looks like it."""
+    """Whether a directory looks like one of this layout."""
     return (path / "predictor_meta.json").is_file() or (path / "mask_head.pt").is_file()
 
 
 def _file(path: Path, stem: str) -> Path:
-    """``STEM.pt``, or one of another kind that holds the same."""
+    """Find ``STEM.pt``, or a file of another kind that holds the same."""
     for suffix in (".safetensors", *PICKLES):
         if (path / f"{stem}{suffix}").is_file():
             return path / f"{stem}{suffix}"
@@ -54,7 +55,7 @@ def open_split(path: Path, given: Given) -> TrainedModel:
     """Open a checkpoint of this layout.
 
     Raises:
-        IFPError: naming the file and the field or tensor that is wrong.
+        IFPError: if a field or tensor is wrong; the message names it and its file.
     """
     meta_file = path / "predictor_meta.json"
     meta = read_json(meta_file)

@@ -1,4 +1,4 @@
-"""Trained weights as PyTorch programs save them: every tensor's name, type, shape and rows."""
+"""Open trained weights as PyTorch programs save them: each tensor's name, type, shape and rows."""
 
 import json
 from pathlib import Path
@@ -14,28 +14,30 @@ from ..wrappers import check_merged, unwrapped
 from .tensor import SourceTensor, file_rows
 
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
-# What transformers calls a model's weights: one file, shards (listed in FILE.index.json), variants.
+# transformers gives a model's weights these names: one file, shards (which FILE.index.json lists)
+# and variants.
 _OWN = (
     ("model.safetensors", "model-*-of-*.safetensors", "model*.safetensors"),
     ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model*.bin"),
 )
-# What it never does; only a directory that has none of the above is searched for these.
+# transformers never uses these names. A directory is searched for them only if it has none of the
+# above.
 _OTHER_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
-# Of a trainer, beside the weights.
+# These are files of a trainer that lie beside the weights.
 _TRAINING_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
-# The largest header that safetensors allows.
+# safetensors allows no larger header.
 _HEADER_BYTES = 100_000_000
 _GIT_LFS = b"version https://git-lfs"
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is by its first bytes, whatever its name says.
+    """Find out what a file is by its first bytes, whatever its name says.
 
     Returns:
         str: ``safetensors``, ``torch`` (zipped or pickled) or ``gguf``; None if it is none of them.
 
     Raises:
-        IFPError: if it cannot be read, or is what Git LFS leaves in place of a file.
+        IFPError: if it cannot be read, or is the pointer that Git LFS leaves in place of a file.
     """
     try:
         with open(path, "rb") as file:
@@ -56,9 +58,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def open_tensors(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of a file, or of all files of a directory, their data unread.
+    """Open the tensors of a file, or of all files of a directory, without reading their data.
 
-    Names come without what wrappers such as DistributedDataParallel put into them.
+    What wrappers such as DistributedDataParallel put into the names is taken out.
 
     Args:
         path: a safetensors file or one of PyTorch's; or a directory that holds one, shards with an
@@ -76,7 +78,7 @@ def open_tensors(path: Path) -> dict[str, SourceTensor]:
 
 def _open_file(path: Path) -> dict[str, SourceTensor]:
     kind, suffix = kind_of(path), path.suffix.lower()
-    # A damaged file has the kind of its name: that kind's reader says what is wrong with it.
+    # A damaged file is given to the reader that its name calls for, which says what is wrong.
     if kind == "safetensors" or (kind is None and suffix == ".safetensors"):
         return _open_safetensors(path)
     if kind == "torch" or (kind is None and suffix in PICKLES):
@@ -89,10 +91,10 @@ def _open_file(path: Path) -> dict[str, SourceTensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a directory's weights: one file, or those of an index.
+    """Find the files that hold a directory's weights: one file, or those of an index.
 
-    transformers' names come first, in its order, so that neither a stale index nor the files of
-    another program do harm. Hidden files are never meant.
+    transformers' names are tried first, in its order, so that neither a stale index nor the files
+    of another program do harm. Hidden files are ignored.
 
     Raises:
         IFPError: if there are none, several without an index, or the index names a file that is
@@ -131,7 +133,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _visible(directory: Path, pattern: str) -> list[Path]:
-    """Files of a directory, not hidden ones; a link whose file is gone counts, so it is named."""
+    """List a directory's files but hidden ones; broken links count, so that messages name them."""
     return sorted(
         file
         for file in directory.glob(pattern)
@@ -155,7 +157,7 @@ def _indexed(index: Path) -> set[Path]:
 
 def _open_directory(directory: Path) -> dict[str, SourceTensor]:
     metadata = directory / ".metadata"
-    # Other programs have hidden files of this name, too.
+    # Other programs have hidden files of this name, too, so the content is checked.
     if metadata.is_file() and kind_of(metadata) == "torch":
         from .torch_files import open_distributed_checkpoint
 
@@ -180,7 +182,7 @@ def _open_safetensors(path: Path) -> dict[str, SourceTensor]:
 
 
 def below(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
-    """The tensors under a prefix, without it."""
+    """The tensors whose names begin with a prefix, which is taken off."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -189,10 +191,10 @@ def below(tensors: dict[str, SourceTensor], prefix: str) -> dict[str, SourceTens
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        IFPError: naming the file.
+        IFPError: if it cannot be read; the message names the file.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -1,4 +1,4 @@
-"""A llama-architecture GGUF file as an mlx-lm model: config, weights and tokenizer."""
+"""Read a llama-architecture GGUF file as an mlx-lm model: config, weights and tokenizer."""
 
 import math
 import os
@@ -23,8 +23,8 @@ class GGUFModel:
     """What mlx-lm needs to build a model.
 
     Attributes:
-        config: a ``config.json`` of model type ``llama``; its ``quantization`` is a default and
-            the module paths that differ from it.
+        config: a ``config.json`` of model type ``llama``; its ``quantization`` has a default and
+            the paths of the modules that differ from it.
         weights: mlx-lm's names -> arrays. Q4_0, Q4_1, Q4_K and Q8_0 are affine quantized: uint32
             [rows, columns * bits / 32], scales and biases float16 [rows, columns / 32]. Q6_K is
             float16. F32 (mostly norms), F16 and BF16 stay what they are.
@@ -41,18 +41,18 @@ def load_gguf(
 ) -> GGUFModel:
     """Read a GGUF file of the llama architecture (Llama, Mistral, SmolLM2).
 
-    The weights are lazy: to evaluate, write and drop one after the other takes the memory of the
-    largest, as it is in the file and decoded (SmolLM2-135M, 98 MB: 58 MB at most). Q6_K takes
-    twice the decoded size.
+    The weights are lazy. If they are evaluated, written and dropped one after the other, this takes
+    the memory of the largest one, once as it is in the file and once decoded (58 MB at most for
+    SmolLM2-135M, a file of 98 MB). Q6_K takes twice the decoded size.
 
     MLX reads lazily only from the path of a safetensors file, so the data are copied to a temporary
-    one. It takes as much of the disk as the GGUF file until the last weight is evaluated or
-    dropped. It is deleted when this returns and only MLX has it open, so it goes with the process,
-    however that ends. The GGUF file is not needed any more.
+    one. The copy takes as much of the disk as the GGUF file until the last weight is evaluated or
+    dropped. It is deleted before this function returns, and only MLX keeps it open, so it is gone
+    when the process ends, however that happens. The GGUF file is not needed any more.
 
     Args:
         path: the file.
-        with_tokenizer: False leaves the tokenizer out, whatever its kind.
+        with_tokenizer: whether to read the tokenizer; its kind does not matter if not.
         scratch: a directory for the copy; None for the system's own.
 
     Raises:
@@ -70,7 +70,7 @@ def load_gguf(
 
 
 def _read_model(file: BinaryIO, with_tokenizer: bool, scratch: Path | None) -> GGUFModel:
-    """As :func:`load_gguf`; the messages of its errors do not name the file yet."""
+    """Do the work of :func:`load_gguf`; the messages of errors do not name the file yet."""
     metadata, found = read_header(file)
     _check_kind(metadata)
     tensors = check_tensors(found, file.tell(), os.fstat(file.fileno()).st_size)
@@ -112,7 +112,7 @@ def _read_config(metadata: dict[str, Any], tensors: dict[str, GGUFTensor]) -> di
     def positive(key: str, default: float | None = None, kind: type[float] = int) -> Any:
         value = metadata.get(f"llama.{key}", default)
         if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]  # one per layer, all the same
+            value = value[0]  # there is one per layer, and all are the same
         if not isinstance(value, kind) or not value > 0:
             raise IFPError(f"llama.{key} must be a positive {kind.__name__}, not {value!r}.")
         return value
@@ -127,7 +127,7 @@ def _read_config(metadata: dict[str, Any], tensors: dict[str, GGUFTensor]) -> di
                 f"llama.{key} is {positive(key, head_dim)} for heads of {head_dim} "
                 "dimensions; only equal and even ones are supported."
             )
-    # Norms are float32 whatever the matrices are; the model is to run in the type of these.
+    # Norms are float32 whatever the matrices are; the model shall run in the type of the matrices.
     kinds = {tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1}
     dtype = {"F32": "float32", "BF16": "bfloat16"}.get("".join(kinds), "float16")
     config: dict[str, Any] = {
@@ -164,7 +164,7 @@ def _read_config(metadata: dict[str, Any], tensors: dict[str, GGUFTensor]) -> di
 
 
 def _modules(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """GGUF's name, mlx-lm's name and the weight's shape of every module."""
+    """Yield GGUF's name, mlx-lm's name and the weight's shape of every module."""
     hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -188,7 +188,7 @@ def _modules(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]
 
 
 def _name_tensors(tensors: dict[str, GGUFTensor], config: dict[str, Any]) -> dict[str, str]:
-    """GGUF's names of all tensors -> mlx-lm's; adds ``attention_bias`` and ``mlp_bias``."""
+    """Map GGUF's names to mlx-lm's; add ``attention_bias`` and ``mlp_bias`` to the config."""
     for tensor in tensors:
         if "_exps" in tensor or "ffn_gate_inp" in tensor:
             raise IFPError(f"{tensor} belongs to experts; only dense models are supported.")
@@ -215,8 +215,9 @@ def _name_tensors(tensors: dict[str, GGUFTensor], config: dict[str, Any]) -> dic
 def _set_llama3_scaling(factors: list[float], config: dict[str, Any]) -> None:
     """Add the ``rope_scaling`` whose rule stretches wavelengths by these factors [head_dim / 2].
 
-    Between the wavelengths left alone and those stretched by ``factor``, 1 / f is linear in the
-    frequency. The line has two parameters and the rule three, so ``low_freq_factor`` is free: 1.
+    Between the wavelengths that are left alone and those that are stretched by ``factor``, 1 / f is
+    linear in the frequency. The line has two parameters and the rule has three, so
+    ``low_freq_factor`` is free and is set to 1.
     """
     if all(f == 1 for f in factors):
         return
@@ -254,7 +255,7 @@ def _read_weights(
     names: dict[str, str],
     config: dict[str, Any],
 ) -> dict[str, mx.array]:
-    """mlx-lm's names -> arrays, not evaluated; adds ``quantization`` to the config."""
+    """Map mlx-lm's names to unevaluated arrays; add ``quantization`` to the config."""
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     weights: dict[str, mx.array] = {}
     quantized: dict[str, dict[str, Any]] = {}
@@ -271,7 +272,7 @@ def _read_weights(
             quantized[module] = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
         biased = config["mlp_bias" if ".mlp." in module else "attention_bias"]
         if biased and module.endswith("_proj"):
-            # mlx-lm has biases on all projections or on none; a zero changes nothing.
+            # mlx-lm has biases on all projections or on none; a bias of zeros changes nothing.
             zeros = mx.zeros(tensors[gguf].shape[:1], mx.float16)
             weights[f"{module}.bias"] = weights.get(f"{module}.bias", zeros)
     if quantized:
@@ -282,5 +283,5 @@ def _read_weights(
 
 
 def _unpermute(array: mx.array, heads: int) -> mx.array:
-    """Rows [heads * d, ...]: of each head, llama.cpp interleaves the halves that HF rotates."""
+    """Reorder rows [heads * d, ...]: llama.cpp interleaves the halves of a head that HF rotates."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)

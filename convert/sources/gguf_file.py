@@ -1,8 +1,8 @@
-"""The GGUF file format: a checked header, and tensors that are lazy.
+"""Read the GGUF file format: check the header, and make lazy tensors.
 
-``mx.load`` reads GGUF too, but (mlx 0.32) it reads all at once, decodes every second block of Q4_K
-with the scale of its neighbour, needs write access to the file, and a damaged header can end the
-process. So the header is read and checked here, and the blocks are rearranged by lazy MLX
+``mx.load`` reads GGUF too. But in mlx 0.32 it reads all at once, decodes every second block of Q4_K
+with the scale of its neighbour and needs write access to the file, and a damaged header can end
+the process. So the header is read and checked here, and the blocks are rearranged by lazy MLX
 operations.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_ifp.errors import IFPError
 
-# Tensor types by number: name, values in a block, bytes of a block.
+# Each tensor type, by its number, has a name, a count of values in a block and bytes of a block.
 TENSOR_TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -36,7 +36,8 @@ PLAIN_TYPES = ("F32", "F16", "BF16")  # safetensors has them by the same names
 GROUP_SIZE = 32
 VALUES_AT_ONCE = 1 << 20
 
-# Metadata types by number, as struct spells them; strings and arrays have no fixed size.
+# These are the metadata types by number, as struct spells them. Strings and arrays are not among
+# them, because they have no fixed size.
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 
@@ -46,10 +47,11 @@ class GGUFTensor:
     """A tensor of the file.
 
     Attributes:
-        kind: its type by name.
-        shape: of the values, rows first.
-        stored: of what the file has: the same, or of a quantized type [..., blocks, block bytes].
-        span: first byte and the one after the last, counted from where the data start.
+        kind: the name of its type.
+        shape: the shape of its values, rows first.
+        stored: the shape of what the file has: the same, or [..., blocks, block bytes] if the type
+            is quantized.
+        span: its first byte and the one after its last, counted from where the data start.
     """
 
     kind: str
@@ -76,12 +78,12 @@ def _value(file: BinaryIO, kind: int) -> Any:
             return [_string(file) for _ in range(count)]
         return list(_unpack(file, f"{count}{NUMBERS[kind]}"))
     (number,) = _unpack(file, NUMBERS[kind])
-    # The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06.
+    # This takes the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06.
     return float(str(np.float32(number))) if NUMBERS[kind] == "f" else number
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, tuple]]:
-    """Metadata; name -> (shape, type number, offset). Leaves the file where the data start."""
+    """Read metadata and name -> (shape, type number, offset), up to where the data start."""
     if file.read(4) != b"GGUF":
         raise IFPError("not a GGUF file; give a .gguf file of a llama model.")
     version = int.from_bytes(file.read(4), "little")
@@ -131,9 +133,10 @@ def check_tensors(found: dict[str, tuple], start: int, size: int) -> dict[str, G
 def copy_blocks(
     file: BinaryIO, tensors: dict[str, GGUFTensor], scratch: Path | None = None
 ) -> dict[str, mx.array]:
-    """The tensors as they are ``stored``, not evaluated; the file stands where the data start.
+    """Copy the tensors as they are ``stored``; the file must stand where the data start.
 
-    They are copied to a temporary file in ``scratch``, or where the system has such files.
+    The arrays are not evaluated. The data are copied to a temporary file in ``scratch``, or where
+    the system has such files.
     """
     header = json.dumps(
         {
@@ -147,7 +150,7 @@ def copy_blocks(
     ).encode()
     size = 8 + len(header) + max(tensor.span[1] for tensor in tensors.values())
     try:
-        # MLX keeps the file open, so it can go at once.
+        # MLX keeps the file open, so it can be deleted at once.
         with tempfile.NamedTemporaryFile(prefix="mlx_ifp-", dir=scratch) as copy:
             copy.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(file, copy, 1 << 20)
@@ -163,18 +166,19 @@ def copy_blocks(
 
 
 def decode(tensor: GGUFTensor, blocks: mx.array) -> dict[str, mx.array]:
-    """``weight``, and for quantized types ``scales`` and ``biases``, not evaluated."""
+    """Make unevaluated ``weight`` and, for quantized types, ``scales`` and ``biases``."""
     if tensor.kind in PLAIN_TYPES:
         return {"weight": blocks}
-    # Step by step: MLX holds all intermediate results at once, of Q6_K five times the last one's
-    # size. Q8_0 has almost none, and joining its steps would take more.
+    # Some rows are decoded at a time, because MLX holds all intermediate results at once: for Q6_K
+    # they take five times the size of the last. Q8_0 has almost none, and joining its steps would
+    # take more memory.
     rows = len(blocks) if tensor.kind == "Q8_0" else max(VALUES_AT_ONCE // tensor.shape[-1], 1)
     steps = [_decode_rows(tensor.kind, blocks[i : i + rows]) for i in range(0, len(blocks), rows)]
     return {part: mx.concatenate([step[part] for step in steps]) for part in steps[0]}
 
 
 def _decode_rows(kind: str, raw: mx.array) -> dict[str, mx.array]:
-    """As :func:`decode`, of a quantized type's blocks, uint8 [rows, blocks, block bytes]."""
+    """Do as :func:`decode` with blocks of a quantized type, uint8 [rows, blocks, block bytes]."""
 
     def half(start: int) -> mx.array:
         return raw[..., start : start + 2].view(mx.float16)
@@ -186,7 +190,7 @@ def _decode_rows(kind: str, raw: mx.array) -> dict[str, mx.array]:
         return mx.concatenate([packed & 15, packed >> 4], -1)
 
     if kind == "Q6_K":
-        # Groups of 16, smaller than any of MLX's.
+        # Q6_K has groups of 16, which are smaller than any of MLX's, so it becomes floats.
         high = bytes_at(128, 192, 2, 32)
         high = mx.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], -1)
         values = nibbles(bytes_at(0, 128, 2, 64)) | high << 4

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, out of the file's metadata."""
+"""Build the tokenizer of a GGUF file from the file's metadata."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from mlx_ifp.errors import IFPError
 
-# tokenizer.ggml.token_type
+# These are the values of tokenizer.ggml.token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 
@@ -20,7 +20,7 @@ class PreTokenizer:
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False  # a word that is a token stays whole
-    add_bos: bool = False  # if the file does not say
+    add_bos: bool = False  # used if the file does not say
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,7 +33,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By llama.cpp's names; those it splits alike share a line.
+# The keys are llama.cpp's names; the kinds that it splits alike share a line.
 PRE_TOKENIZERS = {
     name: pre_tokenizer
     for names, pre_tokenizer in (
@@ -50,12 +50,12 @@ PRE_TOKENIZERS = {
 
 
 def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    """Ids of the special tokens the file names, of bos, eos, eot, eom, unk and pad.
+    """Find the ids of those of bos, eos, eot, eom, unk and pad that the file names.
 
-    One that is missing or no token's id is left out.
+    An id is left out if it is missing or belongs to no token.
     """
     count = len(metadata.get("tokenizer.ggml.tokens") or ())
-    # SentencePiece's own, which old files leave out.
+    # These are SentencePiece's own ids, which old files leave out.
     own = {"unk": 0, "bos": 1, "eos": 2}
     ids: dict[str, Any] = {}
     if metadata.get("tokenizer.ggml.model") == "llama":
@@ -69,11 +69,11 @@ def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
 def build_tokenizer(
     metadata: dict[str, Any], vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template and special tokens.
+    """Build the tokenizer with its chat template and special tokens.
 
     Args:
-        metadata: of the file; what matters is in ``tokenizer.*``.
-        vocab_size: rows of the embedding; there may be fewer tokens.
+        metadata: the file's metadata, of which ``tokenizer.*`` is used.
+        vocab_size: the rows of the embedding; there may be fewer tokens.
         max_length: the model's context, in tokens.
 
     Raises:
@@ -120,7 +120,7 @@ def build_tokenizer(
             model_max_length=max_length,
             **{f"{k}_token": named[k] for k in ("bos", "eos", "unk", "pad") if k in named},
         )
-    except Exception as error:  # tokenizers raises no narrower one
+    except Exception as error:  # tokenizers raises no narrower type
         raise _refusal(f"the tokenizer cannot be built ({error!r})") from error
 
 
@@ -138,7 +138,7 @@ def _byte_level_bpe(metadata: dict[str, Any]) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
     if metadata.get("tokenizer.ggml.add_space_prefix", False):
-        # Not ByteLevel's own: after the splits, it would put a space before every piece.
+        # ByteLevel's own option does not do: after the splits, it puts a space before every piece.
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend(" "), normalizers.Replace(Regex(r"\A (?=\s)"), "")]
         )

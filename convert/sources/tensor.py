@@ -1,4 +1,4 @@
-"""A tensor of a source file: its shape and type now, its rows when they are needed."""
+"""A tensor of a source file: its shape and type are known now, its rows are read when needed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class SourceTensor:
 
     Attributes:
         path: the file, for messages.
-        name: in that file.
-        dtype: by safetensors' names: ``F32``, ``BF16``, ``I64``, ...
+        name: its name in that file.
+        dtype: its type by safetensors' names: ``F32``, ``BF16``, ``I64``, ...
         shape: its shape.
-        read: rows start to stop, as a numpy array of unsigned bits.
+        read: returns rows start to stop, as a numpy array of unsigned bits.
     """
 
     path: Path
@@ -30,7 +30,7 @@ class SourceTensor:
     read: Callable[[int, int], np.ndarray]
 
     def lazy(self) -> LazyTensor:
-        """To be written as it is.
+        """Make a tensor that can be written as it is.
 
         Raises:
             IFPError: if MLX has no such type.
@@ -45,22 +45,22 @@ class SourceTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole; of an unknown type, one each."""
+        """Bytes of the whole tensor; a value of an unknown type counts as one byte."""
         size = DTYPES[self.dtype].size if self.dtype in DTYPES else 1
         return int(np.prod(self.shape)) * size
 
     def array(self) -> mx.array:
-        """The whole tensor, in memory."""
+        """Read the whole tensor into memory."""
         lazy = self.lazy()
         bits = self.read(0, len_of(self.shape))
         return mx.array(bits).view(lazy.dtype).reshape(self.shape)
 
 
 class _Buffers:
-    """Memory that is used again: fresh pages would cost more than reading into them.
+    """Memory that is used again and again: fresh pages would cost more than reading into them.
 
-    Blocks take turns, so a writer may still hold the last ones; a block that is turned takes two
-    buffers. A larger read has a buffer of its own, until the next larger read.
+    Blocks take turns, so a writer may still hold the last ones. A block that is transposed takes
+    two buffers. A larger read gets a buffer of its own, which lasts until the next larger read.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class _Buffers:
         self.large = np.empty(0, np.uint8)
 
     def take(self, nbytes: int) -> np.ndarray:
-        """uint8 [nbytes], its content undefined."""
+        """Return uint8 [nbytes] whose content is undefined."""
         if nbytes > BLOCK_BYTES:
             if self.large.size < nbytes:
                 self.large = np.empty(nbytes, np.uint8)
@@ -85,15 +85,15 @@ buffers = _Buffers()
 def file_rows(
     path: Path, offset: int, shape: tuple[int, ...], size: int
 ) -> Callable[[int, int], np.ndarray]:
-    """A reader of rows that lie in a file, one after another.
+    """Make a reader of rows that lie in a file one after another.
 
-    What it returns is good for BLOCKS_HELD more reads.
+    What the reader returns stays valid for BLOCKS_HELD more reads.
 
     Args:
         path: the file.
-        offset: of the first row, in bytes.
-        shape: of the tensor.
-        size: bytes of a value.
+        offset: where the first row starts, in bytes.
+        shape: the tensor's shape.
+        size: the bytes of a value.
     """
     row = int(np.prod(shape[1:])) * size
 
@@ -102,7 +102,7 @@ def file_rows(
         with open(path, "rb", buffering=0) as file:
             file.seek(offset + start * row)
             done = 0
-            # One call reads 2 GB at most.
+            # One call reads 2 GB at most, so it is repeated.
             while done < data.size and (count := file.readinto(data.data[done:])):
                 done += count
         if done < data.size:

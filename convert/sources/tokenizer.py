@@ -1,4 +1,4 @@
-"""The tokenizer of a source."""
+"""Open the tokenizer of a source."""
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
@@ -7,7 +7,7 @@ from mlx_ifp.errors import one_line
 
 
 def open_tokenizer(path: str, trust_remote_code: bool = False) -> TokenizerWrapper:
-    """mlx-lm's tokenizer of a directory or hub id.
+    """Open the tokenizer of a directory or hub id with mlx-lm.
 
     Raises:
         IFPError: if there is none.

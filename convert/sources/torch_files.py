@@ -1,4 +1,4 @@
-"""Pickled tensors, read by PyTorch itself with ``weights_only=True``; nothing in them can run."""
+"""PyTorch itself reads pickled tensors, with ``weights_only=True``, so no code in them can run."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ _DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64",
     "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
-# What the metadata of a distributed checkpoint is made of, and torch's types.
+# The metadata of a distributed checkpoint is made of these, and of torch's types.
 _METADATA_NAMES = {
     "torch": {"Size", *_DTYPES},
     "torch.serialization": {"_get_layout"},
@@ -35,7 +35,7 @@ _METADATA_NAMES = {
 
 
 def import_torch(path: Path) -> Any:
-    """PyTorch, which only pickled files need.
+    """Import PyTorch, which only pickled files need.
 
     Raises:
         IFPError: if it is not installed.
@@ -51,11 +51,11 @@ def import_torch(path: Path) -> Any:
 
 
 def open_torch_file(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of a ``torch.save`` file: of a state dict, or of nested ones.
+    """Open the tensors of a ``torch.save`` file: those of a state dict, or of nested ones.
 
-    In the zip form, all there is since PyTorch 1.6, only names, shapes and offsets are read here,
-    and the data when it is their turn. The older form cannot be read in parts: PyTorch reads the
-    whole file.
+    PyTorch has written the zip form since 1.6. Of this form, only names, shapes and offsets are
+    read here; the data are read when they are needed. The older form cannot be read in parts:
+    PyTorch reads the whole file.
 
     Raises:
         IFPError: if PyTorch is missing, or the file is damaged, holds more than tensors and plain
@@ -83,7 +83,7 @@ def open_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 
 def _check_zip(path: Path) -> None:
-    """PyTorch stores its records as they are; a compressed one could unfold to any size."""
+    """Refuse compressed records: PyTorch never writes them, and they could unfold to any size."""
     with one_line(f"{path}: a damaged zip file"), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -93,13 +93,13 @@ def _check_zip(path: Path) -> None:
     with _one_line(path), zipfile.ZipFile(path) as archive:
         orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder")]
     if any(order != b"little" for order in orders):
-        # PyTorch would swap bytes that are not there yet, and crash.
+        # PyTorch would try to swap the bytes of tensors without data, and crash.
         raise IFPError(f"{path}: written on a big-endian machine; save it as safetensors there.")
 
 
 @contextlib.contextmanager
 def _one_line(path: Path) -> Iterator[None]:
-    """PyTorch's errors in one line that names the file."""
+    """Raise PyTorch's errors as one line that names the file."""
     with one_line(f"{path}: PyTorch cannot read it"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -114,7 +114,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 def _flatten(value: Any, name: str, found: dict[str, Any], torch: Any) -> None:
-    """Names of nested dicts and lists are joined by dots; what is no tensor is left out."""
+    """Join the names of nested dicts and lists by dots; leave out what is not a tensor."""
     if isinstance(value, torch.Tensor):
         if name in found:
             raise ValueError(f"two tensors are called {name}")
@@ -144,7 +144,8 @@ def _zipped_tensor(path: Path, name: str, tensor: Any, torch: Any) -> SourceTens
     ):
         raise IFPError(f"{path}: {name} of shape {shape} is larger than its data. Refused.")
     if not tensor.is_contiguous():
-        # Such as a transposed view: rare and small. The whole file is mapped, not read.
+        # Its rows do not lie one after another, as in a transposed view. Such tensors are rare and
+        # small. The whole file is mapped, not read.
         def read(start: int, stop: int) -> np.ndarray:
             with _one_line(path):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -171,7 +172,7 @@ def _loaded_tensor(path: Path, name: str, tensor: Any, torch: Any) -> SourceTens
 
 
 def _bits(tensor: Any, torch: Any) -> np.ndarray:
-    """A tensor's bits as unsigned numbers; numpy has no bfloat16."""
+    """Return a tensor's bits as unsigned numbers, because numpy has no bfloat16."""
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     size = tensor.element_size()
     shape = tuple(tensor.shape)
@@ -189,7 +190,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def open_distributed_checkpoint(directory: Path) -> dict[str, SourceTensor]:
-    """The tensors of a ``torch.distributed.checkpoint`` directory, loaded one by one.
+    """Open the tensors of a ``torch.distributed.checkpoint`` directory; they are loaded one by one.
 
     PyTorch unpickles ``.metadata`` without restrictions, so it is checked before PyTorch sees it.
 
@@ -211,7 +212,7 @@ def open_distributed_checkpoint(directory: Path) -> dict[str, SourceTensor]:
         if not (directory / part).is_file():
             raise IFPError(f"{directory / part}: the file is missing; .metadata names it.")
 
-    # PyTorch reads a whole tensor; the blocks of it come one after another.
+    # PyTorch reads a whole tensor, so it is kept while its blocks are read one after another.
     loaded: dict[str, np.ndarray] = {}
 
     def make(name: str, shape: tuple[int, ...], dtype: Any) -> SourceTensor:

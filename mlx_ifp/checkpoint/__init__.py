@@ -1,1 +1,1 @@
-"""The checkpoint format: finding, checking, reading and writing a directory."""
+"""Find, check, read and write directories in the checkpoint format."""

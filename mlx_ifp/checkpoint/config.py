@@ -27,11 +27,11 @@ class HeadConfig:
 
     Attributes:
         widths: input width, hidden widths, output width L * d_ffn.
-        biases: one bool a Linear.
-        activation: between the Linears; ``gelu`` is the exact (erf) one, ``leaky_relu`` has
-            slope 0.1.
-        feature_norm: of the backbone's hidden state; ``layer_norm`` has no learned parameters,
-            eps 1e-5.
+        biases: whether each Linear has a bias.
+        activation: the activation between the Linears; ``gelu`` is the exact (erf) one, and
+            ``leaky_relu`` has slope 0.1.
+        feature_norm: the norm of the backbone's hidden state; ``layer_norm`` has no learned
+            parameters, and its eps is 1e-5.
     """
 
     widths: list[int]
@@ -61,7 +61,7 @@ class MaskConfig:
     Attributes:
         operator: ``topk``, ``sigmoid`` or ``capped_exp``.
         temperature: epsilon of SoftTopK.
-        keep_soft_values: multiply each kept channel by its lambda at inference.
+        keep_soft_values: whether inference multiplies each kept channel by its lambda.
     """
 
     operator: str = "topk"
@@ -91,7 +91,7 @@ class TextConfig:
     Attributes:
         source: ``user`` for the first user message, ``system`` for the system message.
         format: ``raw``, or ``chat_template`` to wrap it as a user message.
-        max_tokens: a longer text is refused.
+        max_tokens: the longest text that is not refused.
     """
 
     source: str = "user"
@@ -106,7 +106,7 @@ class TextConfig:
 
 
 def text_limit(config: dict[str, Any]) -> int:
-    """The tokens a selector with this config can read, at most those of TextConfig."""
+    """How many tokens a selector with this config can read, TextConfig's default at most."""
     text_config = config.get("text_config") or {}
     context = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
     return min(context or TextConfig.max_tokens, TextConfig.max_tokens)
@@ -139,7 +139,7 @@ class IFPConfig:
         """Read and check a file.
 
         Raises:
-            IFPError: naming the file and the field.
+            IFPError: if a field is wrong; the message names it and the file.
         """
         with one_line(f"{path}"):
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))

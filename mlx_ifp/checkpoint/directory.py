@@ -1,4 +1,4 @@
-"""The checkpoint directory: opening and checking it, and writing a new one.
+"""Open and check a checkpoint directory, and write a new one.
 
 docs/checkpoint.md describes the format.
 """
@@ -29,7 +29,7 @@ from .expected import (
     trunk_tensors,
 )
 
-TRUNK = "model"  # mlx-lm's own stem: `mlx_lm.load` then fails on the missing FFN, loudly
+TRUNK = "model"  # mlx-lm's own stem, so that `mlx_lm.load` fails loudly: FFNs are missing
 CHANNELS = "channels"
 PREDICTOR = "predictor"
 PREDICTOR_STEM = f"{PREDICTOR}/model"
@@ -42,7 +42,7 @@ ORDER_TENSOR = "order"
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint: everything known about it from configs and headers, no weights yet.
+    """An opened checkpoint: what configs and headers say about it; no weights are read yet.
 
     Attributes:
         path: the directory.
@@ -57,7 +57,7 @@ class Checkpoint:
         static: name -> tensor of the static scores.
         order: name -> tensor of the order in which channels are stored.
         digest: sha256 over the configs, which hold the sha256 of all weights.
-        token_rows, predictor_rows: of the embeddings of LLM and predictor, as in
+        token_rows, predictor_rows: the rows of the embeddings of LLM and predictor, as in
             :func:`token_rows`.
     """
 
@@ -87,7 +87,7 @@ class Checkpoint:
         return ["predictor"] * bool(self.head) + ["activations"] + ["static"] * bool(self.static)
 
     def checked_selector(self, selector: str) -> str:
-        """The selector, if the checkpoint has it.
+        """Return the selector, if the checkpoint has it.
 
         Raises:
             IFPError: if it does not.
@@ -103,7 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read configs and headers and check that they fit together.
 
     Raises:
-        IFPError: one line that names the file and the tensor.
+        IFPError: if they do not; the message is one line that names the file and the tensor.
     """
     path = Path(path)
     if not (path / CONFIG_FILE).is_file():
@@ -164,7 +164,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def token_rows(model: nn.Module) -> int | None:
-    """Rows of a model's embedding of tokens; None if it has none, or others besides."""
+    """Count the rows of a model's embedding of tokens; None if it does not have exactly one."""
     try:
         return _embedding(model)[1][0]
     except IFPError:
@@ -172,10 +172,10 @@ def token_rows(model: nn.Module) -> int | None:
 
 
 def _embedding(model: nn.Module) -> tuple[str, tuple[int, int]]:
-    """Where a model's embedding of tokens is, and its rows and columns."""
+    """Find where a model's embedding of tokens is, and its rows and columns."""
     name = find_embedding(model)
     module = get_module(model, name)
-    assert isinstance(module, nn.Embedding | nn.QuantizedEmbedding)  # as find_embedding looks for
+    assert isinstance(module, nn.Embedding | nn.QuantizedEmbedding)  # find_embedding finds these
     return name, embedding_shape(module)
 
 
@@ -203,7 +203,7 @@ def _checked_header(path: Path, name: str, record: dict[str, Any]) -> dict[str, 
 
 
 def _digest(path: Path) -> str:
-    """The weights' own digests are part of ``ifp_config.json``."""
+    """Hash the configs; the weights count too, as ``ifp_config.json`` has their digests."""
     digest = hashlib.sha256()
     for file in (path / CONFIG_FILE, path / "config.json", path / PREDICTOR / "config.json"):
         digest.update(file.read_bytes() if file.exists() else b"none")
@@ -211,7 +211,7 @@ def _digest(path: Path) -> str:
 
 
 def build_llm(config: dict[str, Any], trunk: dict[str, TensorInfo]) -> nn.Module:
-    """The LLM's modules; those whose tensors are quantized are quantized ones."""
+    """Build the LLM's modules; those whose tensors are quantized become quantized modules."""
     model = build_model(config, quantized_modules(trunk))
     settle(model, {name: tensor.shape for name, tensor in trunk.items()})
     return model
@@ -233,7 +233,7 @@ def _check_predictor(
     llm: nn.Module,
     tensors: dict[str, TensorInfo],
 ) -> nn.Module:
-    """The backbone is a stock mlx-lm model without its output layer, and maybe its embedding."""
+    """Check the backbone: a stock mlx-lm model without output layer and maybe embedding."""
     backbone = build_model(config, quantized_modules(tensors))
     own = ifp.predictor_embedding == "own"
     if not own:
@@ -276,7 +276,7 @@ def _check_head(
 def _with_places(
     path: Path, order: dict[str, TensorInfo], channels: dict[str, TensorInfo], ffns: list[FFN]
 ) -> dict[str, TensorInfo]:
-    """The channels' tensors, which know where each channel is."""
+    """Tell the channels' tensors in which row each channel is."""
     shape = (len(ffns), ffns[0].d_ffn)
     check_tensors(path, order, {ORDER_TENSOR: (shape, ("U32",))})
     arrays = cast(dict[str, mx.array], mx.load(str(path)))
@@ -301,12 +301,12 @@ def write_checkpoint(
     """Write configs and tensors into a directory of :func:`~mlx_ifp.files.atomic.new_directory`.
 
     Args:
-        directory (Path): where to; it holds the tokenizer already, or gets it later.
+        directory (Path): where to write; it holds the tokenizer already, or gets it later.
         config (dict): the LLM's mlx-lm config.
         ifp (IFPConfig): its ``files`` are filled in here.
         tensors (dict): file stem (``model``, ``channels``, ``predictor/model``,
-            ``predictor/head``, ``static``) -> name -> array or LazyTensor; emptied on the way.
-        progress (Callable): called with the bytes of each block written.
+            ``predictor/head``, ``static``) -> name -> array or LazyTensor; it is emptied.
+        progress (Callable): is called with the bytes of each block that is written.
     """
     for stem in list(tensors):
         arrays = tensors.pop(stem)

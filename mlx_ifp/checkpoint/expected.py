@@ -17,7 +17,7 @@ from .config import HeadConfig
 from .rows import stored_modules
 
 Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
-# The head's path in the predictor's config.json, where mlx-lm has the backbone's modules.
+# The predictor's config.json lists the head's modules under this path, beside the backbone's.
 HEAD_MODULE = "head"
 
 
@@ -32,9 +32,10 @@ def parameters_of(model: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def trunk_tensors(model: nn.Module, ffns: list[FFN]) -> Expected:
-    """What the trunk of a model is made of: name -> (shape, allowed dtypes).
+    """List what the trunk of a model is made of: name -> (shape, allowed dtypes).
 
-    It is every parameter but the FFN's, and the down projection's bias, which no channel owns.
+    The trunk has every parameter outside of the FFNs, and the bias of the down projection, which
+    belongs to no channel.
     """
     prefixes = tuple(f"{ffn.path}." for ffn in ffns)
     biases = {f"{ffn.path}.down_proj.bias" for ffn in ffns if "down_proj" in ffn.biases}
@@ -46,14 +47,14 @@ def trunk_tensors(model: nn.Module, ffns: list[FFN]) -> Expected:
 
 
 def backbone_tensors(model: nn.Module, own_embedding: bool = True) -> Expected:
-    """What a predictor's backbone is made of: the model without its output layer.
+    """List what a predictor's backbone is made of: the model without its output layer.
 
     Args:
         model (nn.Module): the backbone.
-        own_embedding (bool): False leaves out its embedding, which the LLM's stands in for.
+        own_embedding (bool): False leaves out its embedding, because the LLM's is used instead.
 
     Raises:
-        IFPError: if it has no body, or not the one embedding that is to be left out.
+        IFPError: if it has no body, or does not have the one embedding that shall be left out.
     """
     prefix = f"{find_body(model)}."
     shared = () if own_embedding else (f"{find_embedding(model)}.",)
@@ -73,9 +74,9 @@ def _allowed(array: mx.array) -> tuple[str, ...]:
 def channel_tensors(
     config: dict[str, Any], ffns: list[FFN], found: dict[str, TensorInfo]
 ) -> Expected:
-    """What the channels are made of: name -> (shape, allowed dtypes).
+    """List what the channels are made of: name -> (shape, allowed dtypes).
 
-    A projection is quantized if its ``scales`` are there; how is in the LLM's config.
+    A projection is quantized if its ``scales`` are there; the LLM's config says how.
     """
     expected: Expected = {}
     modules = stored_modules(ffns)
@@ -94,9 +95,9 @@ def channel_tensors(
 def head_tensors(
     head: HeadConfig, config: dict[str, Any], found: dict[str, TensorInfo]
 ) -> Expected:
-    """What the predictor's head is made of: name -> (shape, allowed dtypes).
+    """List what the predictor's head is made of: name -> (shape, allowed dtypes).
 
-    A Linear is quantized if its ``scales`` are there; how is in the backbone's config.
+    A Linear is quantized if its ``scales`` are there; the backbone's config says how.
 
     Raises:
         IFPError: if the config does not tell, or names another mode than affine.
@@ -112,11 +113,11 @@ def head_tensors(
 
 
 def head_quantization(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Group size and bits of a quantized Linear of the head, such as ``linear2``.
+    """Find group size and bits of a quantized Linear of the head, such as ``linear2``.
 
     Args:
-        config (dict): the backbone's, which names it as the module ``head.linear2``.
-        name (str): of the Linear.
+        config (dict): the backbone's config, in which the module is named ``head.linear2``.
+        name (str): the Linear's name.
 
     Raises:
         IFPError: if the config does not tell, or names another mode than affine.
@@ -154,7 +155,7 @@ def check_tensors(
     """Compare tensors with what they must be: name -> (shape, allowed dtypes).
 
     Raises:
-        IFPError: naming the file and the first tensor that is missing, extra or wrong.
+        IFPError: if a tensor is missing, extra or wrong; the message names the first and the file.
     """
     for name, (shape, dtypes) in expected.items():
         if name not in found:

@@ -18,7 +18,7 @@ def write_model_card(directory: Path, name: str, base_model: str | None = None) 
 
     Args:
         directory (Path): the checkpoint.
-        name (str): of its repository.
+        name (str): the name of its repository.
         base_model (str): the hub id it was converted from, or None.
     """
     checkpoint = open_checkpoint(directory)
@@ -56,7 +56,7 @@ def write_model_card(directory: Path, name: str, base_model: str | None = None) 
 
 
 def upload_checkpoint(directory: Path, repo: str, base_model: str | None = None) -> None:
-    """Upload a checkpoint with its model card; the repository is made if there is none.
+    """Upload a checkpoint with its model card; the repository is created if it does not exist.
 
     Raises:
         IFPError: if the hub refuses it; the checkpoint stays where it is.
@@ -70,6 +70,6 @@ def upload_checkpoint(directory: Path, repo: str, base_model: str | None = None)
 
 @contextlib.contextmanager
 def uploading(directory: str | Path, repo: str) -> Iterator[None]:
-    """An upload's errors in one line that says what is complete all the same."""
+    """Raise an upload's errors as one line that also says what is complete."""
     with one_line(f"{directory} is complete, but not uploaded to {repo}"):
         yield

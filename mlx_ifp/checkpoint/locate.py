@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local directory, a hub repository, or the package's own."""
+"""Find a checkpoint: a local directory, a hub repository, or the package's own."""
 
 from pathlib import Path
 
@@ -11,27 +11,26 @@ from huggingface_hub.errors import (
 from ..errors import IFPError, one_line
 from .config import CONFIG_FILE
 
-# A pattern of the hub's covers directories too, such as that of a tokenizer's other templates.
+# The hub's patterns match files in directories too, such as a tokenizer's other templates.
 TOKENIZER_PATTERNS = [
     *("*.json", "*.jsonl", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jinja"),
 ]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "*.py"]
-# The package's own checkpoint, for those who name none.
+# This is the package's own checkpoint, which is used if none is named.
 DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
 
 
 def source_name(model: str | Path) -> str:
-    """A source as a checkpoint names it: a hub id, or the last part of a path.
+    """Name a source as a checkpoint does: by its hub id, or by the last part of its path.
 
-    The rest of a path is nobody else's business, and would make two checkpoints of one model
-    differ.
+    The rest of a path is private, and would make two checkpoints of one model differ.
     """
     path = expanded(model)
     return path.resolve().name if path.exists() else str(model)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ``~`` resolved; of a user that does not exist it stays as it is."""
+    """Resolve ``~`` in a path; if the user that it names does not exist, it stays as it is."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -41,15 +40,15 @@ def expanded(path: str | Path) -> Path:
 def resolve(
     path_or_hf_repo: str | Path | None, revision: str | None = None, *, converted: bool = True
 ) -> Path:
-    """The directory of a checkpoint: a local one, or a hub repository that is downloaded.
+    """Find the directory of a checkpoint: a local one, or a hub repository that is downloaded.
 
     Args:
-        path_or_hf_repo: which; None for the package's own.
-        revision (str): of a hub repository.
-        converted (bool): an ordinary model is refused before its weights are downloaded.
+        path_or_hf_repo: the checkpoint; None for the package's own.
+        revision (str): the revision of a hub repository.
+        converted (bool): whether to refuse an ordinary model before its weights are downloaded.
 
     Raises:
-        IFPError: if there is neither.
+        IFPError: if there is neither such a directory nor such a repository.
     """
     if path_or_hf_repo is None:
         if not DEFAULT_MODEL.is_dir():

@@ -1,4 +1,4 @@
-"""What a checkpoint is stored in: types, and which modules are quantized, and how."""
+"""The precision of a checkpoint: its types, which modules are quantized, and how."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from ..llm.ffn import FFN
 from ..llm.modules import get_module, linear
 from .expected import HEAD_MODULE
 
-# mlx-lm's, of the mode affine.
+# This is mlx-lm's default for the mode affine.
 DEFAULT_GROUP_SIZE = 64
 
 
@@ -27,7 +27,7 @@ class Precision:
     """How to store a model; the fields are the options of ``mlx_lm.convert``.
 
     Attributes:
-        dtype: of what is not quantized; None keeps it.
+        dtype: the type of what is not quantized; None keeps it.
         quantize: whether to quantize.
         bits, group_size: None takes mlx-lm's default of the mode.
         mode: affine, mxfp4, nvfp4 or mxfp8.
@@ -69,13 +69,14 @@ class Precisions:
         predictor_group_size: int | None = None,
         head_bits: int | None = None,
     ) -> "Precisions":
-        """The LLM's, and the others as far as they are to differ from it.
+        """Take the LLM's precision for all parts, but for what the other arguments change.
 
         Args:
-            llm: the LLM's.
-            predictor_dtype, predictor_bits, predictor_group_size: the backbone's; 0 bits leave it
+            llm: the LLM's precision.
+            predictor_dtype, predictor_bits, predictor_group_size: those of the backbone; 0 bits
+                leave it unquantized.
+            head_bits: the bits of the head, which has the backbone's groups; None leaves it
                 unquantized.
-            head_bits: the head's, in the backbone's groups; None leaves it unquantized.
 
         Raises:
             IFPError: if the options contradict one another.
@@ -92,14 +93,14 @@ class Precisions:
 def quantize_config(
     config: dict[str, Any], ffns: list[FFN], precision: Precision
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
-    """Which modules mlx-lm would quantize, and how; no weight is touched.
+    """Find which modules mlx-lm would quantize, and how; no weight is touched.
 
-    Down projections are judged as they are stored: a channel is a row.
+    Down projections are judged by the shape in which they are stored: a channel is a row.
 
     Args:
-        config (dict): of mlx-lm's model.
-        ffns (list): its FFNs; none for a predictor's backbone, which stays as mlx-lm has it.
-        precision (Precision): without ``quantize`` nothing is.
+        config (dict): the config of mlx-lm's model.
+        ffns (list): its FFNs; empty for a predictor's backbone, which stays as mlx-lm has it.
+        precision (Precision): how to quantize; nothing is quantized without ``quantize``.
 
     Returns:
         tuple: the config with ``quantization``; module path -> group_size, bits and mode; and
@@ -118,7 +119,7 @@ def quantize_config(
     if precision.recipe is not None:
         group_size = group_size or DEFAULT_GROUP_SIZE
         predicate = mixed_quant_predicate_builder(precision.recipe, network, group_size)
-    # mlx-lm prints its summary; stdout is for results.
+    # mlx-lm prints a summary, which goes to stderr because stdout is for results.
     with one_line("The model cannot be quantized so"), contextlib.redirect_stdout(sys.stderr):
         network, config = quantize_model(
             network,
@@ -146,12 +147,15 @@ def quantize_config(
 def quantize_head(
     config: dict[str, Any], widths: list[int], precision: Precision
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
-    """The same for a predictor's head; a Linear whose input is no multiple of the groups is left.
+    """Find the same for a predictor's head.
+
+    A Linear whose input is no multiple of the group size is not quantized.
 
     Args:
-        config (dict): the backbone's.
-        widths (list): of the head's Linears.
-        precision (Precision): without ``quantize`` nothing is; the mode is affine.
+        config (dict): the backbone's config.
+        widths (list): the widths of the head's Linears.
+        precision (Precision): how to quantize, in the mode affine; nothing is quantized without
+            ``quantize``.
     """
     how: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
@@ -174,7 +178,7 @@ def quantize_head(
 
 
 def name_head_modules(config: dict[str, Any], how: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The backbone's config with the quantization of the head's Linears, by name."""
+    """Add the quantization of the head's Linears to the backbone's config, by name."""
     if not how:
         return config
     modules = {f"{HEAD_MODULE}.{name}": dict(one) for name, one in how.items()}
@@ -190,7 +194,7 @@ def precision_of_predictor(
     group_size: int | None,
     head_bits: int | None,
 ) -> Precision:
-    """The LLM's, but for what is given."""
+    """Take the LLM's precision, but for what is given."""
     own = replace(precision, dtype=dtype or precision.dtype)
     if bits == 0:
         return Precision(dtype=own.dtype)
@@ -206,7 +210,7 @@ def precision_of_predictor(
 
 
 def precision_of_head(predictor: Precision, bits: int | None, group_size: int | None) -> Precision:
-    """Unquantized unless bits are given; affine, the only mode a head has."""
+    """Leave a head unquantized unless bits are given; then its mode is affine, the only one."""
     if not bits:
         return Precision(dtype=predictor.dtype)
     return Precision(predictor.dtype, True, bits, group_size or DEFAULT_GROUP_SIZE)

@@ -1,8 +1,8 @@
 """How a checkpoint stores the FFN's channels: each is a row of every tensor.
 
 ``gate_proj`` and ``up_proj`` lie as mlx-lm has them; a fused ``gate_up_proj`` is stored as the two.
-``down_proj`` is stored transposed, [d_ffn, hidden size]: its quantization groups lie inside a row
-like those of the others. Its bias belongs to no channel and is part of the trunk.
+``down_proj`` is stored transposed, [d_ffn, hidden size], so that its quantization groups lie inside
+a row like those of the others. Its bias belongs to no channel and is part of the trunk.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -21,14 +21,14 @@ def _rows(array: mx.array, start: int, stop: int) -> mx.array:
 
 
 def stored_as(projection: str) -> tuple[str, ...]:
-    """The projections that one of the model's is stored as, top to bottom: a fused one is two."""
+    """List what a projection of the model is stored as, top to bottom: a fused one is two."""
     return ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
 
 
 def stored_modules(ffns: list[FFN]) -> dict[str, str]:
-    """Every projection as it is stored -> the module of the model that it is, or is a part of.
+    """Map each projection as it is stored to the module that it is, or is a part of.
 
-    The config names the module, so this finds out how a stored projection is quantized.
+    The config says how modules are quantized, so this tells how a stored projection is.
     """
     return {
         f"{ffn.path}.{projection}": ffn.module_path(projection)
@@ -38,7 +38,7 @@ def stored_modules(ffns: list[FFN]) -> dict[str, str]:
 
 
 def owners_of(ffns: list[FFN]) -> dict[str, FFN]:
-    """Every module of the model that holds channels -> the FFN that it belongs to."""
+    """Map each module of the model that holds channels to the FFN that it belongs to."""
     return {ffn.module_path(projection): ffn for ffn in ffns for projection in PROJECTIONS}
 
 
@@ -48,15 +48,15 @@ def to_rows(
     tensor: Tensor,
     *,
     turned: bool = False,
-    # mypy knows no default for one of the kinds of tensors: these two are of arrays.
+    # mypy accepts no default that fits only one kind of tensor; these two fit arrays.
     rows: Callable[[Tensor, int, int], Tensor] = _rows,  # type: ignore[assignment]
     transposed: Callable[[Tensor], Tensor] = mx.transpose,  # type: ignore[assignment]
 ) -> dict[str, Tensor]:
-    """One tensor of an FFN as it is stored.
+    """Turn one tensor of an FFN into what is stored.
 
     Args:
-        ffn (FFN): whose it is.
-        name (str): mlx-lm's, of the whole model.
+        ffn (FFN): the FFN that it belongs to.
+        name (str): mlx-lm's name of the tensor in the whole model.
         tensor: an array, or another kind of tensor for which the functions below are given.
         turned (bool): whether a row of the down projection is a channel already.
         rows (Callable): takes the rows from start to stop of a tensor.
@@ -80,10 +80,10 @@ def to_rows(
 
 
 def parts_of(ffn: FFN, stored: Container[str]) -> dict[tuple[str, str], list[str]]:
-    """What a model's FFN is made of: (projection, part) -> names that are stored, top to bottom.
+    """List a model's FFN: (projection, part) -> names that are stored, top to bottom.
 
     Args:
-        ffn (FFN): whose parts are looked for; ``gate_up_proj`` is the projection of a fused one.
+        ffn (FFN): the FFN; if it is a fused one, its projection is ``gate_up_proj``.
         stored: the names that the checkpoint has.
     """
     found: dict[tuple[str, str], list[str]] = {}
@@ -97,12 +97,12 @@ def parts_of(ffn: FFN, stored: Container[str]) -> dict[tuple[str, str], list[str
 
 
 def from_rows(ffn: FFN, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """An FFN as mlx-lm has it, by mlx-lm's names: the inverse of :func:`to_rows`.
+    """Make an FFN as mlx-lm has it, by mlx-lm's names: the inverse of :func:`to_rows`.
 
     Args:
-        ffn (FFN): whose it is.
-        stored: names in the checkpoint -> arrays in floats: quantized groups of the down
-            projection cannot be turned.
+        ffn (FFN): the FFN to make.
+        stored: names in the checkpoint -> arrays. They must be floats, because a quantized down
+            projection cannot be transposed.
     """
     made = {}
     for (projection, part), names in parts_of(ffn, stored).items():

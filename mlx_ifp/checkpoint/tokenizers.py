@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizers: its LLM's, and its predictor's own."""
+"""Load a checkpoint's tokenizers: that of its LLM, and the predictor's own."""
 
 import contextlib
 from pathlib import Path
@@ -12,24 +12,24 @@ from .directory import PREDICTOR, Checkpoint
 
 
 def tokens_without_rows(tokenizer: TokenizerWrapper, rows: int | None, where: str) -> list[str]:
-    """Tokens that were added to a tokenizer and whose ids have no row in the embedding.
+    """Find tokens that were added to a tokenizer and whose ids have no row in the embedding.
 
-    MLX reads beyond the array for such an id, and answers are garbage. Models are published with
-    a few, which no text is meant to use (Gemma 3's ``<image_soft_token>``). A whole vocabulary
-    beyond the embedding is that of another model.
+    MLX reads beyond the array for such an id, and answers become garbage. Some published models
+    have a few such tokens, which no text is meant to use (Gemma 3's ``<image_soft_token>``). If
+    ordinary tokens lie beyond the embedding, the tokenizer is another model's.
 
     Args:
-        tokenizer: of the model.
-        rows (int): of its embedding; None leaves it unchecked.
+        tokenizer: the model's tokenizer.
+        rows (int): the rows of its embedding; None skips the check.
         where (str): names the tokenizer in messages.
 
     Returns:
-        list: the tokens, by id.
+        list: the tokens, in the order of their ids.
 
     Raises:
-        IFPError: if an id beyond the embedding is no added token's.
+        IFPError: if an id beyond the embedding is not that of an added token.
     """
-    # Tokenizers of other classes than transformers' may lack a vocabulary.
+    # A tokenizer whose class is not transformers' may lack a vocabulary.
     with contextlib.suppress(AttributeError, NotImplementedError):
         if rows is None:
             return []
@@ -46,7 +46,7 @@ def tokens_without_rows(tokenizer: TokenizerWrapper, rows: int | None, where: st
 
 
 def _fits(tokenizer: TokenizerWrapper, rows: int | None) -> bool:
-    """Whether there are no more tokens than rows; counting them is a thousand times as fast."""
+    """Whether there are no more tokens than rows; this is a thousand times faster than a list."""
     with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
         return rows is None or tokenizer.vocab_size + len(tokenizer.get_added_vocab()) <= rows
     return False
@@ -65,7 +65,7 @@ def _load_tokenizer(
 def load_tokenizer_of(
     checkpoint: Checkpoint, config: dict[str, Any] | None = None
 ) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint's LLM; ``config`` is passed on, as in mlx-lm.
+    """Load the tokenizer of a checkpoint's LLM; ``config`` is passed on, as in mlx-lm.
 
     Raises:
         IFPError: if it cannot be loaded, or is another model's.
@@ -77,7 +77,7 @@ def load_tokenizer_of(
 def load_predictor_tokenizer(
     checkpoint: Checkpoint, config: dict[str, Any] | None = None
 ) -> TokenizerWrapper:
-    """The tokenizer of a checkpoint's predictor, which has one of its own.
+    """Load the tokenizer of a checkpoint's predictor, which has one of its own.
 
     Raises:
         IFPError: if it cannot be loaded, or is another model's.

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors -> mlx-lm modules with arrays in memory; all but the channels."""
+"""Load all of a checkpoint's tensors but its channels into mlx-lm modules."""
 
 import typing
 
@@ -13,9 +13,9 @@ from .expected import quantized_modules
 
 
 def load_tensors(tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    """Lazy arrays of all the tensors, floats cast to ``dtype`` if one is given.
+    """Make lazy arrays of all the tensors; floats are cast to ``dtype`` if one is given.
 
-    Channels come in their own order, however they are stored.
+    Channels come in their original order, whatever order they are stored in.
     """
     arrays: dict[str, mx.array] = {}
     for path in sorted({tensor.path for tensor in tensors.values()}):
@@ -28,12 +28,12 @@ def load_tensors(tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> dict
 
 
 def build_backbone(checkpoint: Checkpoint, trunk: nn.Module | None = None) -> nn.Module:
-    """The modules of the predictor's backbone, of which no tensor is read.
+    """Build the modules of the predictor's backbone; no tensor is read.
 
     Raises:
         ValueError: if it shares the trunk's embedding and there is no trunk.
     """
-    assert checkpoint.predictor_config is not None  # as a head is
+    assert checkpoint.predictor_config is not None  # it has a predictor
     model = build_model(checkpoint.predictor_config, quantized_modules(checkpoint.predictor))
     if checkpoint.ifp.predictor_embedding == "llm":
         if trunk is None:
@@ -45,7 +45,7 @@ def build_backbone(checkpoint: Checkpoint, trunk: nn.Module | None = None) -> nn
 def load_backbone(
     checkpoint: Checkpoint, dtype: mx.Dtype | None, trunk: nn.Module | None = None
 ) -> nn.Module:
-    """The predictor's backbone, a stock mlx-lm model; its output layer, if any, stays unset.
+    """Load the predictor's backbone, a stock mlx-lm model; an output layer stays unset.
 
     Args:
         checkpoint (Checkpoint): one that has a predictor.
@@ -54,7 +54,7 @@ def load_backbone(
             Its embedding module becomes the backbone's.
 
     Raises:
-        ValueError: if it is needed and missing.
+        ValueError: if the trunk is needed and missing.
     """
     model = build_backbone(checkpoint, trunk)
     arrays = load_tensors(checkpoint.predictor, dtype)
@@ -64,12 +64,12 @@ def load_backbone(
 
 
 def build_trunk(checkpoint: Checkpoint, width: int) -> nn.Module:
-    """The modules of the LLM, of which no tensor is read; their ``intermediate_size`` is width."""
+    """Build the LLM's modules with ``width`` as ``intermediate_size``; no tensor is read."""
     return build_llm(with_width(checkpoint.config, width), checkpoint.trunk)
 
 
 def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn.Module:
-    """A stock mlx-lm model with the trunk's arrays in memory and FFNs that are still to be set.
+    """Load a stock mlx-lm model with the trunk's arrays; its FFNs must still be set.
 
     Args:
         checkpoint (Checkpoint): an opened checkpoint.

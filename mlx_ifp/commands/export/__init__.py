@@ -1,4 +1,4 @@
-"""``mlx_ifp.export``: a task's sub-network as a stock mlx-lm directory, or as GGUF."""
+"""``mlx_ifp.export`` writes a task's sub-network as a stock mlx-lm directory or as GGUF."""
 
 from ...cli.dispatch import entry_point
 

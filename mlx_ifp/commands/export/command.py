@@ -1,4 +1,4 @@
-"""``mlx_ifp.export``: a task's sub-network as a stock mlx-lm directory, or as GGUF."""
+"""``mlx_ifp.export`` writes a task's sub-network as a stock mlx-lm directory or as GGUF."""
 
 import argparse
 import sys
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         dequantize=args.dequantize,
         gguf=args.gguf,
     )
-    # --dense has none, and excludes the flag.
+    # --dense has no selection and cannot be combined with this flag.
     if args.save_selection is not None and selection is not None:
         save_selection(args.save_selection, selection)
     for note in notes:

@@ -1,4 +1,4 @@
-"""The config of an exported model: mlx-lm must build the model of it that is written."""
+"""Find the config from which mlx-lm builds the very model that an export writes."""
 
 import copy
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ from ...llm.build import build_model, with_width
 def config_of_width(
     config: dict[str, Any], d_ffn: int, width: int, tensors: dict[str, LazyTensor]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A config whose FFNs have another width, tried with the tensors that will be written.
+    """Find a config whose FFNs have another width; try it with the tensors that will be written.
 
     Most models take the width from ``intermediate_size``. Others halve it (RecurrentGemma) or have
     a factor in its place (AFM), so fields are scaled one by one until the model fits.
 
     Args:
-        config (dict): of the LLM, with the quantization of the tensors.
+        config (dict): the LLM's config, with the quantization of the tensors.
         d_ffn (int): the width of its FFNs.
-        width (int): the width that they are to have.
-        tensors (dict): all of the model, by mlx-lm's names.
+        width (int): the width that they shall have.
+        tensors (dict): all tensors of the model, by mlx-lm's names.
 
     Returns:
-        tuple: the config, and what the user should know of it.
+        tuple: the config, and what the user should know about it.
 
     Raises:
         IFPError: if no such config is found.
     """
-    # The whole width is that of the config as it is.
+    # The config as it is already has the whole width.
     plain = config if width == d_ffn else with_width(config, width)
     problem = misfit(plain, tensors)
     if problem is None:
@@ -47,7 +47,7 @@ def config_of_width(
 
 
 def misfit(config: dict[str, Any], tensors: dict[str, LazyTensor]) -> str | None:
-    """Why mlx-lm would not load a model with this config and these tensors; None if it would.
+    """Say why mlx-lm would not load a model with this config and tensors; None if it would.
 
     mlx-lm's own model is built and given placeholders, which are never evaluated.
     """
@@ -64,13 +64,13 @@ def misfit(config: dict[str, Any], tensors: dict[str, LazyTensor]) -> str | None
 
 
 def _scaled(config: dict[str, Any], factor: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Configs with one number of the text model scaled, and which number it is."""
+    """Yield configs in which one number of the text model is scaled, with that number's name."""
     where = "text_config" if isinstance(config.get("text_config"), dict) else None
     for name, value in (config[where] if where else config).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         exact = value * factor
-        # A float is rounded down to channels, so it may have to be a trifle more.
+        # A model rounds channels down from a float, so the float may have to be slightly larger.
         values = [round(exact)] if isinstance(value, int) else [exact, exact * (1 + 1e-9)]
         for new in values:
             changed = copy.deepcopy(config)

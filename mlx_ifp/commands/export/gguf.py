@@ -12,11 +12,11 @@ from mlx_lm.gguf import convert_to_gguf
 from ...errors import IFPError, one_line
 from .options import GGUF_FILE
 
-GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx_lm.fuse --export-gguf
+GGUF_MODELS = ("llama", "mixtral", "mistral")  # mlx_lm.fuse --export-gguf takes these
 
 
 def check_gguf(config: dict[str, Any]) -> None:
-    """mlx-lm's exporter writes other models too, but wrong ones."""
+    """Refuse models that mlx-lm's exporter would write without an error, but wrongly."""
     problem = None
     scaling = config.get("rope_scaling") or {}
     if config["model_type"] not in GGUF_MODELS:
@@ -40,7 +40,7 @@ def write_gguf(directory: Path, config: dict[str, Any]) -> list[str]:
     weights: dict[str, mx.array] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= cast(dict[str, mx.array], mx.load(str(file)))
-    # mlx-lm prints the name of a temporary directory, which says nothing to users.
+    # mlx-lm prints the name of a temporary directory, which is of no use to users.
     silent = contextlib.redirect_stdout(io.StringIO())
     with one_line("mlx-lm's GGUF exporter cannot write this model"), silent:
         convert_to_gguf(directory, weights, config, str(directory / GGUF_FILE))

@@ -14,7 +14,7 @@ EXAMPLES = """examples:
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """The arguments of ``mlx_ifp.export``: those of ``mlx_lm.fuse`` where they mean the same."""
+    """The arguments of ``mlx_ifp.export``; those that ``mlx_lm.fuse`` has too have its names."""
     parser = new_parser(
         "export", "Write the sub-network of a task as a model that plain mlx-lm opens.", EXAMPLES
     )

@@ -1,4 +1,4 @@
-"""A sub-network as a stock mlx-lm directory."""
+"""Write a sub-network as a stock mlx-lm directory."""
 
 import copy
 import json
@@ -34,15 +34,15 @@ DOWN_BITS = 8
 
 @dataclass
 class _Layer:
-    """One layer's FFN as mlx-lm stores it, made when its first tensor is written.
+    """One layer's FFN as mlx-lm stores it; it is made when its first tensor is written.
 
     Attributes:
-        ffn: where it belongs.
-        width: rows of all layers; a layer that keeps fewer gets channels of zeros.
-        read: gives its rows.
+        ffn: the FFN of the model that it replaces.
+        width: the rows that all layers have; a layer that keeps fewer gets channels of zeros.
+        read: returns its rows.
         shapes: names -> (shape, type) of its tensors.
-        config: the checkpoint's, which says how its weights are quantized.
-        down: how its down projection is quantized; None if not.
+        config: the checkpoint's config, which says how its weights are quantized.
+        down: how its down projection is quantized; None if it is not.
         dequantize: whether to undo the quantization of the others.
         made: tensors that are made and not yet written.
     """
@@ -89,7 +89,7 @@ class _Layer:
 
 
 def _padded(array: mx.array, width: int, projection: str) -> mx.array:
-    """Add rows of zeros, which add nothing, below each of the parts of a fused projection."""
+    """Add rows of zeros, which change no output, below each part of a fused projection."""
     count = len(stored_as(projection))
     short = width - array.shape[0] // count
     if not short:
@@ -101,7 +101,7 @@ def _padded(array: mx.array, width: int, projection: str) -> mx.array:
 def _float_weight(
     arrays: dict[str, mx.array], module: str, config: dict[str, Any], path: str
 ) -> mx.array:
-    """A module's weight as floats; its quantized parts are taken out of the dict."""
+    """Return a module's weight as floats; its quantized parts are taken out of the dict."""
     weight = arrays.pop(f"{module}.weight")
     scales = arrays.pop(f"{module}.scales", None)
     if scales is None:
@@ -129,15 +129,16 @@ def export(
 ) -> list[str]:
     """Write a sub-network as a stock mlx-lm model of ``intermediate_size`` k.
 
-    Everything keeps the type it is stored in. A quantized down projection cannot: mlx-lm's groups
-    lie along k, a checkpoint's along the hidden size, so it is quantized again, in 8 bits; or left
-    in floats if k is no multiple of the group size. Soft values become part of the weights.
+    Everything keeps the type it is stored in, except for a quantized down projection: mlx-lm's
+    groups lie along k, but a checkpoint's lie along the hidden size. So it is quantized again in 8
+    bits, or left in floats if k is no multiple of the group size. Soft values become part of the
+    weights.
 
     Args:
         checkpoint (Checkpoint): from :func:`~mlx_ifp.checkpoint.directory.open_checkpoint`.
-        tokenizer: of its LLM.
+        tokenizer: the tokenizer of its LLM.
         save_path: the directory to make; it must not exist.
-        selection (Selection): which channels; None for all, the dense model.
+        selection (Selection): which channels to write; None writes all, the dense model.
         dequantize (bool): write floats only.
         gguf (bool): write ``ggml-model-f16.gguf`` too, through mlx-lm.
 
@@ -146,7 +147,7 @@ def export(
 
     Raises:
         IFPError: if the selection is of another model, the path exists, mlx-lm has no GGUF of
-            this architecture, or would not open what is written; nothing is left behind.
+            this architecture, or mlx-lm would not open what is written; nothing is left behind.
     """
     if selection is not None:
         check_selection(selection, checkpoint.ffns)
@@ -215,7 +216,7 @@ def export(
 
 
 def _record_quantized(config: dict[str, Any], tensors: dict[str, LazyTensor]) -> None:
-    """Take modules out of a config's quantization that are not quantized in what is written."""
+    """Remove modules from a config's quantization that are not quantized in what is written."""
     said = config.get("quantization")
     if isinstance(said, dict):
         config["quantization"] = {
@@ -238,7 +239,7 @@ def _shapes(
     down: dict[str, Any] | None,
     dequantize: bool,
 ) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
-    """Shapes and types of a layer's tensors, from those of one channel."""
+    """Find the shapes and types of a layer's tensors from those of one channel."""
     channels = checkpoint.channels
     one: dict[str, dict[str, mx.array]] = {}
     for (projection, part), names in parts_of(ffn, channels).items():
