@@ -1,1 +1,1 @@
-"""An mlx-lm model seen by its structure: nothing here knows of selections."""
+"""These modules treat an mlx-lm model by its structure; none of them knows of selections."""

@@ -1,4 +1,4 @@
-"""A model of a config, and what the config says of quantization."""
+"""Build a model from its config, and read what the config says about quantization."""
 
 import contextlib
 import copy
@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-# A private name, but mlx-lm offers it as load_model's default `get_model_classes`.
+# The name is private, but mlx-lm offers it as load_model's default `get_model_classes`.
 from mlx_lm.utils import _get_classes
 
 from ..errors import IFPError, one_line
@@ -17,7 +17,7 @@ _QUANTIZATION_DEFAULTS = ("group_size", "bits", "mode")
 
 
 def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = frozenset()):
-    """An mlx-lm model of a config, its arrays not yet evaluated.
+    """Build the mlx-lm model of a config; its arrays are not evaluated yet.
 
     Args:
         config (dict): an mlx-lm ``config.json``.
@@ -35,9 +35,9 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
         with one_line(f"mlx-lm cannot build a model of type {model_type!r}"):
             model_class, args_class = _get_classes(config)
             with _untouched_random_state():
-                # Some of mlx-lm's models change what they are given.
+                # Some of mlx-lm's models change the config that they are given, so they get a copy.
                 model = model_class(args_class.from_dict(copy.deepcopy(config)))
-    except SystemExit as error:  # mlx-lm's olmo, if the package it needs is missing
+    except SystemExit as error:  # mlx-lm's olmo exits if its package is missing
         raise IFPError(f"mlx-lm cannot build a model of type {model_type!r} here.") from error
     if quantized:
         with _untouched_random_state():
@@ -69,7 +69,7 @@ def complete(model: nn.Module) -> None:
 
 
 def _all_sliding(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of bodies that reach beyond the last cache, for a mask that no layer uses."""
+    """Make a class of bodies that may look up a cache beyond the last, for a mask no layer uses."""
 
     def call(self: nn.Module, inputs: mx.array, cache: list | None = None, *args: Any) -> mx.array:
         missing = self.args.sliding_window_pattern - len(self.layers)
@@ -104,13 +104,13 @@ def _untouched_random_state() -> Iterator[None]:
 
 
 def random_state() -> list[int]:
-    """What MLX's random numbers follow from, as two numbers."""
+    """The state of MLX's random number generator, as two numbers."""
     key: mx.array = cast(list, mx.random.state)[0]
     return cast(list[int], key.tolist())
 
 
 def set_random_state(state: list[int]) -> None:
-    """Go on with the random numbers where :func:`random_state` was asked."""
+    """Restore the state that :func:`random_state` returned."""
     high, low = state
     mx.random.seed(high << 32 | low)
 
@@ -141,10 +141,10 @@ def quantization_of(config: dict[str, Any], path: str, file: str = "config.json"
 
 
 def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
-    """The config of the same LLM with FFNs of another width.
+    """Change a config so that the same LLM has FFNs of another width.
 
-    Nemotron-NAS has widths that are multiples of 256 only; the config of any other one is that of
-    the next multiple.
+    The width of Nemotron-NAS can only be a multiple of 256; any other width is rounded up to the
+    next one.
     """
     config = dict(config)
     if isinstance(config.get("text_config"), dict):
@@ -152,7 +152,7 @@ def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
         if "intermediate_size" in config:
             config["intermediate_size"] = width
         return config
-    if "hidden_dim_scale_factor" in config:  # AFM 7B, whose width is that times hidden_dim
+    if "hidden_dim_scale_factor" in config:  # AFM 7B: the width is this factor times hidden_dim
         config["hidden_dim_scale_factor"] = (width + 0.5) / config["hidden_dim"]
         return config
     if isinstance(config.get("block_configs"), list):  # Nemotron-NAS, 2/3 of that times hidden_size
@@ -162,7 +162,7 @@ def with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
         ]
     elif "intermediate_size_mlp" in config:  # Llama 4's dense layers
         config["intermediate_size_mlp"] = width
-    if config.get("model_type") == "recurrent_gemma":  # it counts gate and up projection
+    if config.get("model_type") == "recurrent_gemma":  # it counts gate and up together
         width *= 2
     found = config.get("intermediate_size")
     config["intermediate_size"] = [width] * len(found) if isinstance(found, list) else width

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The names that configs have for it.
+# Configs have these names for the number of positions.
 _LENGTHS = ("max_position_embeddings", "n_positions")
 _ROPE = ("rope_scaling", "rope_parameters")
 
@@ -11,8 +11,8 @@ _ROPE = ("rope_scaling", "rope_parameters")
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The most tokens that a model reads, or None if its config does not say.
 
-    Some configs state the length before their rotary embeddings are stretched, others the one
-    after. The larger reading counts: nothing is refused that may be right.
+    Some configs state the length before their rotary embeddings are stretched, others the length
+    after that. The larger reading counts, so that no prompt is refused that may fit.
 
     Args:
         config: the LLM's, as transformers 4 or 5 or mlx-lm writes it.
@@ -37,7 +37,7 @@ def _length(value: object) -> int | None:
 
 
 def _ropes(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Settings of rotary embeddings, also where there are some for each type of layer."""
+    """All settings of rotary embeddings; some configs have separate ones for each type of layer."""
     for name in _ROPE:
         rope = config.get(name)
         if isinstance(rope, Mapping):

@@ -1,4 +1,4 @@
-"""What an mlx-lm model is made of, found by looking at its modules, not at its name."""
+"""Find the FFNs of an mlx-lm model by looking at its modules, not at its name."""
 
 import copy
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class FFN:
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """The gated FFN of every layer.
+    """Find the gated FFN of every layer.
 
     Raises:
         IFPError: if a layer has no such FFN, has experts, or its channels depend on each other;
@@ -114,7 +114,7 @@ def _check_ffn(path: str, module: nn.Module, needed: frozenset[str], name: str) 
 
 
 def _channels_add_up(module: nn.Module, needed: frozenset[str]) -> bool:
-    """Whether the FFN is a sum over its channels, tried with small random weights.
+    """Whether the FFN is a sum over its channels; it is tried with small random weights.
 
     A norm or a top-k over the channels would break that, and with it all pruning.
     """

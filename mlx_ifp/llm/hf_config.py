@@ -1,4 +1,4 @@
-"""A Hugging Face config -> the same as mlx-lm's models read it."""
+"""Translate a Hugging Face config into the form that mlx-lm's models read."""
 
 import contextlib
 from typing import Any
@@ -8,17 +8,17 @@ from transformers import CONFIG_MAPPING
 from ..errors import IFPError, one_line
 from .build import build_model
 
-# transformers 5 has one set of names for the kinds of layers; here mlx-lm has another one.
+# transformers 5 names the kinds of layers alike for all models; mlx-lm differs for these.
 _LAYER_KINDS = {
     "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
 }
 
-# Text models whose pattern mlx-lm takes as letters, L for local and G for global.
+# For these models mlx-lm takes the pattern as letters: L means local and G means global.
 _LETTERS = ("exaone4",)
 
 
 def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A Hugging Face config as mlx-lm's models read it.
+    """Translate a Hugging Face config into the form that mlx-lm's models read.
 
     Raises:
         IFPError: if its fields are not of the kinds they should be.
@@ -28,12 +28,12 @@ def mlx_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def buildable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config under the name by which mlx-lm has the model.
+    """Rename a config's model type to the name by which mlx-lm has the model.
 
     mlx-lm has some text models (Qwen3.5) only under the name of their multimodal wrapper.
 
     Args:
-        config (dict): of :func:`mlx_config`.
+        config (dict): a config that :func:`mlx_config` made.
 
     Raises:
         IFPError: if mlx-lm cannot build it.
@@ -53,13 +53,13 @@ def buildable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translated(config: dict[str, Any]) -> dict[str, Any]:
-    """See :func:`mlx_config`.
+    """Do the work of :func:`mlx_config`.
 
     transformers 5 writes some values in other places than mlx-lm's models look for them, and
     those would silently take their defaults: rotary embeddings in ``rope_parameters``, the
     pattern of the layers in ``layer_types``, other heads of some layers in ``per_layer_config``,
-    the size of the vocabulary in ``text_config`` alone, some fields under another name. What is
-    there already stays.
+    the size of the vocabulary in ``text_config`` alone, some fields under another name. A field
+    that the config already has is kept.
     """
     config = {name: _plain(value) for name, value in config.items()}
     if config.get("text_config") is not None:
@@ -78,7 +78,7 @@ def _translated(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of a field; transformers 5 writes an infinite number as an object."""
+    """Copy a field; an object by which transformers 5 writes an infinite number becomes a float."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -93,7 +93,7 @@ def _add(config: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _add_aliases(config: dict[str, Any]) -> None:
-    """The names by which transformers' class knows a field besides the one that it saves."""
+    """Add the names that transformers' class has for a field besides the one that it saves."""
     model_type = str(config.get("model_type"))
     if model_type in CONFIG_MAPPING:
         for alias, name in CONFIG_MAPPING[model_type].attribute_map.items():
@@ -102,7 +102,7 @@ def _add_aliases(config: dict[str, Any]) -> None:
 
 
 def _add_rope(config: dict[str, Any]) -> None:
-    """What ``rope_parameters`` has, for all layers or for each kind, as transformers 4 wrote it."""
+    """Write ``rope_parameters``, of all layers or of each kind, as transformers 4 wrote them."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return
@@ -124,11 +124,11 @@ def _add_rope(config: dict[str, Any]) -> None:
 
 
 def _add_layers(config: dict[str, Any]) -> None:
-    """What follows from ``layer_types``, which in transformers is above any pattern."""
+    """Add what follows from ``layer_types``, which transformers prefers to any pattern."""
     types = config.get("layer_types")
     model_type = str(config.get("model_type"))
     if not isinstance(types, list) or not types:
-        # transformers keeps the number under this name where it derives the types from it.
+        # transformers derives the types from a period, and keeps the period under this name.
         if "_sliding_window_pattern" in config:
             config.setdefault("sliding_window_pattern", config["_sliding_window_pattern"])
         return
@@ -150,18 +150,18 @@ def _add_layers(config: dict[str, Any]) -> None:
 
 
 def _period(types: list[str], given: int | None) -> int | None:
-    """The n of which every n-th layer, and no other one, has full attention; None without one."""
+    """The n for which exactly every n-th layer has full attention; None if there is no such n."""
     if "full_attention" in types:
         every = types.index("full_attention") + 1
     else:
-        # No layer has it: any number above theirs says so, and a given one is kept.
+        # No layer has full attention. Any n above the number of layers says so; a given n is kept.
         every = max(len(types) + 1, given or 0)
     fits = all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(types, 1))
     return every if fits else None
 
 
 def _pattern(config: dict[str, Any], every: int) -> int | str | None:
-    """The period as ``sliding_window_pattern`` has it."""
+    """The period in the form that ``sliding_window_pattern`` has for this model."""
     found = config.get("sliding_window_pattern")
     if config.get("model_type") in _LETTERS and not isinstance(found, str):
         return None if every == 1 else "L" * (every - 1) + "G"

@@ -1,8 +1,8 @@
-"""Bytes of mlx-lm's key-value cache at a given length, found without computing anything.
+"""Count the bytes of mlx-lm's key-value cache at a given length without computing anything.
 
 MLX is lazy: a model can run over tokens up to the shapes and types of its keys and values, with
 weights that are never read. So the caches counted here are those that mlx-lm makes for the
-architecture, filled by the model itself; there is no formula of ours.
+architecture, and the model itself fills them; we have no formula of our own.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from mlx_lm.models.cache import (
 from ..errors import IFPError, one_line
 from .modules import PREFILL_STEP_SIZE, find_body, get_module
 
-# How many tokens are added at a time to a cache of an unknown kind.
+# A cache of an unknown kind is filled with so many tokens at a time.
 _BLOCK = 256
 
 
@@ -33,10 +33,10 @@ class KVSettings:
     """How mlx-lm keeps keys and values: the arguments of its ``generate_step`` with these names.
 
     Attributes:
-        max_kv_size: mlx-lm heeds it for models that make no cache of their own.
-        kv_bits: None leaves keys and values as they are.
+        max_kv_size: the most positions; it only holds for models that make no cache of their own.
+        kv_bits: bits of a quantized number; None leaves keys and values as they are.
         kv_group_size: their quantization group.
-        quantized_kv_start: from so many tokens on they are quantized.
+        quantized_kv_start: keys and values are quantized from so many tokens on.
     """
 
     max_kv_size: int | None = None
@@ -46,13 +46,13 @@ class KVSettings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "KVSettings":
-        """The settings that are among the arguments of a generation."""
+        """Take the settings from the arguments of a generation."""
         return cls(**{name: arguments[name] for name in cls.__annotations__ if name in arguments})
 
     def check(self, model: nn.Module, positions: int | None = None) -> None:
         """Try lazily whether a model can run with its keys and values quantized.
 
-        mlx-lm would find out only when it is time to, after thousands of tokens.
+        mlx-lm would find out only when it begins to quantize, after thousands of tokens.
 
         Args:
             model (nn.Module): an mlx-lm model, whose arrays need not be evaluated.
@@ -79,7 +79,7 @@ class KVSettings:
         )
 
     def quantize(self, cache: list[Any]) -> None:
-        """Let mlx-lm quantize a prompt cache in place, if it is time to."""
+        """Let mlx-lm quantize a prompt cache in place, if it is long enough for that."""
         maybe_quantize_kv_cache(
             cache,
             quantized_kv_start=self.quantized_kv_start,
@@ -89,7 +89,7 @@ class KVSettings:
 
     @property
     def identity(self) -> list[int | None]:
-        """What distinguishes two settings; how to quantize only counts if anything is quantized."""
+        """What tells settings apart; how to quantize matters only if something is quantized."""
         if self.kv_bits is None:
             return [self.max_kv_size]
         return [self.max_kv_size, self.kv_bits, self.kv_group_size, self.quantized_kv_start]
@@ -100,8 +100,8 @@ class Generation:
     """The arguments of mlx-lm's ``generate_step`` on which the size of the cache depends.
 
     Attributes:
-        prompt_tokens: of the prompt, 1 or more; those in a prompt cache count.
-        max_tokens: to generate.
+        prompt_tokens: length of the prompt, 1 or more; tokens in a prompt cache count, too.
+        max_tokens: how many tokens to generate.
         kv: how keys and values are kept.
         prefill_step_size: prompt tokens that run at a time.
     """
@@ -113,10 +113,10 @@ class Generation:
 
     @classmethod
     def of(cls, prompt_tokens: int, max_tokens: int = 256, **arguments: Any) -> "Generation":
-        """From the arguments of mlx-lm's ``stream_generate``; those that do not matter are ignored.
+        """Read the arguments of mlx-lm's ``stream_generate``; those without effect are ignored.
 
         Raises:
-            IFPError: if there is no limit of tokens, or another model beside.
+            IFPError: if there is no limit of tokens, or a draft model is given.
         """
         if max_tokens < 0:
             raise IFPError(
@@ -134,13 +134,13 @@ class Generation:
 
 
 def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False) -> int:
-    """The most bytes that the cache takes on the way through a generation.
+    """The most bytes that the cache takes at any time during a generation.
 
     A cache grows by 256 positions at a time, and a sliding window holds a whole prefill step
     more than its width, until the first token is generated.
 
     Args:
-        model (nn.Module): an mlx-lm model, whose arrays need not be evaluated, and are not here.
+        model (nn.Module): an mlx-lm model; its arrays need not be evaluated, and stay as they are.
         generation (Generation): lengths and settings.
         selector (bool): count as a selector reads its text, in whole steps to the end.
 
@@ -158,7 +158,7 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
             generation.kv.quantize(cache)
         peak = max(peak, sum(layer.nbytes for layer in cache))
 
-    # As generate_step does it: the prompt but its last token in steps, then a token at a time.
+    # generate_step reads the prompt but its last token in steps, then goes token by token.
     left = generation.prompt_tokens - (not selector)
     while left > 0:
         tokens = min(generation.prefill_step_size, left)
@@ -176,7 +176,7 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
             step(tokens)
             left -= tokens
             continue
-        # Nothing changes its size until the first layer is full.
+        # No cache changes its size until the first layer's cache is full, so these are skipped.
         skipped = min(*known, left - 1)
         for layer in cache:
             if not isinstance(layer, ArraysCache):
@@ -187,9 +187,9 @@ def kv_bytes(model: nn.Module, generation: Generation, *, selector: bool = False
 
 
 def _free(layer: Any, generation: Generation) -> int | None:
-    """Tokens that fit into a layer's cache, one at a time, as it is; None if that is not known."""
+    """How many single tokens fit into a layer's cache before it changes; None if unknown."""
     if type(layer) is ArraysCache:
-        return generation.tokens  # a state of one size
+        return generation.tokens  # its state has a fixed size
     if type(layer) is RotatingKVCache:
         size = layer.keys.shape[2]
         return generation.tokens if size >= layer.max_size else size - layer.offset
@@ -198,6 +198,6 @@ def _free(layer: Any, generation: Generation) -> int | None:
         start = generation.kv.quantized_kv_start - layer.offset - 1
         return min(free, start) if generation.kv.kv_bits is not None and start >= 0 else free
     if type(layer) is QuantizedKVCache:
-        keys: Any = layer.keys  # (packed, scales, biases), once anything is in it
+        keys: Any = layer.keys  # (packed, scales, biases), once it is filled
         return keys[0].shape[2] - layer.offset
     return None

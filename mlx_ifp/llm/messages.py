@@ -1,4 +1,4 @@
-"""The one reading of a chat's messages, for selection, chat template, training and serving."""
+"""Read a chat's messages in one way for selection, chat template, training and serving."""
 
 import json
 from typing import Any
@@ -7,9 +7,9 @@ from ..errors import IFPError
 
 Message = dict[str, Any]
 
-# What the parts of a content that are text call themselves; a part may also leave that out.
+# The parts of a content that are text have one of these types; a part may also have none.
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-# They may have nothing to say: they call tools, or are what a tool gave back.
+# Messages of these roles may be empty: they call tools, or are what a tool gave back.
 _MAY_BE_SILENT = ("assistant", "tool")
 
 
@@ -17,8 +17,8 @@ def read_messages(messages: object) -> list[Message]:
     """Check messages, and give them the one form that everything else may rely on.
 
     In that form a role and a content are strings, the arguments of a tool call are an object, and
-    no field is null. Text parts are joined without a separator, as mlx-lm joins them. What has this
-    form already comes back as it is. The messages that are given are not changed.
+    no field is null. Text parts are joined without a separator, as mlx-lm joins them. Messages that
+    have this form already come back as they are. The given messages are not changed.
 
     Args:
         messages: a list of objects with ``role`` and ``content``. A content is a string, or a list
@@ -37,7 +37,7 @@ def read_messages(messages: object) -> list[Message]:
 
 
 def row_messages(row: dict[str, Any]) -> list[Message]:
-    """The messages of a row in one of mlx-lm's formats; a prompt or a text is the user's.
+    """Read a row in one of mlx-lm's formats as messages; a prompt or a text is the user's.
 
     Raises:
         IFPError: what is wrong with the row, without where it stands.
@@ -55,7 +55,7 @@ def row_messages(row: dict[str, Any]) -> list[Message]:
 def _read(message: object, name: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise IFPError(f"{name} must be an object with role and content.")
-    # Tables give every row all fields: a template must not take a null for tool calls.
+    # In a table every row has all fields, and a template must not take a null for tool calls.
     read = {key: value for key, value in message.items() if value is not None}
     calls = read.pop("tool_calls", None)
     if calls:
@@ -65,7 +65,7 @@ def _read(message: object, name: str) -> Message:
 
 
 def _text(content: object, role: str, name: str) -> str:
-    """A message's content as a string."""
+    """Read a message's content as a string."""
     if isinstance(content, list):
         parts = enumerate(content, 1)
         content = "".join(_part_text(part, f"part {i} of {name}") for i, part in parts)
@@ -93,7 +93,7 @@ def _part_text(part: object, name: str) -> str:
 
 
 def _read_calls(calls: object, name: str) -> list[dict[str, Any]]:
-    """Tool calls, whose name and arguments are in ``function``, or in the call itself."""
+    """Read tool calls, whose name and arguments are in ``function`` or in the call itself."""
     if not isinstance(calls, list):
         raise IFPError(f"the tool_calls of {name} must be a list.")
     read = []
@@ -108,7 +108,7 @@ def _read_calls(calls: object, name: str) -> list[dict[str, Any]]:
 
 
 def _arguments(arguments: object, name: str) -> dict[str, Any]:
-    """The arguments of a call, which OpenAI's format has as a string of JSON."""
+    """Read the arguments of a call, which are a string of JSON in OpenAI's format."""
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)

@@ -1,4 +1,4 @@
-"""Modules of an mlx-lm model, found by structure; copies that share arrays."""
+"""Find modules of an mlx-lm model by structure, and copy models so that they share arrays."""
 
 import copy
 from typing import Any, cast
@@ -9,9 +9,9 @@ from mlx.utils import tree_flatten
 
 from ..errors import IFPError
 
-PREFILL_STEP_SIZE = 2048  # mlx-lm's
+PREFILL_STEP_SIZE = 2048  # mlx-lm's default
 
-# The arrays of a linear layer, quantized or not.
+# A linear layer, quantized or not, has arrays of these names.
 PARTS = ("weight", "scales", "biases", "bias")
 
 _SAME = (mx.array, str, int, float, type(None))
@@ -22,7 +22,7 @@ def _name(model: nn.Module) -> str:
 
 
 def linear(weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
-    """A Linear around an array [output, input]; no random one is made first."""
+    """Make a Linear of an array [output, input], without making random weights first."""
     module = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(module)
     module.weight = weight
@@ -38,7 +38,7 @@ def quantized_linear(
     how: dict[str, Any],
     bias: mx.array | None = None,
 ) -> nn.QuantizedLinear:
-    """A QuantizedLinear of packed weights [output, ...]; ``how`` is group_size, bits and mode."""
+    """Make a QuantizedLinear of packed weights [output, ...]; ``how``: group_size, bits, mode."""
     module = nn.QuantizedLinear.__new__(nn.QuantizedLinear)
     nn.Module.__init__(module)
     module.group_size, module.bits, module.mode = how["group_size"], how["bits"], how["mode"]
@@ -52,7 +52,7 @@ def quantized_linear(
 
 
 def find_body(model: nn.Module) -> str:
-    """The path of the part that turns tokens into the final hidden states, after the last norm.
+    """Find the path of the module that turns tokens into final hidden states, last norm included.
 
     Raises:
         IFPError: if there is none.
@@ -61,7 +61,7 @@ def find_body(model: nn.Module) -> str:
     for path, module in model.named_modules():
         own = module.get("layers") if path else None
         if isinstance(own, list) and own and layers and own[0] is layers[0]:
-            # PLaMo's list is in a decoder, itself called layers, which takes no token ids.
+            # PLaMo's list is inside a decoder that is called layers and takes no token ids.
             return path.removesuffix(".layers")
     raise IFPError(f"{_name(model)} has no module that holds its layers.")
 
@@ -69,14 +69,14 @@ def find_body(model: nn.Module) -> str:
 def final_hidden(
     body: nn.Module, tokens: mx.array, cache: list[Any], step: int = PREFILL_STEP_SIZE
 ) -> mx.array:
-    """The final hidden states of a text's last tokens.
+    """Compute the final hidden states of a text's last tokens.
 
     A long text runs in steps with a KV cache, which bounds the memory of attention.
 
     Args:
-        body (nn.Module): at :func:`find_body`.
+        body (nn.Module): the module that :func:`find_body` finds.
         tokens (mx.array): int32 [n], n >= 1.
-        cache (list): mlx-lm's, of the model, and empty.
+        cache (list): mlx-lm's cache for the model, still empty.
         step (int): tokens to process at a time.
 
     Returns:
@@ -89,10 +89,10 @@ def final_hidden(
 
 
 def find_embedding(model: nn.Module) -> str:
-    """The path of the embedding of tokens, quantized or not, which the model's body begins with.
+    """Find the path of the token embedding, quantized or not, that the model's body begins with.
 
     Raises:
-        IFPError: if there is none, or another one besides.
+        IFPError: if there is none, or more than one.
     """
     body = find_body(model)
     found = [
@@ -129,7 +129,7 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def evaluate(model: nn.Module, prefix: str = "", leave_out: tuple[str, ...] = ()) -> None:
-    """Evaluate all arrays of a model, those that are no parameters (rotary tables) included.
+    """Evaluate all arrays of a model, also those that are no parameters (rotary tables).
 
     A lazy array belongs to the stream of the thread that made it: no other thread could use it.
 
@@ -161,9 +161,9 @@ def share(model: nn.Module) -> nn.Module:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """As copy.deepcopy, but for arrays; modules are copied here, which is five times as fast.
+    """Copy as copy.deepcopy does, but share arrays; copying modules here is five times as fast.
 
-    Objects of other classes than modules and containers are deepcopy's, arrays in them included.
+    Objects of other classes than modules and containers go to deepcopy, which copies their arrays.
     """
     if isinstance(value, _SAME):
         return value
@@ -177,7 +177,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
             new.__dict__[name] = _copied(item, memo)
         return new
     if type(value) is set:
-        return set(value)  # of names, in every module
+        return set(value)  # every module has sets of names
     if type(value) is tuple:
         return tuple(_copied(item, memo) for item in value)
     if type(value) is dict:

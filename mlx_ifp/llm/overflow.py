@@ -1,4 +1,4 @@
-"""Errors about numbers that are too large for the type that a model runs in."""
+"""Report numbers that are too large for the type that a model runs in."""
 
 from collections.abc import Iterable
 
@@ -7,15 +7,15 @@ import mlx.core as mx
 from ..errors import IFPError
 from ..files.tensor_files import DTYPES, TensorInfo
 
-# The one that holds the smallest numbers first.
+# The type with the smallest range comes first.
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def computing_type(dtype: mx.Dtype | None, tensors: Iterable[TensorInfo]) -> mx.Dtype | None:
-    """The type in which weights compute; of several, the one that overflows first.
+    """Find the type in which weights compute; if there are several, the one that overflows first.
 
     Args:
-        dtype (mx.Dtype): the type that floats are cast to; None for as they are stored.
+        dtype (mx.Dtype): the type that floats are cast to; None keeps the stored types.
         tensors: the stored weights.
 
     Returns:
@@ -28,7 +28,7 @@ def computing_type(dtype: mx.Dtype | None, tensors: Iterable[TensorInfo]) -> mx.
 
 
 def not_finite(what: str, computed_in: mx.Dtype | None) -> IFPError:
-    """The error for infinities, or for what is no number, in a line that says what to do.
+    """Make the error for infinities and NaN, whose message says in one line what to do.
 
     Args:
         what (str): a whole sentence without its full stop, such as ``"The scores are not finite"``.

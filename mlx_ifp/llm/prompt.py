@@ -1,4 +1,4 @@
-"""Prompts as strings, tokens or messages, and what they have in common."""
+"""Encode prompts that are strings, tokens or messages, and compare how they begin."""
 
 from collections.abc import Sequence
 from typing import Any, TypeGuard, cast
@@ -13,7 +13,7 @@ Text = str | list[int] | mx.array
 
 Prompt = Text | list[Message]
 
-# A prompt as mlx-lm is given it.
+# A prompt in a form that mlx-lm takes.
 Encoded = str | list[int] | mx.array
 
 
@@ -23,7 +23,7 @@ def is_messages(prompt: Prompt) -> TypeGuard[list[Message]]:
 
 
 def read_prompt(prompt: Prompt) -> Prompt:
-    """A prompt that is checked: messages in the form that :func:`read_messages` gives them.
+    """Check a prompt; messages come back in the form that :func:`read_messages` gives them.
 
     Raises:
         IFPError: if a message cannot be read.
@@ -43,10 +43,10 @@ def encode_prompt(
     to_be_continued: bool = False,
     **template_kwargs: Any,
 ) -> Encoded:
-    """Make of a prompt what mlx-lm is given; messages go through the chat template.
+    """Turn a prompt into what mlx-lm takes; messages go through the chat template.
 
-    A last message of the assistant is continued, not answered; so is any other one that is
-    ``to_be_continued``.
+    If the last message is the assistant's, it is continued, not answered. So is any other last
+    message if ``to_be_continued`` is set.
 
     Raises:
         IFPError: if the prompt is empty, or the chat template does not take it.
@@ -71,7 +71,7 @@ def _apply_template(
     to_be_continued: bool = False,
     **template_kwargs: Any,
 ) -> Any:
-    """Token ids, or text with ``tokenize=False``."""
+    """Apply the chat template; the result is token ids, or text with ``tokenize=False``."""
     if not tokenizer.has_chat_template:
         raise IFPError("This model has no chat template; give the prompt as a string.")
     prefill = to_be_continued or prompt[-1]["role"] == "assistant"
@@ -90,13 +90,13 @@ def _apply_template(
 def encode_continuation(
     tokenizer: TokenizerWrapper, messages: list[Message], **template_kwargs: Any
 ) -> list[int]:
-    """The tokens of messages that go on where a stored prompt ends: inside the user's message.
+    """Encode messages that go on where a stored prompt ends, which is inside the user's message.
 
-    What the template puts before what the user says first is left out.
+    Whatever the template puts before the user's first words is left out.
 
     Args:
         tokenizer: the LLM's.
-        messages (list): they go on in the first message of the user.
+        messages (list): the first message of the user goes on with the stored prompt.
         template_kwargs: arguments for the chat template.
 
     Raises:
@@ -131,7 +131,7 @@ def shared_prefix(
     tokens: list[int],
     **template_kwargs: Any,
 ) -> int:
-    """How many first tokens a prompt shares with all that differ in what the user says.
+    """How many first tokens a prompt shares with all prompts that differ in the user's words.
 
     That is the system prompt, if there is one, and what the chat template puts around it. It is
     found by comparison, so it holds for any template.
@@ -140,12 +140,12 @@ def shared_prefix(
         tokenizer: the LLM's.
         messages (list): what comes before the first user message counts.
         tokens (list): the prompt's ids, as :func:`encode_prompt` makes them of ``messages``.
-        template_kwargs: as for that.
+        template_kwargs: arguments for the chat template, as given to :func:`encode_prompt`.
     """
     roles = [message["role"] for message in messages]
     before = messages[: roles.index("user")] if "user" in roles else messages
     n = len(tokens)
-    # Several beginnings are tried, as a tokenizer may join one with what stands before it.
+    # Several first words are tried, as a tokenizer may join one with the text before it.
     for content in ("a", "B", "1", "?"):
         messages = [*before, {"role": "user", "content": content}]
         other = template_tokens(tokenizer, messages, **template_kwargs)

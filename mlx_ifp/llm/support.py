@@ -1,4 +1,4 @@
-"""What a config asks for that mlx-lm's model of it does not do: refused, or said."""
+"""Find what a config asks for and mlx-lm's model does not do; refuse it, or say so."""
 
 import dataclasses
 from typing import Any
@@ -24,18 +24,18 @@ _ACTIVATIONS = {
 def check_support(network: nn.Module, config: dict[str, Any]) -> list[str]:
     """Compare a config with the model that mlx-lm builds of it.
 
-    mlx-lm's models ignore fields that they do not know, so the wrong ones would convert without a
-    word and answer with other numbers.
+    mlx-lm's models ignore fields that they do not know, so an unsupported model would convert
+    without a word and answer with other numbers.
 
     Args:
-        network (nn.Module): mlx-lm's model.
+        network (nn.Module): the model that mlx-lm builds of the config.
         config (dict): of Hugging Face, as mlx-lm reads it.
 
     Returns:
         list: notes on what only differs for some prompts.
 
     Raises:
-        IFPError: if the activation or the pattern of the layers is another one.
+        IFPError: if the model's activation or pattern of layers is not the config's.
     """
     text = config.get("text_config") or config
     known = _known_fields(network)
@@ -57,7 +57,7 @@ def check_support(network: nn.Module, config: dict[str, Any]) -> list[str]:
 
 
 def _known_fields(network: nn.Module) -> set[str]:
-    """The fields of a config that a model and the text model inside of it read."""
+    """Collect the fields of a config that a model, or the text model inside it, reads."""
     known: set[str] = set()
     for module in (network, getattr(network, "language_model", None)):
         args = getattr(module, "args", None)
@@ -67,7 +67,7 @@ def _known_fields(network: nn.Module) -> set[str]:
 
 
 def _check_layer_types(config: dict[str, Any], known: set[str]) -> None:
-    """A model that knows only a period must have that period."""
+    """Check that the layers have a period, if the model knows only a period."""
     types = config.get("layer_types")
     for name in ("sliding_window_pattern", "full_attention_interval"):
         every = config.get(name)
@@ -95,7 +95,7 @@ def _check_activation(network: nn.Module, config: dict[str, Any]) -> None:
             return
         raise IFPError(f"config.json: the activation {name!r} is not known.")
     x = mx.linspace(-3, 3, 13)[:, None]
-    # The tanh approximation of GELU is within 5e-4 of it.
+    # The tolerance admits the tanh approximation of GELU, which differs by up to 5e-4.
     if not mx.allclose(_activation_of(network, ffn, x), expected(x), atol=1e-3):
         raise IFPError(
             f"config.json: the activation is {name!r}, but mlx-lm's {config.get('model_type')} "
@@ -104,7 +104,7 @@ def _check_activation(network: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _activation_of(network: nn.Module, ffn: FFN, x: mx.array) -> mx.array:
-    """The FFN on [n, 1] with weights of 1 but for the up projection, which gives 1."""
+    """Run the FFN on [n, 1]; all weights are 1, except that the up projection always gives 1."""
     module = get_module(network, ffn.path)
     one, ones = mx.ones((1, 1)), mx.ones((1,))
     kept = {name: module[name] for name in module.children()}

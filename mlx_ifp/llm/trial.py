@@ -1,4 +1,4 @@
-"""A trial run of a model: what generating, exporting and training will ask of it, tried lazily."""
+"""Try lazily whether a model can do what generating, exporting and training will ask of it."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,7 +7,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..errors import IFPError, one_line
 from .modules import _name, find_body, get_module
 
-# Of a prompt, and then of one step.
+# The trial reads a prompt of 3 tokens, and then one more token.
 _STEPS = (3, 1)
 
 

@@ -1,4 +1,4 @@
-"""The files of a synthesis: given prompts, descriptions of tasks, and the rows that are there."""
+"""Read the files of a synthesis: given prompts, descriptions of tasks, and earlier rows."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from .writer import Prompt, Tasks
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Each conversation up to its first user message, and no prompt twice.
+    """Read each conversation up to its first user message, and leave out repeated prompts.
 
     Args:
         path: JSONL in one of mlx-lm's formats; a row may have a ``task``.
@@ -42,10 +42,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def read_tasks(path: str | Path) -> Tasks:
-    """Names of tasks, each with a description or with sentences that users say.
+    """Read the names of tasks, each with a description or with sentences that users say.
 
     Raises:
-        IFPError: if it is no such YAML file.
+        IFPError: if the file is not YAML of this form.
     """
     try:
         tasks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def _says(about: Any) -> bool:
 
 
 def earlier_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that is to be continued; a last line that was half written is removed.
+    """Read the rows of a file that is to be continued, and remove a half-written last line.
 
     Raises:
         IFPError: naming the first line that is no row of a synthesis.

@@ -1,4 +1,4 @@
-"""Which texts that a model wrote are of no use for training."""
+"""Recognize texts of a model that are of no use for training."""
 
 import re
 from collections import Counter
@@ -12,15 +12,15 @@ def find_loop(tokens: list[int], longest: int = 64, least: int = 24) -> int | No
     A loop is a piece that stands there three times in a row. The first two copies stay.
 
     Args:
-        tokens: of the text.
-        longest (int): tokens of a piece at most.
-        least (int): tokens that the loop takes beyond its first piece, at least.
+        tokens: the tokens of the text.
+        longest (int): the most tokens that a piece has.
+        least (int): the fewest tokens that a loop has beyond its first piece.
 
     Returns:
         int: how many tokens to keep.
     """
     pieces = len(tokens) - 7
-    # In a loop, pieces of eight tokens come again. That is quick to see.
+    # In a loop some pieces of eight tokens repeat, which is quick to check.
     if pieces < 2 or len({tuple(tokens[i : i + 8]) for i in range(pieces)}) == pieces:
         return None
     ids = np.array(tokens)
@@ -45,7 +45,7 @@ class Duplicates:
     def __init__(self, share: float = 0.8) -> None:
         self.share = share
         self._whole: set[tuple[str, ...]] = set()
-        # Trigram -> the last text that has it.
+        # It maps a trigram to the last text that has it.
         self._last: dict[tuple[str, ...], int] = {}
         self._count = 0
 
@@ -70,7 +70,7 @@ def why_useless(text: str, tokens: list[int], special: set[int]) -> str | None:
 
     Args:
         text: the prompt.
-        tokens: that it was sampled as.
+        tokens: the tokens that were sampled for it.
         special: ids of tokens that no user writes.
     """
     if not special.isdisjoint(tokens) or "\ufffd" in text:

@@ -1,4 +1,4 @@
-"""Many texts sampled at once, through mlx-lm's ``BatchGenerator``."""
+"""Sample many texts at once with mlx-lm's ``BatchGenerator``."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Written:
     """A text that was written.
 
     Attributes:
-        place: of its request in the list of requests.
+        place: where its request is in the list of requests.
         tokens: what was written, without the token that ended it.
-        ended: whether a token ended it, and not ``max_tokens``.
+        ended: whether a token ended it, rather than ``max_tokens``.
     """
 
     place: int
@@ -55,16 +55,16 @@ def sample_texts(
     top_p: float,
     batch_size: int,
 ) -> Iterator[Written]:
-    """Write texts, each of which is given as soon as it is finished.
+    """Write texts; each comes back as soon as it is finished.
 
     Requests of one temperature should stand together: mlx-lm samples a batch in one go if all its
     texts are sampled alike.
 
     Args:
         model (nn.Module): an mlx-lm model.
-        requests (list): a text that is finished makes room for the next one.
+        requests (list): the texts to write; a finished text makes room for the next one.
         stops (set): ids of tokens that end a text.
-        top_p (float): of all texts; 1 takes the whole distribution.
+        top_p (float): nucleus sampling for all texts; 1 takes the whole distribution.
         batch_size (int): texts at once.
     """
     if not requests:

@@ -1,4 +1,4 @@
-"""What a chat template puts before and after what a user says."""
+"""Find what a chat template puts before and after a user's words."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ _SENTINEL = "@@USER@@"
 
 
 class UserTurn:
-    """A chat template, as one needs it to let a model write what users say.
+    """What a model needs from a chat template in order to write a user's words.
 
     Attributes:
         end: the token that ends a user's turn.
@@ -54,10 +54,10 @@ class UserTurn:
         return before, after
 
     def beginning(self, earlier: list[dict[str, Any]]) -> list[int]:
-        """Token ids after which a model writes what a user says.
+        """Give the token ids after which a model writes a user's words.
 
         Args:
-            earlier (list): messages that stand before it.
+            earlier (list): messages that come before the user's.
 
         Raises:
             IFPError: if the template does not take them, or puts nothing before the user's words.
@@ -69,7 +69,7 @@ class UserTurn:
         return tokens
 
     def question(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of messages that wait for an answer, without thoughts before it."""
+        """Give the token ids of messages that wait for an answer, which begins without thoughts."""
         tokens = encode_prompt(self._tokenizer, messages, enable_thinking=False)
         assert not isinstance(tokens, str), "messages become tokens"
         return token_ids(tokens)

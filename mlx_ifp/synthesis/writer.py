@@ -23,7 +23,7 @@ from .user_turn import UserTurn
 # Prompts are written in rounds of so many batches, each followed by their answers. All texts of a
 # batch are then sampled alike, and a run that is stopped loses the prompts of one round.
 _BATCHES_OF_A_ROUND = 4
-# Sentences of a task that stand before a new one, as what users said earlier.
+# So many sentences of a task stand before a new one, as if users had said them earlier.
 _SENTENCES = 3
 # A model that makes fewer rows than this share of the last prompts would never come to an end.
 _HOPE, _LAST_PROMPTS = 0.02, 400
@@ -38,15 +38,16 @@ class SynthesisArgs:
     """How texts are sampled, and how many.
 
     Attributes:
-        count: rows whose prompts the model wrote, those that the file has already included.
+        count: rows whose prompts the model writes; such rows in the file count, too.
         batch_size: texts at once.
-        max_prompt_tokens: of a prompt that is written.
-        max_answer_tokens: of an answer; a longer one is cut.
-        max_seq_length: of a given prompt with its answer; a longer prompt is left out.
-        temp: of prompts.
-        answer_temps: of answers; one of them is drawn for each.
-        top_p: of all texts.
-        seed: of everything that is drawn.
+        max_prompt_tokens: the most tokens of a prompt that is written.
+        max_answer_tokens: the most tokens of an answer; a longer one is cut.
+        max_seq_length: the most tokens of a given prompt and its answer; a prompt that is too
+            long for that is left out.
+        temp: temperature of prompts.
+        answer_temps: temperatures of answers; one of them is drawn for each answer.
+        top_p: nucleus sampling for all texts.
+        seed: seed of everything that is drawn.
     """
 
     count: int
@@ -69,7 +70,7 @@ class SynthesisArgs:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be answered: messages, the last of them the user's, and the row's task."""
+    """A prompt to answer: messages, of which the last is the user's, and the row's task."""
 
     messages: Messages
     task: str
@@ -84,15 +85,15 @@ class Synthesis:
 
     Args:
         model (nn.Module): a chat model of mlx-lm.
-        tokenizer: its.
-        args (SynthesisArgs): see there.
+        tokenizer: the model's tokenizer.
+        args (SynthesisArgs): how texts are sampled, and how many.
         file: where rows go; earlier rows stay before them.
-        tasks: that prompts are written for; without any, a prompt may be about anything.
+        tasks: the tasks to write prompts for; without any, a prompt may be about anything.
         earlier (list): the rows that the file has already.
         on_row (Callable): called after each new row.
 
     Raises:
-        IFPError: if a number is out of range, or the model cannot do this.
+        IFPError: if a number is out of range, or the model cannot write prompts.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Synthesis:
         self._model, self._file, self._on_row = model, file, on_row
         self._turn = UserTurn(tokenizer)
         self._stops = {self._turn.end, *tokenizer.eos_token_ids}
-        # What comes next must not be what came first.
+        # A continued file gets another seed, so that it does not repeat its first rows.
         self._chance = random.Random(f"{args.seed} {len(earlier)}")
         mx.random.seed(self._chance.getrandbits(63))
         self._duplicates = Duplicates()
@@ -125,11 +126,11 @@ class Synthesis:
             if row.get("source") == "own":
                 self.own += 1
                 self._duplicates.add(str(row["messages"][0].get("content")))
-        # Of the last prompts that the model wrote: whether they became rows.
+        # For each of the last prompts that the model wrote, this says whether it became a row.
         self._last: deque[bool] = deque(maxlen=_LAST_PROMPTS)
 
     def answer(self, prompts: Sequence[Prompt]) -> None:
-        """Answer given prompts, but for those whose answers the file has already."""
+        """Answer given prompts, except those whose answers the file already has."""
         new = [each for each in prompts if _key(each.messages) not in self._answered]
         for start in range(0, len(new), self._round):
             for _ in self._answers(new[start : start + self._round]):
@@ -171,7 +172,7 @@ class Synthesis:
             yield written
 
     def _prompts(self, n: int) -> list[Prompt]:
-        """What is of use of n prompts that the model writes."""
+        """Let the model write n prompts, and give those that are of use."""
         begun = [self._begin() for _ in range(n)]
         requests = [
             Request(tokens, self.args.max_prompt_tokens, self.args.temp) for _, tokens in begun
@@ -192,18 +193,18 @@ class Synthesis:
         return prompts
 
     def _begin(self) -> tuple[str, list[int]]:
-        """The task of a new prompt, and the tokens after which it is written."""
+        """Choose the task of a new prompt, and give the tokens after which it is written."""
         if not self.tasks:
             return "own", self._turn.beginning([])
         name, about = self._chance.choice(list(self.tasks.items()))
         if isinstance(about, str):
             return name, self._turn.beginning([{"role": "system", "content": about}])
-        # What users said earlier shows what they say next.
+        # Sentences that users said earlier show the model what they may say next.
         said = self._chance.sample(about, min(_SENTENCES, len(about)))
         return name, self._turn.beginning([{"role": "user", "content": each} for each in said])
 
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-        """Answer prompts; the rows are in the file when they are given."""
+        """Answer prompts; each row is in the file before it is yielded."""
         args, asked = self.args, []
         for prompt in prompts:
             request = Request(
@@ -230,14 +231,14 @@ class Synthesis:
             yield row
 
     def _row(self, prompt: Prompt, written: Written, temperature: float) -> dict[str, Any] | None:
-        """The row of an answer; None if there is nothing in the answer."""
+        """Make the row of an answer; None if the answer is empty."""
         tokens, whole = written.tokens, written.ended
         special = next((i for i, t in enumerate(tokens) if t in self._turn.special), None)
         cuts = [cut for cut in (find_loop(tokens), special) if cut is not None]
         if cuts:
             tokens, whole = tokens[: min(cuts)], False
         text = self._turn.decode(tokens)
-        # The cut may be inside a character.
+        # The answer may have been cut inside a character.
         text = (text if whole else text.rstrip("\ufffd")).strip()
         if not text:
             return None

@@ -1,1 +1,1 @@
-"""Training: data, losses, warm start, trainer."""
+"""Train a model: these modules have the data, the losses, the warm start and the trainer."""

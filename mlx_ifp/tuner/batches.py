@@ -1,4 +1,4 @@
-"""Examples -> batches of token arrays, in an order that depends only on the seed."""
+"""Turn examples into batches of token arrays, in an order that depends only on the seed."""
 
 import math
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def make_batch(examples: list[Example], indices: list[int]) -> Batch:
 
 
 def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [B, n] with n a multiple of 32, and the lengths, int32 [B]."""
+    """Pad rows to int32 [B, n], n a multiple of 32; also give their lengths, int32 [B]."""
     lengths = np.array([len(row) for row in rows], np.int32)
     width = math.ceil(int(lengths.max()) / PAD_MULTIPLE) * PAD_MULTIPLE
     padded = np.zeros((len(rows), width), np.int32)
@@ -73,7 +73,7 @@ def batches_by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> list
     Args:
         order (array): int [n], indices of examples in a random order, which windows keep random.
         lengths (array): int, of all examples.
-        size (int): of a batch; the last one may be smaller.
+        size (int): examples of a batch; the last one may be smaller.
     """
     batches = []
     for window in np.split(order, range(SORT_WINDOW * size, len(order), SORT_WINDOW * size)):
@@ -83,16 +83,16 @@ def batches_by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> list
 
 
 class Batches:
-    """Endless, resumable: the batch of step i depends only on (seed, i).
+    """Batches without end; the batch of step i depends only on (seed, i), so runs can resume.
 
     A batch holds examples of one task; None is a task as well. An epoch sees every example at
-    least once. A batch that a task cannot fill is filled up with
-    other examples of the task, drawn again, so that all batches have one size on all ranks.
+    least once. If a task's last batch is not full, other examples of the task are drawn again to
+    fill it, so that all batches have one size on all ranks.
 
     Args:
         examples: what ``load_examples`` gives for a split.
-        batch_size (int): of all ranks together.
-        seed (int): of the order.
+        batch_size (int): examples of a batch on all ranks together.
+        seed (int): seed of the order.
         rank, world_size (int): this process has examples rank, rank + world_size, ... of each
             batch.
 
@@ -132,7 +132,7 @@ class Batches:
         self._order: list[list[int]] = []
 
     def indices(self, step: int) -> list[int]:
-        """This rank's share of batch number ``step``, counted from 0."""
+        """The examples of batch number ``step``, counted from 0, that belong to this rank."""
         epoch, i = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)

@@ -1,4 +1,4 @@
-"""Training data: rows in mlx-lm's formats -> examples."""
+"""Turn rows of training data in mlx-lm's formats into examples."""
 
 import contextlib
 import math
@@ -54,8 +54,8 @@ def load_examples(
 ) -> dict[str, list[Example]]:
     """Load and tokenize training data (paper, section 3.2).
 
-    Stage ``sft``: the first user message selects (or what ``text.source`` says), and the last
-    assistant message is predicted. Stage ``pretrain``: a text is cut into chunks, and chunk k
+    In stage ``sft`` the first user message selects (or what ``text.source`` says), and the last
+    assistant message is predicted. In stage ``pretrain`` a text is cut into chunks, and chunk k
     selects for the prediction of chunk k + 1, which sees everything before it (equation 5).
 
     Args:
@@ -70,7 +70,7 @@ def load_examples(
         max_seq_length (int): in tokens. ``sft`` refuses longer examples, ``pretrain`` leaves out
             the first chunks.
         chunk_size (int): in tokens, for ``pretrain``.
-        task_texts (dict): descriptions of tasks by name. They select, not the prompts (``sft``).
+        task_texts (dict): descriptions of tasks by name, which select instead of prompts (``sft``).
         splits (sequence): of ``train``, ``valid`` and ``test``, those to read.
 
     Returns:
@@ -96,7 +96,7 @@ def load_examples(
         for row, where in rows:
             with _located(where):
                 examples[split] += make(row, *row_tokens(tokenizer, row, answer=stage == "sft"))
-    # Only stage pretrain can have none: a row of sft is an example or an error.
+    # Only stage pretrain can end up without examples: each row of sft is one, or an error.
     _require(
         bool(examples["train"]),
         f"{data}: no text of train is longer than one chunk of {chunk_size:,} tokens; lower "
@@ -128,7 +128,7 @@ class _Rows:
 
     Attributes:
         dataset: a list, or mlx-lm's dataset.
-        format: of all rows: ``completions``, ``chat`` or ``text``.
+        format: the format of all rows: ``completions``, ``chat`` or ``text``.
         places: where each row comes from.
     """
 
@@ -137,7 +137,7 @@ class _Rows:
     places: Sequence[str]
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """Each row, with its messages if it has any, and its place."""
+        """Yield each row, with its messages if it has any, and its place."""
         for i, place in enumerate(self.places):
             row = self.dataset[i]
             if self.format == "chat":
@@ -159,7 +159,7 @@ def _located(where: str) -> Iterator[None]:
 def _load_datasets(
     data: str, tokenizer: TokenizerWrapper, stage: str, splits: Sequence[str]
 ) -> dict[str, _Rows]:
-    """The splits that exist."""
+    """Read the splits that exist."""
     path = Path(data)
     _require(
         not path.is_file() and (path.suffix != ".jsonl" or path.exists()),
@@ -197,7 +197,7 @@ def _from_hub(
 ) -> dict[str, _Rows]:
     args = SimpleNamespace(data=data, train=False, test=False)
     try:
-        # mlx-lm's hint says transformers' tokenizer; its code takes its own, as it does itself.
+        # mlx-lm's hint asks for transformers' tokenizer, but its own callers pass its wrapper, too.
         loaded = load_dataset(args, cast(Any, tokenizer))
         datasets = dict(zip(SPLITS, loaded, strict=True))
     except ImportError as error:
@@ -206,7 +206,7 @@ def _from_hub(
             "pip install datasets"
         ) from error
     except Exception as error:
-        # The hub's loader raises what its many back ends raise.
+        # The hub's loader may raise any error of its many back ends.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise IFPError(
             f"{data}: neither a directory nor a dataset that can be loaded from the hub ({reason})."
@@ -229,7 +229,7 @@ _FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "tex
 
 
 def _row_format(row: dict[str, Any]) -> str:
-    """``completions``, ``chat`` or ``text``, in the order in which mlx-lm looks for them."""
+    """Find the format: ``completions``, ``chat`` or ``text``, in mlx-lm's order of precedence."""
     for kind, names in _FORMATS.items():
         if all(name in row for name in names):
             return kind
@@ -251,7 +251,7 @@ def _check_row(row: dict[str, Any], first: str | None, stage: str) -> str:
         str: the row's format.
 
     Raises:
-        IFPError: what is wrong, without where.
+        IFPError: saying what is wrong, but not in which row.
     """
     kind = _row_format(row)
     _require(first in (None, kind), f"the format is {kind}, but {first} in the first row.")
@@ -271,7 +271,7 @@ def _check_row(row: dict[str, Any], first: str | None, stage: str) -> str:
 
 
 def _check_messages(messages: list[Message]) -> None:
-    """The last message is to be an answer."""
+    """Check that the last message is an answer."""
     _require(len(messages) > 1, "there is nothing before the last message, the answer.")
     last = messages[-1]
     _require(
@@ -291,7 +291,7 @@ def _answer(
     limit: int,
     texts: dict[str, str] | None,
 ) -> list[Example]:
-    """The prompt, or the description of the task, selects for the answer."""
+    """Make the example in which the prompt, or its task's description, selects for the answer."""
     _require(
         len(tokens) <= limit,
         f"{len(tokens):,} tokens, {len(tokens) - offset:,} of them the answer, are more than "
@@ -319,7 +319,7 @@ def _chunks(
     size: int,
     limit: int,
 ) -> list[Example]:
-    """Chunk k selects for chunk k + 1, for all k (paper, equation 5)."""
+    """Make the examples in which chunk k selects for chunk k + 1 (paper, equation 5)."""
     own, selectors = tokenizers
     examples = []
     for start in range(size, len(tokens), size):

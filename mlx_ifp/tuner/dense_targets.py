@@ -1,10 +1,10 @@
-"""What the dense source model does on the training examples, computed once and kept on disk.
+"""Compute once what the dense model does on the training examples, and keep it on disk.
 
-For each example: the likeliest next tokens with their log-probabilities (for distillation), its
+Each example has the likeliest next tokens with their log-probabilities (for distillation), its
 cross-entropy, and what every FFN channel did on the prompt and on the answer (for the warm start).
 All come out of the same forward pass. Files are plain ``.npy`` arrays, written in place; a row
 counts once its mark is set, so a run that was killed goes on where it was. Activations have a file
-for each example, as only some examples' are wanted. Several runs may share a directory.
+for each example, as they are wanted for some examples only. Several runs may share a directory.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from .networks import hidden_states, output_layer
 
 TOP_K = 64
 _BLOCK = 512
-# Values of a row of logits that have one maximum.
+# A row of logits is cut into blocks of so many values, and each block has its maximum.
 _SELECTED_AT_ONCE = 64
-# It changes when the arrays hold something else.
+# This number is raised when the content of the arrays changes.
 _VERSION = 3
 
 
@@ -80,7 +80,7 @@ class DenseTargets:
         done = folder / "done.npy"
         for name, (dtype, shape) in arrays.items():
             if not _is_array(folder / f"{name}.npy", dtype, shape):
-                # Rows whose mark is set must be in all arrays.
+                # A marked row must be in all arrays, so the marks go if one array is missing.
                 done.unlink(missing_ok=True)
                 _write_zeros(folder / f"{name}.npy", dtype, shape)
         if not _is_array(done, np.bool_, (n,)):
@@ -96,7 +96,7 @@ class DenseTargets:
 
         Args:
             indices (list): of examples.
-            activations (bool): those are wanted, too.
+            activations (bool): whether activations are wanted, too.
         """
         missing = sorted({
             i for i in indices
@@ -141,15 +141,15 @@ class DenseTargets:
         self.forget_model()
 
     def forget_model(self) -> None:
-        """Nothing is computed any more.
+        """Give up the dense model; nothing can be computed afterwards.
 
-        Training gives the student new arrays, and those of the dense model would stay beside them.
+        Training gives the student new arrays, and the dense model's would stay in memory with them.
         """
         self.model = None
 
     def forget_if_done(self) -> None:
         """Forget the model if it has run over all examples."""
-        # Activations are asked for before what is asked for here.
+        # Activations need no check: they have all been asked for before this is called.
         if self._done.all():
             self.forget_model()
 
@@ -163,7 +163,7 @@ class DenseTargets:
     def _store(self, logits: mx.array, labels: np.ndarray, start: int) -> None:
         lse = mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(logits, lse)
-        # numpy selects faster than MLX's CPU backend sorts; on Metal the memory is shared too.
+        # numpy selects faster than MLX's CPU backend sorts; it shares MLX's memory, also on Metal.
         values, sums = np.array(logits, copy=False), np.array(lse)
         rows = slice(start, start + len(values))
         top = _largest(values, self._top_k)
@@ -173,7 +173,7 @@ class DenseTargets:
         self._right[rows] = values.argmax(axis=-1) == labels
 
     def teacher(self, indices: list[int], length: int) -> tuple[mx.array, mx.array]:
-        """Likeliest next tokens of a batch: uint32 and float32 [B, length, K], zero-padded."""
+        """Give a batch's likeliest next tokens: uint32 and float32 [B, length, K], zero-padded."""
         self.compute(indices)
         self.forget_if_done()
         ids = np.zeros((len(indices), length, self._top_k), np.uint32)
@@ -187,7 +187,7 @@ class DenseTargets:
     def answer_loss(self, i: int) -> tuple[float, bool]:
         """The dense model's summed cross-entropy on an answer, and whether it would give it.
 
-        The latter is greedy decoding's exact match: every token of the answer is the likeliest.
+        It would if every token of the answer is the likeliest: greedy decoding matches exactly.
         """
         self.compute([i])
         self.forget_if_done()
@@ -202,9 +202,9 @@ class DenseTargets:
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Where the k largest of each row are, in any order: int [n, k] of float32 [n, V].
+    """Find the k largest values of each row, in any order: int [n, k] of float32 [n, V].
 
-    They are in the k blocks with the largest maxima, and a row's maxima are few.
+    They lie in the k blocks with the largest maxima, and there are few maxima to compare.
     """
     n, size = values.shape
     whole = size // _SELECTED_AT_ONCE * _SELECTED_AT_ONCE
@@ -222,8 +222,9 @@ def _largest(values: np.ndarray, k: int) -> np.ndarray:
 def _halves(batch: Batch) -> mx.array:
     """Weights of tokens, float32 [B, S - 1]: the answer's add up to 1, and so do the prompt's.
 
-    The mask holds while the prompt is read, too. Channels chosen by a short answer alone read it
-    badly: with half of SmolLM2-135M's, KL(dense || masked) is more than twice as high on answers.
+    The mask holds while the prompt is read, too. Channels that a short answer alone chose read the
+    prompt badly: with half of SmolLM2-135M's channels, KL(dense || masked) on answers is more than
+    twice as high.
     """
     answer = batch.loss_mask.astype(mx.float32)
     before = batch.token_mask.astype(mx.float32) - answer
@@ -243,15 +244,15 @@ def _is_array(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
 
 
 def _write_zeros(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """A zeroed array on disk, every byte written.
+    """Make a zeroed array on disk, and write every byte of it.
 
-    Without that a full disk would show later, when the mapped array is filled: as SIGBUS.
+    Otherwise a full disk would only show when the mapped array is filled, as a SIGBUS.
     """
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
               "shape": shape}  # fmt: skip
     left = int(np.prod(shape)) * np.dtype(dtype).itemsize
     path.unlink(missing_ok=True)
-    # Of several runs that begin at once one makes it, and the others use that.
+    # If several runs begin at once, one of them makes the file, and the others use it.
     with contextlib.suppress(FileExistsError), new_file(path, overwrite=False) as temporary:
         try:
             with open(temporary, "wb") as file:

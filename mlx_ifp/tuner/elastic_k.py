@@ -1,4 +1,4 @@
-"""Elastic k: each batch is trained with another number of channels, out of a range."""
+"""Train each batch with another number of channels out of a range, which is called elastic k."""
 
 import math
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class KeepRange:
 
     @classmethod
     def of(cls, ends: list[Keep], d_ffn: int, layers: int) -> "KeepRange":
-        """A range of two ends as users give them, in any order.
+        """Make a range of two ends as users give them, in any order.
 
         Raises:
-            IFPError: if an end is out of range, or no one number for all layers.
+            IFPError: if an end is out of range, or is not one number for all layers.
         """
         low, high = sorted(resolve_one_keep(end, d_ffn, layers) for end in ends)
         return cls(low, high)

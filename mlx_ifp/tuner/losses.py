@@ -1,8 +1,8 @@
-"""Losses on the answer's tokens, and on prompts of one task.
+"""Compute losses on the answer's tokens, and on prompts of one task.
 
 The logits of a vocabulary are the largest arrays of a training step. Here they are made by blocks
-of tokens: forward and backward of a block run together, before the next one's, and what is needed
-of it is the gradient of its hidden states (as fused linear cross-entropy kernels do).
+of tokens: the forward and backward pass of a block run before the next block begins, and only
+its gradients are kept (as fused linear cross-entropy kernels do).
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-# So few that the logits of a block stay small beside the weights: with 512 the peak of a step on
-# SmolLM2 is 350 MB higher, and on a CPU the step is no faster.
+# The block is small, so that its logits are small compared with the weights: with 512 the peak of
+# a step on SmolLM2 is 350 MB higher, and on a CPU the step is no faster.
 BLOCK = 128
 
 
@@ -58,10 +58,10 @@ def cross_entropy(logits: mx.array, lse: mx.array, labels: mx.array) -> mx.array
 def kl_to_teacher(
     logits: mx.array, lse: mx.array, teacher_ids: mx.array, teacher_logprobs: mx.array
 ) -> mx.array:
-    """KL(teacher || student) where the teacher is known by its K likeliest tokens.
+    """Compute KL(teacher || student) if only the teacher's K likeliest tokens are known.
 
-    All other tokens are one outcome, with the probability that is left. This is a lower bound of
-    the full divergence, and equal to it if K is the vocabulary's size.
+    All other tokens count as one outcome with the remaining probability. The result is a lower
+    bound of the full divergence, and equals it if K is the vocabulary's size.
 
     Args:
         logits (mx.array): float32 [n, V] of the student.
@@ -75,7 +75,7 @@ def kl_to_teacher(
     student = mx.take_along_axis(logits, teacher_ids, axis=-1) - lse[:, None]
     probabilities = mx.exp(teacher_logprobs)
     top = (probabilities * (teacher_logprobs - student)).sum(axis=-1)
-    # Rounding may leave a rest just below zero; where nothing is left it adds nothing.
+    # Rounding may leave a rest just below zero; so small a rest adds nothing to the sum.
     rest = mx.maximum(1 - probabilities.sum(axis=-1), 1e-8)
     student_rest = mx.maximum(1 - mx.exp(student).sum(axis=-1), 1e-8)
     return top + rest * mx.log(rest / student_rest)
@@ -98,7 +98,7 @@ def _logsumexp_vjp(_: mx.array, cotangents: list[mx.array], outputs: list[mx.arr
 
 
 def _weighted(logits: mx.array, targets: Targets) -> tuple[mx.array, mx.array, mx.array]:
-    """The weighted sum of both losses, and each alone."""
+    """Compute the weighted sum of both losses, and each loss alone."""
     logits = logits.astype(mx.float32)
     lse, _ = cast(tuple[mx.array, mx.array], _logsumexp(logits))
     ce = (targets.ce_weights * cross_entropy(logits, lse, targets.labels)).sum()
@@ -117,18 +117,18 @@ def blockwise_loss(
     logits: Callable[[dict, mx.array], mx.array],
     block: int = BLOCK,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Weighted cross-entropy and KL, ``block`` rows of logits after another.
+    """Compute weighted cross-entropy and KL, by blocks of ``block`` rows of logits.
 
     Args:
         parameters (dict): trainable parameters of the output layer; may be empty.
         hidden (mx.array): [n, d], final hidden states of the positions that count.
-        targets (Targets): of the same positions.
+        targets (Targets): the targets of the same positions.
         logits (Callable): from :func:`~mlx_ifp.tuner.networks.output_layer`.
         block (int): positions at a time.
 
     Returns:
-        tuple: the loss to differentiate, sum of w_ce * CE + w_kl * KL; and, as values only, the
-        two parts of it.
+        tuple: the loss to differentiate, which is the sum of w_ce * CE + w_kl * KL; and its two
+        parts, which have no gradient.
     """
 
     def of_block(parameters: dict, hidden: mx.array, targets: Targets):
@@ -148,8 +148,8 @@ def blockwise_loss(
             rows = slice(start, start + block)
             part = hidden[rows]
             if hidden_grads:
-                # Whatever is computed of a block's logits is computed before the next block, or
-                # they would be alive until the end.
+                # Everything that needs a block's logits is evaluated before the next block;
+                # otherwise all logits would stay in memory until the end.
                 leaves = dict(tree_flatten(parameter_grads or {})).values()
                 before = [hidden_grads[-1], *values, *leaves]
                 part = mx.depends(part, before)
@@ -173,7 +173,7 @@ def blockwise_loss(
 
 
 def contrastive_loss(scores: mx.array, tasks: list[str], temperature: float = 0.1) -> mx.array:
-    """Pull the scores of prompts of one task together, those of other tasks apart.
+    """Pull the scores of prompts of one task together, and push those of different tasks apart.
 
     The paper leaves this open (section 6); the form is the supervised contrastive loss of Khosla
     et al. (2020, arXiv 2004.11362) on scores that are centred by layer and normalised.
@@ -190,7 +190,7 @@ def contrastive_loss(scores: mx.array, tasks: list[str], temperature: float = 0.
     same = mx.array([[a == b for b in tasks] for a in tasks])
     itself = mx.eye(n, dtype=mx.bool_)
     positives = mx.logical_and(same, ~itself).astype(mx.float32)
-    # What all prompts share says nothing about the task.
+    # The scores are centred, as what all prompts share says nothing about the task.
     z = (scores - mx.stop_gradient(scores.mean(axis=0, keepdims=True))).reshape(n, -1)
     z = z / mx.maximum(mx.linalg.norm(z, axis=-1, keepdims=True), 1e-6)
     similarity = mx.where(itself, -mx.inf, z @ z.T / temperature)

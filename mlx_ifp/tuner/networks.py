@@ -1,4 +1,4 @@
-"""One set of wide weights, two ways to run it under a mask; gradients reach the wide weights.
+"""Run one set of wide weights under a mask in two ways; gradients reach the wide weights.
 
 Inside a traced function the arrays of a model are tracers. The copies made here hold these very
 tracers, or rows of them, so what is differentiated is always the wide model. The masks are those
@@ -15,12 +15,12 @@ from mlx_lm.tuner.lora import LoRALinear
 from ..llm.ffn import FFN
 from ..llm.modules import find_body, get_module, linear, set_module, share
 
-# (path of a module, rows of its weight) -> what its quantized checkpoint will have.
+# It takes a module's path and rows of its weight, and gives what a quantized checkpoint will have.
 RoundRows = Callable[[str, mx.array], mx.array]
 
 
 def wide_weight(module: nn.Module) -> tuple[mx.array, mx.array | None]:
-    """A Linear's weight [output, input] and bias; LoRA's update is added."""
+    """Give a Linear's weight [output, input] and bias; LoRA's update is added to the weight."""
     if isinstance(module, LoRALinear):
         weight, bias = wide_weight(module.linear)
         update = (module.lora_a @ module.lora_b).T * module.scale
@@ -35,7 +35,7 @@ def gathered(
     soft_values: mx.array | None,
     round_rows: RoundRows = lambda _, rows: rows,
 ) -> nn.Module:
-    """The narrow network of one selection: k channels are gathered, nothing wide is multiplied.
+    """Make the narrow network of one selection: it gathers k channels, and multiplies only those.
 
     Args:
         model (nn.Module): a dense mlx-lm model with float weights.
@@ -67,20 +67,20 @@ def gathered(
                 weight = round_rows(ffn.module_path(name), weight)
                 module[name] = _scaled(weight, bias, factor)
         weight, bias = _kept_inputs(module.down_proj, kept)
-        # Its channels are columns here, and rows where they are stored.
+        # Channels are columns of this weight, but a checkpoint stores them as rows.
         rows = round_rows(ffn.module_path("down_proj"), weight.T)
         module.down_proj = linear(rows.T, bias)
-    # Gradient checkpointing passes on only what may be trained, and all of this is.
+    # Gradient checkpointing passes on only trainable arrays, so all of the copy is trainable.
     narrow.unfreeze()
     return narrow
 
 
 class _Kept:
-    """Rows or columns of a wide array, with a gradient that is gathered, too.
+    """Take rows or columns of a wide array, with a gradient that is gathered, too.
 
     MLX's own gradient of indexing scatters. As every channel is kept once or not at all, the wide
-    gradient is the narrow one with zeros in between, and those are one gather: on a CPU a seventh
-    of the time for rows, a tenth for columns.
+    gradient is the narrow one with zeros in between, which one gather makes. On a CPU this takes a
+    seventh of the time for rows, and a tenth for columns.
 
     Args:
         indices (mx.array): int32 [n], no two alike.
@@ -90,7 +90,7 @@ class _Kept:
     def __init__(self, indices: mx.array, size: int) -> None:
         n = indices.size
         self._indices = indices
-        # Where each wide row is among the kept ones; n, where the padding is, if it is not.
+        # This gives each wide row its place among the kept rows, or n, where the padding is.
         self._places = mx.full((size,), n, dtype=mx.int32).at[indices].add(mx.arange(n) - n)
 
     def rows(self, wide: mx.array) -> mx.array:
@@ -111,7 +111,7 @@ class _Kept:
         """[d, size] -> [d, n]."""
 
         def along(array: mx.array, indices: mx.array) -> mx.array:
-            # Faster on a CPU than plain indexing of a second axis.
+            # On a CPU this is faster than plain indexing of the second axis.
             indices = mx.broadcast_to(indices[None], (array.shape[0], indices.size))
             return mx.take_along_axis(array, indices, axis=1)
 
@@ -128,7 +128,7 @@ class _Kept:
 
 
 def _kept_outputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | None]:
-    """Some outputs of a Linear: weight [n, input] and bias [n]; LoRA's update is made of these."""
+    """Give weight [n, input] and bias [n] of some outputs of a Linear, LoRA's update included."""
     if isinstance(module, LoRALinear):
         weight, bias = _kept_outputs(module.linear, kept)
         update = (module.lora_a @ kept.columns(module.lora_b)).T * module.scale
@@ -138,7 +138,7 @@ def _kept_outputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | 
 
 
 def _kept_inputs(module: nn.Module, kept: _Kept) -> tuple[mx.array, mx.array | None]:
-    """Some inputs of a Linear: weight [output, n] and the whole bias; LoRA's as above."""
+    """Give weight [output, n] of some inputs of a Linear, LoRA's update included, and its bias."""
     if isinstance(module, LoRALinear):
         weight, bias = _kept_inputs(module.linear, kept)
         update = (kept.rows(module.lora_a) @ module.lora_b).T * module.scale
@@ -166,13 +166,13 @@ class _MaskedDown(nn.Module):
 
 
 def masked(model: nn.Module, ffns: list[FFN], masks: mx.array, blend: float = 1.0) -> nn.Module:
-    """The wide network under a mask for each sequence.
+    """Make the wide network with a mask for each sequence.
 
     Args:
         model (nn.Module): a dense mlx-lm model.
         ffns (list): its L FFNs.
         masks (mx.array): float32 [B, L, d_ffn], 0 where a channel is left out.
-        blend (float): ``h * (1 - blend) + blend * h * m``: 0 is the dense model, 1 the masked one.
+        blend (float): the b in ``h * (1 - b) + b * h * m``: 0 is the dense model, 1 the masked one.
 
     Returns:
         nn.Module: a copy that shares all arrays.
@@ -187,8 +187,8 @@ def masked(model: nn.Module, ffns: list[FFN], masks: mx.array, blend: float = 1.
 
 
 def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
-    """Final hidden states, after the last norm: int32 [B, S] -> [B, S, d]."""
-    # StableLM's has no default for the cache.
+    """Compute final hidden states, after the last norm: int32 [B, S] -> [B, S, d]."""
+    # StableLM's body has no default for the cache.
     return get_module(model, find_body(model))(tokens, cache=None)
 
 
@@ -197,7 +197,7 @@ class _GivenHidden(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        # The output layer may be the embedding, which is the body's, and its numbers, too.
+        # The output layer may use the body's embedding, and also numbers that the body holds.
         for name, child in body.children().items():
             if isinstance(child, (nn.Embedding, nn.QuantizedEmbedding)):
                 self[name] = child
@@ -205,12 +205,12 @@ class _GivenHidden(nn.Module):
             self.__dict__.setdefault(name, value)
 
     def __call__(self, *args: mx.array, **kwargs: mx.array) -> mx.array:
-        # The first argument is the hidden state, whatever its name.
+        # The first argument is the hidden state, whatever its name is.
         return next(iter((*args, *kwargs.values())))
 
 
 def output_layer(model: nn.Module) -> tuple[dict, Callable[[dict, mx.array], mx.array]]:
-    """What a model does with its final hidden states, whatever its architecture.
+    """Give the function that turns final hidden states into logits, for any architecture.
 
     Returns:
         tuple: the trainable parameters it uses, a tree, and a function (parameters, [..., d]) ->

@@ -1,4 +1,4 @@
-"""Where a new sparsity predictor comes from: a pretrained model, or the LLM's own first layers."""
+"""Make a new sparsity predictor from a pretrained model, or from the LLM's own first layers."""
 
 import copy
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class PredictorStart:
     Attributes:
         backbone: an mlx-lm model. If it has the LLM's embedding, an empty module stands there.
         config: its mlx-lm config.
-        head: with random weights that give scores near 0.
+        head: the head, with random weights that give scores near 0.
         embedding: where in the backbone the LLM's embedding is put, or "" if it has its own.
-        tokenizer: what it reads with.
+        tokenizer: the tokenizer of the text that it reads.
     """
 
     backbone: nn.Module
@@ -43,13 +43,13 @@ class PredictorStart:
 def from_layers(
     source: Source, layers: int, head_width: int = HEAD_WIDTH, dtype: mx.Dtype | None = None
 ) -> PredictorStart:
-    """A predictor of the LLM's first layers, a copy, with the LLM's embedding, shared.
+    """Make a predictor from a copy of the LLM's first layers; it shares the LLM's embedding.
 
     Args:
-        source (Source): of the LLM.
-        layers (int): how many.
+        source (Source): the LLM.
+        layers (int): how many layers to copy.
         head_width (int): P, width of the head's hidden layer.
-        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.source.TRAINED_IN`.
+        dtype (mx.Dtype): the weights' type; None for :data:`~mlx_ifp.tuner.source.TRAINED_IN`.
 
     Raises:
         IFPError: if the LLM has fewer layers.
@@ -92,12 +92,12 @@ def from_model(
     head_width: int = HEAD_WIDTH,
     trust_remote_code: bool = False,
 ) -> PredictorStart:
-    """A predictor whose backbone is a pretrained mlx-lm model, as in the paper.
+    """Make a predictor whose backbone is a pretrained mlx-lm model, as in the paper.
 
     Args:
         model (str): a directory or hub id.
         source (Source): of the LLM.
-        dtype (mx.Dtype): cast to this type.
+        dtype (mx.Dtype): the type that weights are cast to.
         head_width (int): P, width of the head's hidden layer.
         trust_remote_code (bool): let the tokenizer run code of its repository.
     """
@@ -129,19 +129,19 @@ def _first_layers(config: dict[str, Any], of: int, layers: int) -> dict[str, Any
                 part[name] = value[:layers]
         for name in ("num_kv_shared_layers", "num_kv_reuse_layers"):
             if isinstance(part.get(name), int):
-                # The last layers use the keys and values of earlier ones.
+                # So many of the last layers use the keys and values of earlier ones.
                 part[name] = max(0, layers - (of - part[name]))
     return config
 
 
 def head_config(width: int, head_width: int, source: Source) -> HeadConfig:
-    """D -> P -> L * d_ffn with an exact GELU between (paper, section 3.1)."""
+    """Describe a head D -> P -> L * d_ffn with an exact GELU between (paper, section 3.1)."""
     scores = len(source.ffns) * source.ffns[0].d_ffn
     return HeadConfig([width, head_width, scores], [True, True], "gelu", "layer_norm")
 
 
 def new_head(width: int, head_width: int, source: Source) -> PredictorHead:
-    """A head whose last layer begins small, so that no text differs from another at first."""
+    """Make a head whose last layer begins small, so that at first all texts score alike."""
     config = head_config(width, head_width, source)
     first = nn.Linear(width, head_width)
     arrays = {
@@ -156,11 +156,11 @@ def new_head(width: int, head_width: int, source: Source) -> PredictorHead:
 def from_checkpoint(
     source: Source, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
 ) -> PredictorStart:
-    """The predictor that a checkpoint has already.
+    """Take the predictor that a checkpoint has already.
 
     Args:
         source (Source): of the checkpoint.
-        dtype (mx.Dtype): cast to this type; None for :data:`~mlx_ifp.tuner.source.TRAINED_IN`.
+        dtype (mx.Dtype): the weights' type; None for :data:`~mlx_ifp.tuner.source.TRAINED_IN`.
         trust_remote_code (bool): let its tokenizer run code of its repository.
 
     Raises:

@@ -1,8 +1,9 @@
 """Quantization-aware training: the loss is that of the quantized LLM, the weights stay floats.
 
-``mlx_ifp.convert -q`` rounds every weight to a few bits. Here each is rounded in the forward pass,
-to the very values the converted checkpoint will have, and its gradient goes to the float weight as
-if it had not been (the straight-through estimator; Bengio et al. 2013, arXiv 1308.3432).
+``mlx_ifp.convert -q`` rounds every weight to a few bits. Here each weight is rounded in the forward
+pass to the very value that the converted checkpoint will have, and its gradient goes to the float
+weight as if nothing had been rounded (the straight-through estimator; Bengio et al. 2013, arXiv
+1308.3432).
 """
 
 from typing import Any, cast
@@ -15,7 +16,7 @@ from ..llm.ffn import FFN
 from ..llm.modules import get_module, linear, set_module, share
 from .networks import wide_weight
 
-# Module path -> group_size, bits and mode, as convert plans it.
+# It maps a module's path to group_size, bits and mode, as convert plans them.
 QuantizationPlan = dict[str, dict[str, Any]]
 
 
@@ -44,22 +45,22 @@ class Rounding:
         plan (dict): which modules are quantized, and how.
         ffns (list): the LLM's FFNs; their down projections are rounded as they are stored, a
             channel's weights together.
-        dtype (mx.Dtype): what the checkpoint is stored in before it is quantized.
+        dtype (mx.Dtype): the type that the checkpoint is stored in before it is quantized.
     """
 
     def __init__(self, plan: QuantizationPlan, ffns: list[FFN], dtype: mx.Dtype) -> None:
         self.plan, self.ffns, self.dtype = plan, ffns, dtype
         self._of_ffns = owners_of(ffns).keys()
-        # What is not trained is rounded once.
+        # Weights that are not trained are rounded only once, and kept here.
         self._frozen: dict[str, mx.array] = {}
 
     def rows(self, path: str, weight: mx.array) -> mx.array:
-        """A weight [n, d] of the module, all its rows or some."""
+        """Round a module's weight [n, d], which may have all rows or only some."""
         how = self.plan.get(path)
         return weight if how is None else round_through(weight, self.dtype, **how)
 
     def trunk(self, llm: nn.Module) -> nn.Module:
-        """A copy that is rounded but for the FFNs, and shares all other arrays."""
+        """Make a copy that is rounded except for the FFNs, and shares all other arrays."""
         copy = share(llm)
         for path in self.plan.keys() - self._of_ffns:
             module = get_module(copy, path)
@@ -76,14 +77,14 @@ class Rounding:
         return copy
 
     def wide(self, trunk: nn.Module) -> nn.Module:
-        """A copy of a rounded trunk whose FFNs are rounded, too."""
+        """Make a copy of a rounded trunk in which the FFNs are rounded, too."""
         copy = share(trunk)
         for ffn in self.ffns:
             module = get_module(copy, ffn.path)
             for path in owners_of([ffn]):
                 name = path.rpartition(".")[2]
                 weight, bias = wide_weight(module[name])
-                # A channel is a row where it is stored.
+                # A checkpoint stores a channel of down_proj as a row.
                 turned = name == "down_proj"
                 weight = self.rows(path, weight.T if turned else weight)
                 module[name] = linear(weight.T if turned else weight, bias)

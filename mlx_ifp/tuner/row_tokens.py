@@ -1,4 +1,4 @@
-"""A row of training data -> the LLM's tokens, and where in them its answer begins."""
+"""Turn a row of training data into the LLM's tokens, and find where its answer begins."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from ..llm.prompt import common_prefix
 def row_tokens(
     tokenizer: TokenizerWrapper, row: dict[str, Any], *, answer: bool
 ) -> tuple[list[int], int]:
-    """The tokens that mlx-lm trains on, and the first one that counts.
+    """Give the tokens that mlx-lm trains on, and the first one that counts.
 
     Args:
         tokenizer: the LLM's.
-        row: of one of mlx-lm's formats; ``messages``, if it has any, as
-            :func:`~mlx_ifp.llm.messages.read_messages` gives them, or else a ``text``. If it has
-            ``"truncated": true``, its answer was cut, and the end of its turn is left out.
-        answer (bool): the last message counts; otherwise everything does.
+        row: a row with ``messages`` as :func:`~mlx_ifp.llm.messages.read_messages` gives them, or
+            else with a ``text``. If it has ``"truncated": true``, its answer was cut, and the end
+            of its turn is left out.
+        answer (bool): whether only the last message counts; otherwise everything does.
 
     Returns:
         tuple: token ids, and an offset, which is 0 if everything counts.
@@ -42,7 +42,7 @@ def row_tokens(
 
 
 def _text_tokens(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """A text ends with the end of text, as in mlx-lm."""
+    """Encode a text; the end-of-text token follows it, as in mlx-lm."""
     if not text.strip():
         return []
     try:
@@ -62,7 +62,7 @@ def _templated(
     prompt: bool = False,
     unfinished: bool = False,
 ) -> list[int]:
-    # A template that is a function of mlx-lm need not know this argument.
+    # A chat template may be a function of mlx-lm that does not know this argument.
     more = {"continue_final_message": True} if unfinished else {}
     try:
         tokens = tokenizer.apply_chat_template(
@@ -77,11 +77,11 @@ def _templated(
 def _answer_offset(
     tokenizer: TokenizerWrapper, messages: list[Message], tools: Any, tokens: list[int]
 ) -> int:
-    """Where the last message begins in the tokens of a conversation.
+    """Find where the last message begins in the tokens of a conversation.
 
-    A prompt need not be how its conversation begins: Gemma 4's ends with an empty thought, and that
-    of models that were distilled from DeepSeek R1 with a thought's beginning, which the template
-    leaves out before an answer that is known. There the answer begins where the two part.
+    A conversation need not begin with its prompt: Gemma 4's prompt ends with an empty thought, and
+    models distilled from DeepSeek R1 have prompts that end with a thought's beginning, but the
+    template leaves these out before a known answer. Then the answer begins where the two differ.
     """
     prompt = _templated(tokenizer, messages[:-1], tools, prompt=True)
     offset = common_prefix(prompt, tokens)

@@ -1,4 +1,4 @@
-"""What a run reports: to its ``log.jsonl``, to mlx-lm's callbacks and to stdout."""
+"""Write the reports of a run to its ``log.jsonl``, to mlx-lm's callbacks and to stdout."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ class RunLog:
     def __init__(self, run: Path | None, callback: "TrainingCallback | None" = None) -> None:
         self.run, self.callback = run, callback
         if run is not None and (run / LOG_FILE).exists():
-            # A process that was killed may have left half a line; the next one begins a new one.
+            # A killed process may have left half a line; the next report must begin a new line.
             with open(run / LOG_FILE, "r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
 

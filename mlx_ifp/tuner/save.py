@@ -1,4 +1,4 @@
-"""A trained student as a checkpoint that ``mlx_ifp.load`` opens."""
+"""Save a trained student as a checkpoint that ``mlx_ifp.load`` opens."""
 
 import copy
 from importlib.metadata import version
@@ -33,7 +33,7 @@ from .student import Student
 
 
 def fused(llm: nn.Module) -> nn.Module:
-    """A copy in which LoRA's updates are part of the weights."""
+    """Make a copy in which LoRA's updates are part of the weights."""
     llm = share(llm)
     layers = [(n, m.fuse()) for n, m in llm.named_modules() if isinstance(m, LoRALinear)]
     if layers:
@@ -42,7 +42,7 @@ def fused(llm: nn.Module) -> nn.Module:
 
 
 def channel_rows(llm: nn.Module, ffns: list[FFN]) -> dict[str, mx.array]:
-    """The FFN as a checkpoint stores it: every channel a row, down_proj transposed."""
+    """Lay out the FFNs as a checkpoint does: every channel is a row, so down_proj is transposed."""
     owners = owners_of(ffns)
     rows: dict[str, mx.array] = {}
     for name, array in dict(tree_flatten(llm.parameters())).items():
@@ -62,13 +62,13 @@ def save_student(
     predictor_tokenizer: TokenizerWrapper | None = None,
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint; it is there whole or not at all.
+    """Write a checkpoint, either completely or not at all.
 
     Args:
         student (Student): what was trained.
         source (Source): what it was made of.
         path: a directory that does not exist.
-        dtype (mx.Dtype): of the floats.
+        dtype (mx.Dtype): type of the floats.
         predictor_config (dict): the backbone's mlx-lm config.
         predictor_tokenizer: the predictor's, if it is not the LLM's.
         training (dict): how it was trained; kept in ``ifp_config.json``.

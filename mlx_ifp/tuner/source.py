@@ -1,4 +1,4 @@
-"""The model that training starts from, with float weights."""
+"""Load the model that training starts from, with float weights."""
 
 import hashlib
 import sys
@@ -38,15 +38,15 @@ class Source:
     """What training starts from.
 
     Attributes:
-        name: of the model, as the checkpoint will have it.
+        name: the model's name, as the checkpoint will have it.
         path: the model's directory.
         config: the LLM's mlx-lm config, without a quantization.
         tokenizer: the LLM's.
         llm: an mlx-lm model with float weights.
         ffns: its FFNs.
         checkpoint: if it is a checkpoint of ours, what it says.
-        digest: of the weights' files.
-        dtype: what the weights are stored in.
+        digest: digest of the weights' files.
+        dtype: the type that the weights are stored in.
     """
 
     name: str
@@ -67,16 +67,16 @@ def load_source(
     *,
     frozen: bool = False,
 ) -> Source:
-    """A dense mlx-lm model, or the LLM of a checkpoint, as a model that can be trained.
+    """Load a dense mlx-lm model, or the LLM of a checkpoint, so that it can be trained.
 
     Quantized weights are dequantized.
 
     Args:
         model (str): a directory or hub id.
-        dtype (mx.Dtype): cast to this type; None for :data:`TRAINED_IN`.
+        dtype (mx.Dtype): the type that weights are cast to; None for :data:`TRAINED_IN`.
         trust_remote_code (bool): let the tokenizer run code of its repository.
-        frozen (bool): its own weights are not trained; without a ``dtype`` they stay as stored, but
-            on a CPU.
+        frozen (bool): whether its own weights are not trained. Then, without a ``dtype``, they keep
+            the type they are stored in, except on a CPU.
 
     Raises:
         IFPError: if it cannot be loaded or pruned.
@@ -108,7 +108,7 @@ def load_source(
 def _load_dense(
     model: str, path: Path, tokenizer_config: dict[str, Any]
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """A dense model, its tokenizer and its config, which may be Hugging Face's."""
+    """Load a dense model, its tokenizer and its config, which may be Hugging Face's."""
     with one_line(f"{model} cannot be loaded"):
         config = buildable(mlx_config(load_config(path)))
         llm, config = load_model(path, lazy=True, model_config=config)
@@ -140,7 +140,7 @@ def _digest(files: list[Path]) -> str:
 
 
 def _assemble(checkpoint: Checkpoint) -> nn.Module:
-    """The dense model of a checkpoint, with mlx-lm's layout of down projections."""
+    """Put together the dense model of a checkpoint, with mlx-lm's layout of down projections."""
     quantization = checkpoint.config.get("quantization")
     if quantization is not None:
         raise IFPError(

@@ -1,4 +1,4 @@
-"""One training step: scores -> mask -> network -> loss, and gradients -> weights."""
+"""Do one training step: scores -> mask -> network -> loss, and gradients -> weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Positions:
         rows: int32 [n], into the flattened [B * (S - 1)] positions, padded.
         answer: float32 [n], 1 for the answer's tokens, else 0.
         distilled: float32 [n], 1 where the dense model is to be matched, else 0.
-        answer_tokens: how many ones.
-        distilled_tokens: likewise.
+        answer_tokens: how many ones ``answer`` has.
+        distilled_tokens: how many ones ``distilled`` has.
     """
 
     rows: mx.array
@@ -43,10 +43,10 @@ class Positions:
 
 
 def positions_of(batch: Batch, distill_on: str) -> Positions:
-    """Positions of a batch that count.
+    """Find the positions of a batch that count.
 
     Args:
-        batch (Batch): of examples.
+        batch (Batch): a batch of examples.
         distill_on (str): ``all`` tokens or the ``answer`` only; ``none`` for no distillation.
     """
     answer = np.array(batch.loss_mask).reshape(-1)
@@ -77,7 +77,7 @@ class Mix:
         contrastive: factor of the contrastive term.
         temperature: epsilon of SoftTopK.
         blend: 0 is the dense model, 1 the masked one.
-        shared_by: the row of the batch whose text selects for all of it; None: each for itself.
+        shared_by: the row whose text selects for the whole batch; None if each selects for itself.
         k: channels kept in each layer; None for the checkpoint's k.
     """
 
@@ -99,12 +99,15 @@ def batch_loss(
     contrast: Batch | None = None,
     contrast_tasks: list[str] | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The loss of a batch; narrow if it shares one mask, wide otherwise, with equal gradients.
+    """Compute the loss of a batch.
+
+    The network is narrow if the batch shares one mask, and wide otherwise; both have the same
+    gradients.
 
     Args:
         student (Student): what is trained.
         batch (Batch): tokens [B, S].
-        positions (Positions): of the batch.
+        positions (Positions): the positions of the batch that count.
         teacher (tuple): ids and log-probabilities [B, S - 1, K] of the dense model, or None.
         mix (Mix): weights of the parts.
         contrast (Batch): prompts of several tasks for the contrastive term.
@@ -145,20 +148,20 @@ def batch_loss(
 
 
 def make_optimizer(student: Student, args: TrainingArgs) -> optim.Optimizer:
-    """AdamW for the predictor and for the LLM, each with its own rate; only for what is trained."""
+    """Make AdamW for predictor and LLM, each with its own rate, as far as they are trained."""
 
     def adamw(rate: float, schedule: dict[str, Any] | None) -> optim.Optimizer:
         try:
             scheduled = build_schedule(schedule) if schedule else None
             if scheduled is not None:
-                # Only a call shows whether its arguments are numbers.
+                # Whether the schedule's arguments are numbers shows only when it is called.
                 mx.eval(scheduled(mx.array(0)))
         except Exception as error:
             raise IFPError(
                 f"The learning rate schedule {schedule} is not one of mlx-lm's ({error!r}); it has "
                 "name, arguments and maybe warmup."
             ) from error
-        # Without the correction the first 50 steps are four to seven times what the rate says.
+        # Without bias correction the first 50 steps are four to seven times what the rate says.
         return optim.AdamW(
             learning_rate=rate if scheduled is None else scheduled,
             weight_decay=args.weight_decay,
@@ -186,17 +189,17 @@ def optimizers_of(optimizer: optim.Optimizer) -> list[optim.Optimizer]:
 def compiled_update(
     model: nn.Module, optimizer: optim.Optimizer, max_grad_norm: float = 0.0
 ) -> Callable[[dict], None]:
-    """Clipping and the optimizer as one graph: a pass over the weights, not one an operation.
+    """Make clipping and the optimizer one graph, which passes over the weights only once.
 
     Args:
-        model (nn.Module): whose weights are updated.
-        optimizer (optim.Optimizer): initialized, and not to be given another state afterwards.
+        model (nn.Module): the model whose weights are updated.
+        optimizer (optim.Optimizer): initialized; its state must not be replaced afterwards.
         max_grad_norm (float): gradients are scaled down to this norm; 0 for never.
 
     Returns:
         Callable: takes the gradients; the new weights are not evaluated yet.
     """
-    # MLX needs these very dictionaries. A MultiOptimizer makes a new one each time it is asked.
+    # MLX needs these very dictionaries. A MultiOptimizer's state is a new one each time it is read.
     state = [model.state, *(each.state for each in optimizers_of(optimizer))]
 
     @partial(mx.compile, inputs=state, outputs=state)

@@ -1,4 +1,4 @@
-"""What is trained: a dense LLM and its sparsity predictor, and how they become a checkpoint."""
+"""The student is what is trained: a dense LLM and its sparsity predictor."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ class Student(nn.Module):
         llm (nn.Module): the dense model.
         ffns (list): its FFNs.
         backbone (nn.Module): an mlx-lm model, or None if one static mask is trained.
-        head (PredictorHead): None likewise.
+        head (PredictorHead): the predictor's head, or None likewise.
         ifp (IFPConfig): k, mask, text and head as the checkpoint will have them.
         static (mx.array): float32 [L, d_ffn], scores that are the same for every text.
         embedding (str): where the LLM's embedding is put in the backbone, if it is shared.
-        rounding (Rounding): run the LLM's weights as they will be quantized; None runs the floats.
+        rounding (Rounding): rounds the LLM's weights as quantization will; None runs the floats.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Student(nn.Module):
         self.llm = llm
         if backbone is not None and head is not None:
             self.backbone, self.head = backbone, head
-        # Names with an underscore are no parameters.
+        # MLX does not count attributes as parameters if their names begin with an underscore.
         self._ffns, self._ifp, self._static = ffns, ifp, static
         self._embedding, self._rounding = embedding, rounding
 
@@ -73,7 +73,7 @@ class Student(nn.Module):
         return k
 
     def scores(self, selecting: mx.array, lengths: mx.array) -> mx.array:
-        """Channel scores of texts, differentiable.
+        """Compute channel scores of texts, which are differentiable.
 
         Args:
             selecting (mx.array): int32 [B, n], right-padded.
@@ -98,7 +98,7 @@ class Student(nn.Module):
         return mx.sort(best, axis=-1)
 
     def trunk(self) -> nn.Module:
-        """What networks are made of: the LLM, with all weights rounded but those of its FFNs.
+        """The LLM that networks are made of; all weights but those of its FFNs are rounded.
 
         Without rounding, it is the LLM itself.
         """
@@ -107,10 +107,10 @@ class Student(nn.Module):
     def narrow(
         self, trunk: nn.Module, scores: mx.array, temperature: float, k: int | None = None
     ) -> nn.Module:
-        """The sub-network of scores [L, d_ffn], as :func:`~mlx_ifp.tuner.networks.gathered`.
+        """Make the sub-network of scores [L, d_ffn] by :func:`~mlx_ifp.tuner.networks.gathered`.
 
         Args:
-            trunk (nn.Module): of :meth:`trunk`.
+            trunk (nn.Module): the network that :meth:`trunk` gives.
             scores (mx.array): float32 [L, d_ffn].
             temperature (float): epsilon of SoftTopK.
             k (int): channels to keep in each layer; None for the checkpoint's k.
@@ -131,7 +131,7 @@ class Student(nn.Module):
         blend: float = 1.0,
         k: int | None = None,
     ) -> nn.Module:
-        """The masked full network of scores [B, L, d_ffn]; the same arguments."""
+        """Make the masked full network of scores [B, L, d_ffn]; arguments as in :meth:`narrow`."""
         k = self.k if k is None else k
         indices = self.channels(scores, k)
         kept = mx.put_along_axis(mx.zeros(scores.shape), indices, mx.array(1.0), axis=-1)
@@ -139,14 +139,14 @@ class Student(nn.Module):
         return self.masked(trunk, kept if soft is None else kept * soft, blend)
 
     def _soft_mask(self, scores: mx.array, temperature: float, k: int) -> mx.array | None:
-        """SoftTopK of scores [..., d_ffn], or None if the mask is hard."""
+        """Compute SoftTopK of scores [..., d_ffn]; None if the mask is hard."""
         operator = self._ifp.mask.operator
         if operator == "topk":
             return None
         return soft_topk(scores, k, operator=operator, temperature=temperature)
 
     def masked(self, trunk: nn.Module, masks: mx.array, blend: float = 1.0) -> nn.Module:
-        """The full network under masks [B, L, d_ffn]."""
+        """Make the full network under masks [B, L, d_ffn]."""
         wide = trunk if self._rounding is None else self._rounding.wide(trunk)
         return masked(wide, self._ffns, masks, blend)
 
@@ -161,7 +161,7 @@ def choose_trainable(
         fine_tune_type (str): ``full``: everything; ``layers``: all but embeddings and output layer
             (what ``mlx_lm.lora`` calls full); ``ffn``: the FFNs; ``lora``: mlx-lm's LoRA layers;
             ``predictor``: nothing of the LLM. The predictor is trained in all of them.
-        lora_parameters (dict): mlx-lm's: rank, dropout, scale, keys.
+        lora_parameters (dict): as in mlx-lm: rank, dropout, scale, keys.
         num_layers (int): layers to train, from the last one; -1 for all.
     """
     llm = student.llm

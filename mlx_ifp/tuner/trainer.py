@@ -1,4 +1,4 @@
-"""The training loop: LLM and predictor together (paper, section 3.2)."""
+"""Train LLM and predictor together (paper, section 3.2)."""
 
 import hashlib
 import math
@@ -32,21 +32,21 @@ from .validation import collapse_warning, validate
 
 
 class Trainer:
-    """One run.
+    """Runs the training loop of one run.
 
     Args:
-        student (Student): what is trained; frozen and unfrozen as wanted.
-        args (TrainingArgs): its numbers.
-        run (Path): its directory, which exists.
+        student (Student): what is trained; what should not be trained is frozen.
+        args (TrainingArgs): the run's numbers.
+        run (Path): the run's directory, which exists.
         train, valid (Split): data; valid may be None.
         select_by (str): ``prompt``, ``task`` or ``static``.
         identity (dict): what a resumed run must have in common with this one.
         callback (TrainingCallback): mlx-lm's, or None.
-        keep_range (KeepRange): k is drawn from it for each batch; None trains the checkpoint's k.
+        keep_range (KeepRange): where each batch's k is drawn from; None for the checkpoint's k.
 
     Attributes:
-        step: steps done.
-        optimizer: its state.
+        step: how many steps are done.
+        optimizer: the optimizer, with its state.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Trainer:
         for i, example in enumerate(train.examples):
             if example.task is not None:
                 by_task.setdefault(example.task, []).append(i)
-        # A prompt that is alone in its task has no other one to be pulled towards.
+        # A prompt that is alone in its task is left out: there is no other to pull it towards.
         self._by_task = {task: members for task, members in by_task.items() if len(members) > 1}
         if args.contrastive_weight and len(self._by_task) < 2:
             raise IFPError(
@@ -85,9 +85,9 @@ class Trainer:
         self.optimizer = make_optimizer(student, args)
         self.optimizer.init(student.trainable_parameters())
         self.step = self.trained_tokens = 0
-        # Of each step since the last report: loss, cross-entropy, KL, tokens, seconds.
+        # Each step since the last report adds a list: loss, cross-entropy, KL, tokens, seconds.
         self._unreported: list[list[float]] = []
-        # Made at the first update.
+        # This is made at the first update.
         self._apply: Callable[[dict], None] | None = None
         if args.grad_checkpoint:
             grad_checkpoint(student.llm.layers[0])
@@ -101,7 +101,7 @@ class Trainer:
             IFPError: if it is damaged, or of another run.
         """
         state = load_state(path, self.student, self.optimizer)
-        # The compiled update would go on with the state that was there before.
+        # The compiled update is dropped, as it would go on with the earlier state.
         self._apply = None
         theirs = state["identity"]
         for name, value in self.identity.items():
@@ -127,13 +127,13 @@ class Trainer:
     # -- steps
 
     def k_of(self, number: int) -> int:
-        """Channels kept in each layer for a batch."""
+        """How many channels are kept in each layer for a batch."""
         if self.keep_range is None:
             return self.student.k
         return self.keep_range.draw(self.args.seed, number)
 
     def _mix(self, counts: tuple[float, float], number: int) -> Mix:
-        """How a batch is trained. Losses are means over the tokens of the update, on all ranks."""
+        """Say how a batch is trained. Losses are means over the update's tokens on all ranks."""
         args, (answer, distilled) = self.args, counts
         return Mix(
             ce=(1 - args.distill_weight) / max(answer, 1),
@@ -156,7 +156,7 @@ class Trainer:
         return int(np.random.default_rng([self.args.seed, 2, number]).integers(rows))
 
     def _contrast(self, number: int) -> tuple[Any, list[str]] | tuple[None, None]:
-        """Prompts of several tasks, two of each at least."""
+        """Draw prompts of several tasks, at least two of each."""
         if not self.args.contrastive_weight:
             return None, None
         random = np.random.default_rng([self.args.seed, 3, number, self.world.rank()])
@@ -168,12 +168,12 @@ class Trainer:
             int(i) for task in tasks
             for i in random.choice(by_task[task], min(each, len(by_task[task])), replace=False)
         ]  # fmt: skip
-        # Only what selects is used; the answers need no place in the batch.
+        # Only the selecting text is used, so the answers need no place in the batch.
         prompts = [Example([0, 0], 1, examples[i].selecting, examples[i].task) for i in chosen]
         return make_batch(prompts, list(range(len(prompts)))), [str(p.task) for p in prompts]
 
     def gradients(self) -> tuple[dict, float, float, float, int]:
-        """Averaged gradients of one update.
+        """Compute the averaged gradients of one update.
 
         Returns:
             tuple: the gradients, the loss, its cross-entropy and KL parts, and the tokens seen.
@@ -206,7 +206,7 @@ class Trainer:
             sums = sums + mx.stack(values)
             mx.eval(total, sums)
         if self.world.size() > 1:
-            # Each rank's loss is its part of the sum already; the average divides by their number.
+            # Each rank's loss is its part of the sum, but averaging divides by the number of ranks.
             total = tree_map(lambda g: g * self.world.size(), average_gradients(total))
             sums = mx.distributed.all_sum(sums, stream=mx.cpu)
         loss, ce, kl = cast(list[float], sums.tolist())
@@ -223,7 +223,7 @@ class Trainer:
         )
 
     def _check_weights(self) -> None:
-        """Weights are only kept if the next batch has a finite loss under them.
+        """Check that the next batch has a finite loss, as only such weights may be kept.
 
         An update can ruin the weights, and the loss reported with it was computed before it.
         """
@@ -239,7 +239,7 @@ class Trainer:
     def _compute_targets(self) -> None:
         """Run the dense model over all that this run will ask for.
 
-        The first update gives the LLM new arrays, and the dense model's would stay beside them.
+        The first update gives the LLM new arrays, and the dense model's would stay in memory, too.
         """
         each = self.args.grad_accumulation_steps
         numbers = range(self.step * each, self.args.iters * each)
@@ -248,11 +248,11 @@ class Trainer:
             self.train_split.targets.compute(self.batches.indices(number))
         self.train_split.targets.forget_model()
         if self.valid_split is not None:
-            # A run that is resumed has not looked at them yet.
+            # In a resumed run nothing has asked yet whether the validation targets are complete.
             self.valid_split.targets.forget_if_done()
 
     def update(self) -> tuple[float, float, float, int]:
-        """One update of the weights: the loss, its two parts, and the tokens seen."""
+        """Update the weights once; give the loss, its two parts, and the tokens seen."""
         grads, loss, ce, kl, tokens = self.gradients()
         self._require_finite(loss)
         if self._apply is None:
@@ -302,17 +302,17 @@ class Trainer:
         """Run to the last iteration, with reports, validations and checkpoints.
 
         Args:
-            on_step (Callable): called with the number of steps done after each.
+            on_step (Callable): called after each step with the number of steps done.
 
         Raises:
             IFPError: if the loss is not finite, or a checkpoint cannot be written.
         """
         if mx.metal.is_available():
-            # As mlx_lm.lora does; the function it has for that is not in all its versions.
+            # mlx_lm.lora does the same, but not all versions of mlx-lm have a function for it.
             mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
         args = self.args
         if self.step == 0:
-            # A run that is resumed here has it already.
+            # A run that is resumed at step 0 has its first checkpoint already.
             if latest_checkpoint(self.run) is None:
                 self.save()
             self.validate()
@@ -339,7 +339,7 @@ class Trainer:
         *losses, _, _ = np.mean(self._unreported, axis=0).tolist()
         tokens, seconds = np.sum(self._unreported, axis=0).tolist()[-2:]
         self._unreported = []
-        # The first is the LLM's, the last the predictor's; they are one if one of them is trained.
+        # The first is the LLM's and the last the predictor's; if only one is trained, they are one.
         optimizers = optimizers_of(self.optimizer)
         report = {
             "iteration": self.step,
@@ -354,7 +354,7 @@ class Trainer:
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
         if self.keep_range is not None:
-            # The k of the last batch.
+            # This is the k of the last batch.
             report["k"] = self.k_of(self.step * self.args.grad_accumulation_steps - 1)
         self.log.write(
             report,
@@ -366,7 +366,7 @@ class Trainer:
 
 
 def identity_of(source: str, examples: list[Example], args: TrainingArgs, **more: Any) -> dict:
-    """What two sessions of one run have in common."""
+    """Collect what all sessions of one run must have in common."""
     ours = ("batch_size", "grad_accumulation_steps", "seed", "distill_weight", "distill_on",
             "group_masks", "contrastive_weight", "contrastive_batch_size",
             "blend_iters")  # fmt: skip

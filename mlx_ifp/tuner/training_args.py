@@ -19,7 +19,7 @@ def option(
     yaml_only: bool = False,
     nargs: int | None = None,
 ) -> Any:
-    """A dataclass field that is an option: flag, check, default and YAML name are made from it.
+    """Make a dataclass field an option: its flag, check, default and YAML name follow from it.
 
     Args:
         default: its value if it is not given; None if there is none.
@@ -113,11 +113,11 @@ class TrainingArgs:
                 raise IFPError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
 
     def temperature(self, step: int) -> float:
-        """Epsilon of SoftTopK at a step: geometric from start to end."""
+        """The epsilon of SoftTopK at a step, which changes geometrically from start to end."""
         start = self.mask_temperature_start or self.mask_temperature
         done = min(1.0, step / max(1, self.iters - 1))
         return start ** (1 - done) * self.mask_temperature**done
 
     def blend(self, step: int) -> float:
-        """How much of the mask holds at a step: 1 from ``blend_iters`` on."""
+        """How much of the mask holds at a step; from ``blend_iters`` on it is 1."""
         return min(1.0, (step + 1) / (self.blend_iters + 1))

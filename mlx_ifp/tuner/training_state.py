@@ -1,4 +1,4 @@
-"""A run's checkpoints: everything that is needed to go on as if nothing had happened."""
+"""Save and load a run's checkpoints, with all that is needed to go on as if uninterrupted."""
 
 import json
 import shutil
@@ -28,18 +28,18 @@ def save_state(
     run: Path, step: int, student: nn.Module, optimizer: Optimizer, values: dict[str, Any],
     keep: int = 2,
 ) -> Path:  # fmt: skip
-    """Write ``checkpoint-STEP``; it is complete or not there.
+    """Write ``checkpoint-STEP``, either completely or not at all.
 
     Args:
         run (Path): the run's directory.
-        step (int): steps done.
-        student (nn.Module): its trainable parameters are written.
-        optimizer (Optimizer): its whole state is.
-        values (dict): anything of JSON that belongs to it.
-        keep (int): older checkpoints to leave, this one included.
+        step (int): how many steps are done.
+        student (nn.Module): the model whose trainable parameters are written.
+        optimizer (Optimizer): the optimizer, whose whole state is written.
+        values (dict): other values to keep with it, as JSON.
+        keep (int): how many checkpoints to leave, this one included.
 
     Raises:
-        IFPError: if it cannot be written, naming the last one that was.
+        IFPError: if it cannot be written; the message names the last one that was.
     """
     path = run / f"checkpoint-{step:07d}"
     arrays = dict(tree_flatten(optimizer.state))
@@ -104,7 +104,7 @@ def load_state(path: Path, student: nn.Module, optimizer: Optimizer) -> dict[str
     student.load_weights(list(weights.items()), strict=False)
     for name, (value, dtype) in state["scalars"].items():
         arrays[name] = mx.array(value, getattr(mx, dtype))
-    # The rates are those of the options: a resumed run may lower them.
+    # The rates are taken from the options, as a resumed run may lower them.
     own = dict(tree_flatten(optimizer.state))
     arrays |= {name: array for name, array in own.items() if name.endswith("learning_rate")}
     optimizer.state = tree_unflatten(list(arrays.items()))

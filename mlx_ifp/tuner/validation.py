@@ -1,4 +1,4 @@
-"""How good the hard-masked student is, and whether its masks still depend on the prompt."""
+"""Measure how good the hard-masked student is, and whether its masks depend on the prompt."""
 
 import time
 from collections import defaultdict
@@ -26,13 +26,13 @@ COLLAPSED = 0.99
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """One example under its own selection.
+    """The scores of one example's answer under its own selection.
 
     Attributes:
         loss: summed cross-entropy of the answer's tokens.
-        kl: summed KL(dense || student) of them.
-        tokens: how many they are.
-        exact: greedy decoding gives this very answer.
+        kl: summed KL(dense || student) of the answer's tokens.
+        tokens: how many tokens the answer has.
+        exact: whether greedy decoding gives this very answer.
     """
 
     loss: float
@@ -52,8 +52,8 @@ def score_answers(
 
     Args:
         student (Student): its masked full model equals the sub-network.
-        examples (list): all of a split.
-        targets (DenseTargets): of the same examples.
+        examples (list): all examples of a split.
+        targets (DenseTargets): the dense model's targets of the same examples.
         indices (list): which examples to run.
         select (Callable): scores [L, d_ffn] -> the selection.
     """
@@ -97,7 +97,7 @@ def validate(
     batch_size: int,
     temperature: float,
 ) -> dict[str, Any]:
-    """Losses, overlaps and dead channels over a validation set.
+    """Compute losses, overlaps and dead channels over a validation set.
 
     Args:
         student (Student): the model.
@@ -164,7 +164,7 @@ def _means(results: list[tuple[AnswerScore, float, bool]]) -> dict[str, Any]:
 
 
 def collapse_warning(report: dict[str, Any], share: float) -> str | None:
-    """What to say if the masks stopped depending on the prompt, else None.
+    """The warning to give if the masks no longer depend on the prompt, else None.
 
     Args:
         report (dict): of :func:`validate`.

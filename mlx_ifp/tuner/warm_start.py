@@ -1,8 +1,8 @@
 """Fit the predictor to what the dense LLM's channels did on each example, before joint training.
 
 With little data, joint training from a random head tends to give every prompt the same channels.
-Here the scores depend on the instruction from the first step. Only the predictor is trained, and
-the targets cost one forward pass of the dense model.
+After this fit the scores depend on the instruction from the first step of joint training. Only the
+predictor is trained here, and the targets cost one forward pass of the dense model.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .student import Student
 
 
 def standardized(statistics: np.ndarray) -> np.ndarray:
-    """Logarithms of activation statistics with mean 0 and variance 1 in each layer.
+    """Take logarithms of activation statistics, with mean 0 and variance 1 in each layer.
 
     Args:
         statistics (array): float32 [..., L, d_ffn], 0 or more.
@@ -33,7 +33,7 @@ def standardized(statistics: np.ndarray) -> np.ndarray:
 
 
 def mean_importance(targets: DenseTargets, indices: list[int], batch_size: int) -> np.ndarray:
-    """The mean standardized statistic over examples: float32 [L, d_ffn], a static score."""
+    """Average the standardized statistic over examples; a static score, float32 [L, d_ffn]."""
     total = np.zeros((), np.float32)
     for start in range(0, len(indices), batch_size):
         statistics = targets.activations(indices[start : start + batch_size])
@@ -63,19 +63,19 @@ def fit_predictor(
         student (Student): its backbone and head are changed.
         examples (list): of the training set.
         targets (DenseTargets): of the same examples.
-        iters (int): steps.
-        batch_size (int): examples a step.
+        iters (int): how many steps to take.
+        batch_size (int): examples of a step.
         learning_rate (float): Adam's; the backbone learns at a tenth of it.
         examples_used (int): how many examples, spread evenly over the set.
-        seed (int): of the order.
+        seed (int): seed of the order of the examples.
         report (Callable): called with a dict every ``report_every`` steps.
-        report_every (int): steps.
+        report_every (int): how many steps lie between two reports.
 
     Returns:
         float: the share of the variance between examples that the last steps explained.
     """
     used = spread(len(examples), examples_used)
-    # Neighbours in length share a batch of the dense model.
+    # The examples are sorted so that those of similar length share a batch of the dense model.
     used.sort(key=lambda i: len(examples[i].tokens))
     mean = mx.array(mean_importance(targets, used, batch_size))
     last = student.head.linears[-1]

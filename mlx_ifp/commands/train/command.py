@@ -106,7 +106,7 @@ def train(args: types.SimpleNamespace) -> Path:
         if checkpoint is not None:  # and so --resume was given
             trainer.resume(checkpoint)
         if is_first():
-            # Before this line they may not be the options of this run.
+            # The options are saved only now: until here they may not have fitted the run to resume.
             save_config(dict(vars(args)), path / CONFIG_NAME)
         new = start is not None and not args.resume and not has_predictor(args, source)
         if new and args.warm_start_iters:
@@ -124,7 +124,7 @@ def train(args: types.SimpleNamespace) -> Path:
 
 
 def _check(args: types.SimpleNamespace) -> tuple[TrainingArgs, dict[str, str] | None]:
-    """What can be found wrong before anything is loaded; the numbers, and tasks' descriptions."""
+    """Check the options before anything is loaded; give the numbers and the tasks' descriptions."""
     for name in ("model", "data"):
         if getattr(args, name) is None:
             raise IFPError(f"Name --{name}.")
@@ -149,7 +149,7 @@ def _check(args: types.SimpleNamespace) -> tuple[TrainingArgs, dict[str, str] | 
 
 
 def _places(args: types.SimpleNamespace) -> tuple[Path, Path, Path | None]:
-    """The run's directory, the checkpoint to be made, and that of the run to go on from."""
+    """Give the run's directory, the checkpoint to make, and the run's checkpoint to go on from."""
     path = Path(args.run_path)
     result = Path(args.mlx_path) if args.mlx_path else path / "ifp"
     checkpoint = latest_checkpoint(path)
@@ -169,7 +169,7 @@ def _places(args: types.SimpleNamespace) -> tuple[Path, Path, Path | None]:
 
 
 def _callback(args: types.SimpleNamespace, path: Path) -> TrainingCallback | None:
-    """mlx-lm's reports."""
+    """Make mlx-lm's callback for reports, if one is asked for and this is the first process."""
     if not is_first():
         return None
     try:
@@ -186,13 +186,13 @@ def _callback(args: types.SimpleNamespace, path: Path) -> TrainingCallback | Non
 def _let_teacher_go(
     numbers: TrainingArgs, train: Split, valid: Split | None, test: Split | None
 ) -> None:
-    """The dense model's arrays leave memory when nothing needs them any more."""
+    """Free the memory of the dense model as soon as nothing needs it any more."""
     if not numbers.distill_weight:
         train.targets.forget_model()
     if test is not None and is_first():
         test.targets.compute_all(numbers.batch_size)
     for split in (valid, test):
-        # Other processes than the first evaluate nothing.
+        # Only the first process evaluates, so the others need no dense model for this.
         if split is not None and not is_first():
             split.targets.forget_model()
 
@@ -236,7 +236,7 @@ def _save(
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """A run belongs to one process, and those that it was launched with."""
+    """Lock a run: it belongs to one process and those that were launched with it."""
     if not is_first():
         yield
         return
@@ -252,7 +252,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_how_to_go_on(path: Path) -> Iterator[None]:
-    """Whoever stops a run, or has no room for its result, is told that it can go on."""
+    """Tell users who stop a run, or whose disk is full at its end, how to go on with it."""
     try:
         yield
     except BrokenPipeError:

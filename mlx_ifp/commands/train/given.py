@@ -15,10 +15,10 @@ from .options import OPTIONS, defaults, type_of
 
 
 def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
-    """Command line over YAML over defaults.
+    """Merge the options: the command line overrides YAML, and YAML overrides the defaults.
 
     Raises:
-        IFPError: if the YAML file is none, or has an option that is unknown or of a wrong type.
+        IFPError: if the file is not valid YAML, or an option is unknown or of a wrong type.
     """
     path = given.get("config")
     options = defaults() | (_read(path) if path else {}) | given
@@ -30,7 +30,7 @@ def options_of(given: dict[str, Any]) -> types.SimpleNamespace:
 
 
 def _keep_of(path: str | None, name: str, value: Any) -> Any:
-    """A count, or what a text such as ``50%`` of a YAML file means."""
+    """Read a value of ``keep``: a count, or a text of a YAML file such as ``50%``."""
     if not isinstance(value, str):
         return value
     try:
@@ -40,7 +40,7 @@ def _keep_of(path: str | None, name: str, value: Any) -> Any:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """The options of a YAML file."""
+    """Read the options of a YAML file."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), yaml_loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -59,9 +59,9 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _checked(path: str, name: str, value: Any) -> Any:
-    """A value of a YAML file; a number of the type that the option has."""
+    """Check a value of a YAML file; a number is converted to the option's type."""
     kind, choices = type_of(name), OPTIONS[name].metadata["choices"]
-    # To Python a bool is an int, to users it is not.
+    # Python takes a bool for an int, but users do not.
     strange = isinstance(value, bool) and kind is not bool
     if kind is Keep:
         if strange or not isinstance(value, (int, float, str, list)):

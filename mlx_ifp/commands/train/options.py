@@ -44,7 +44,7 @@ class Start:
 
 @dataclass
 class Data:
-    """What it is trained on."""
+    """The data that the model is trained on."""
 
     data: str | None = option(
         None,
@@ -60,7 +60,7 @@ class Data:
 
 @dataclass
 class Mask:
-    """What is selected, and by what."""
+    """How many channels are selected, and which text selects them."""
 
     keep: Keep | None = option(
         None, "FFN channels to keep in each layer (default: 0.5)", metavar="K|FRACTION"
@@ -96,7 +96,7 @@ class Training:
         choices=FINE_TUNE_TYPES,
     )
     num_layers: int = option(-1, "Layers to train, -1 for all", least=-1)
-    # mlx-lm's default.
+    # This is mlx-lm's default.
     lora_parameters: dict[str, Any] = option(
         {"rank": 8, "dropout": 0.0, "scale": 20.0},
         "Settings of LoRA layers, as in mlx-lm",
@@ -128,7 +128,7 @@ class Rounding:
 
 @dataclass
 class Run:
-    """Where it is kept, and who is told."""
+    """Where the run is kept, and who receives its reports."""
 
     run_path: str = option("run", "Directory of the run: log, checkpoints")
     mlx_path: str | None = option(None, "Where the result goes (default: ifp in the run's path)")
@@ -150,7 +150,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "quantization-aware training": (Rounding,),
     "run": (Run,),
 }
-# What flags and YAML can say, by name.
+# All options that flags and YAML can set, by name.
 OPTIONS: dict[str, Field] = {
     each.name: each for classes in GROUPS.values() for one in classes for each in fields(one)
 }
@@ -163,7 +163,7 @@ _HINTS = {
 
 
 def defaults() -> dict[str, Any]:
-    """The values of all options if none is given, and of ``config``, the YAML file."""
+    """Give the default of every option, and of ``config``, the path of the YAML file."""
     return {"config": None} | {
         each.name: each.default if each.default_factory is MISSING else each.default_factory()
         for each in OPTIONS.values()
@@ -180,9 +180,9 @@ def type_of(name: str) -> Any:
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    """mlx_lm.lora's arguments where they mean the same, and ours.
+    """Make the parser: arguments are named as in mlx_lm.lora where they mean the same.
 
-    What is not given is absent from the namespace: a YAML file may say it.
+    An option that is not given is absent from the namespace, as a YAML file may set it.
     """
     parser = new_parser(
         "train",
@@ -206,7 +206,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
 
 def _add(group: argparse._ArgumentGroup, each: Field) -> None:
-    """An option as a flag."""
+    """Add an option to the parser as a flag."""
     about = each.metadata
     flags = [*([about["short"]] if about["short"] else []), f"--{each.name.replace('_', '-')}"]
     kind = type_of(each.name)

@@ -1,4 +1,4 @@
-"""Options of ``mlx_ifp.train`` -> models, data and what is trained."""
+"""Turn the options of ``mlx_ifp.train`` into models, data and the student to train."""
 
 import sys
 import types
@@ -37,7 +37,7 @@ def is_first() -> bool:
 
 
 def load_teacher(args: types.SimpleNamespace, source: Source, dtype: mx.Dtype | None) -> Source:
-    """The model that ``--teacher`` names; it must be of the shape that is trained."""
+    """Load the model that ``--teacher`` names; its shape must be that of the model to train."""
     teacher = load_source(args.teacher, dtype, args.trust_remote_code, frozen=True)
     shapes = [
         (
@@ -75,7 +75,7 @@ def predictor_start(args: types.SimpleNamespace, source: Source, dtype: Any) -> 
 
 
 def has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
-    """Whether the source's own predictor is trained on."""
+    """Whether training continues with the predictor that the source already has."""
     trained = source.checkpoint is not None and source.checkpoint.ifp.head is not None
     return trained and args.predictor_model is None and args.predictor_layers is None
 
@@ -88,7 +88,7 @@ def keep_range_of(args: types.SimpleNamespace, source: Source) -> KeepRange | No
 
 
 def ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
-    """What the checkpoint will say, but for its predictor."""
+    """Make the checkpoint's config, which still lacks its predictor."""
     trained = source.checkpoint.ifp if source.checkpoint is not None else None
     keep_range = keep_range_of(args, source)
     keep = args.keep
@@ -113,7 +113,7 @@ def ifp_config(args: types.SimpleNamespace, source: Source) -> IFPConfig:
 
 
 def rounding_of(args: types.SimpleNamespace, source: Source) -> Rounding | None:
-    """What ``mlx_ifp.convert`` with the same options would quantize."""
+    """Plan to round what ``mlx_ifp.convert`` would quantize with the same options."""
     if not args.quantize:
         return None
     precision = Precision(None, True, args.q_bits, args.q_group_size, args.q_mode)
@@ -121,7 +121,7 @@ def rounding_of(args: types.SimpleNamespace, source: Source) -> Rounding | None:
     _, plan, notes = quantize_config(source.config, source.ffns, precision)
     for note in notes:
         print(note, file=sys.stderr)
-    # The plan knows an output layer that mlx-lm drops when it loads a model with a tied embedding.
+    # The plan may name an output layer that mlx-lm drops because the embedding is tied.
     modules = dict(source.llm.named_modules())
     plan = {module: how for module, how in plan.items() if module in modules}
     return Rounding(plan, source.ffns, source.dtype)
@@ -133,9 +133,9 @@ def splits_of(
     examples: dict[str, list],
     path: Path,
 ) -> tuple[Split, Split | None, Split | None]:
-    """Training, validation and test data with the dense model's targets; rank 0 makes files."""
+    """Load training, validation and test data with dense targets; only rank 0 makes files."""
     targets = Path(args.targets_path) if args.targets_path else path / "targets"
-    # The same arrays: training gives the student new ones.
+    # The arrays may be shared, because training gives the student new ones.
     dense = share(teacher.llm)
 
     def some(part: list, batches: int) -> list:
@@ -168,7 +168,7 @@ def student_of(
     train: Split,
     rounding: Rounding | None,
 ) -> Student:
-    """LLM and predictor as one tree, with what is not to be trained frozen."""
+    """Join LLM and predictor in one tree, and freeze what is not to be trained."""
     static = None
     if start is None:
         used = spread(len(train.examples), args.warm_start_examples)
@@ -195,7 +195,7 @@ def identity_of_run(
     teacher: Source,
     train: Split,
 ) -> dict[str, Any]:
-    """What a run that is resumed must have in common with what began it."""
+    """The settings that must not differ between a run's first session and a resumed one."""
     keep_range = keep_range_of(args, source)
     return identity_of(
         source.digest,
