@@ -78,13 +78,13 @@ def test_all_kinds_of_tensors(tmp_path, legacy):
 
 def test_only_the_rows_that_are_asked_for_are_read(tmp_path, monkeypatch):
     """By count: of a 4 MB tensor two rows."""
-    from mlx_ifp.convert.sources import files as source_files
+    from mlx_ifp.convert.sources.tensor import buffers
 
     torch.save({"a": torch.randn(1000, 1000)}, tmp_path / "model.pt")
     tensor = open_tensors(tmp_path / "model.pt")["a"]
     taken = []
-    take = source_files.buffers.take
-    monkeypatch.setattr(source_files.buffers, "take", lambda n: taken.append(n) or take(n))
+    take = buffers.take
+    monkeypatch.setattr(buffers, "take", lambda n: taken.append(n) or take(n))
     tensor.read(10, 12)
     assert taken == [8000]
 

@@ -379,7 +379,10 @@ def test_the_loss_is_that_of_mlx_ifp_train(tmp_path, data, operator):
     source = load_source(str(converted(tmp_path / "run", tmp_path / "ifp")))
     parts, ifp = from_checkpoint(source), source.checkpoint.ifp
     ifp.mask.operator, ifp.mask.temperature = operator, 0.1
-    student = Student(source.llm, source.ffns, parts.backbone, parts.head, ifp)
+    # The converter shares the embedding, which both have.
+    student = Student(
+        source.llm, source.ffns, parts.backbone, parts.head, ifp, embedding=parts.embedding
+    )
     examples = load_examples(data / "train.jsonl", tokenizer, tokenizer)
     loaded = DeviceData(examples, torch.device("cpu"), block=64)
     indices = np.array([0, 3, 8])
