@@ -65,7 +65,11 @@ def run(args: argparse.Namespace) -> None:
         save_selection(args.save_selection, selection)
     count = len(answer.tokens)
     with tqdm(total=count, unit="tokens", desc="Processing") as bar:
-        prompt_cache = answer.fill(lambda done, _: bar.update(done - bar.n))
+
+        def show(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        prompt_cache = answer.fill(show)
     metadata = {"model": str(args.model or model.checkpoint.path), "tokenizer_config": "{}"}
     save_cache_file(path, prompt_cache, answer.key, metadata)
     print(f"{path}: {count} tokens", file=sys.stderr)
