@@ -27,7 +27,7 @@ from mlx_ifp.errors import IFPError
 from mlx_ifp.llm.build import build_model, complete
 from mlx_ifp.llm.ffn import find_ffns
 from mlx_ifp.llm.hf_config import mlx_config
-from mlx_ifp.tuner.networks import hidden_states, output_layer
+from mlx_ifp.llm.output import hidden_states, output_layer
 from mlx_ifp.tuner.predictor_start import from_layers
 from mlx_ifp.tuner.source import load_source
 

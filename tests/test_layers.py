@@ -15,6 +15,7 @@ LAYERS = (
     ("checkpoint",),
     ("selection",),
     ("subnetwork",),
+    ("dense_pass",),
     ("memory",),
     ("selectors",),
     ("prompt_cache",),

@@ -5,17 +5,13 @@ Efficient LLM Generation", 2024, arXiv 2404.01365): each token's activations are
 norm, then a channel's score is the norm of what it has over the tokens.
 """
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..llm.ffn import FFN
-from ..llm.modules import PREFILL_STEP_SIZE, final_hidden, find_body, get_module, set_module, share
-from ..subnetwork.build import set_ffn
+from ..dense_pass.layers import pieces_of, run_layers
+from ..llm.modules import PREFILL_STEP_SIZE
 from ..subnetwork.parent import Parent
-from ..subnetwork.rows import read_ffn
 
 
 class ActivationRecorder(nn.Module):
@@ -46,24 +42,10 @@ class ActivationRecorder(nn.Module):
         return self._down_proj(z)
 
 
-class _StreamedFFN(nn.Module):
-    """Stands in for an FFN: it reads the FFN, runs it, records its channels and frees it."""
-
-    def __init__(self, load: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self._load = load
-        self.total = mx.zeros(())
-
-    def __call__(self, x: mx.array) -> mx.array:
-        # Without this, lazy evaluation would want the FFNs of all layers at once.
-        mx.eval(x)
-        ffn = self._load()
-        recorder = ActivationRecorder(ffn.down_proj)
-        ffn.down_proj = recorder
-        y = ffn(x)
-        self.total = self.total + recorder.total[0]
-        mx.eval(y, self.total)
-        return y
+def griffin_total(z: mx.array) -> mx.array:
+    """Squares of activations [B, n, d_ffn] over their token's squared norm, added up: [d_ffn]."""
+    squares = z.astype(mx.float32).square()
+    return (squares / mx.maximum(squares.sum(axis=-1, keepdims=True), 1e-30)).sum(axis=(0, 1))
 
 
 def activation_scores(
@@ -84,23 +66,10 @@ def activation_scores(
     Returns:
         mx.array: float32 [L, d_ffn], before any mask.
     """
-    model = share(parent.trunk)
-    streamed = []
-    for ffn in parent.ffns:
-        module = get_module(model, ffn.path)
-
-        def load(ffn: FFN = ffn, module: nn.Module = module) -> nn.Module:
-            whole = share(module)
-            rows = read_ffn(parent.reader, ffn, None, dtype=parent.dtype)
-            set_ffn(whole, rows, parent.config)
-            return whole
-
-        streamed.append(_StreamedFFN(load))
-        set_module(model, ffn.path, streamed[-1])
-    body = get_module(model, find_body(model))
-    tokens = mx.array(tokens)
-    cache = make_prompt_cache(model)
-    final_hidden(body, tokens, cache, prefill_step_size)
-    scores = mx.sqrt(mx.stack([module.total for module in streamed]))
+    cache = make_prompt_cache(parent.trunk)
+    result = run_layers(
+        parent, pieces_of(tokens, cache, prefill_step_size), lambda piece, z, ffn: griffin_total(z)
+    )
+    scores = mx.sqrt(mx.stack([mx.stack(pieces).sum(axis=0) for pieces in result.measured]))
     mx.eval(scores)
     return scores

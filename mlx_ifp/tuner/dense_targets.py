@@ -21,10 +21,10 @@ from ..errors import IFPError
 from ..files.atomic import new_file
 from ..llm.ffn import FFN
 from ..llm.modules import get_module, share
+from ..llm.output import hidden_states, output_layer
 from ..selectors.activations import ActivationRecorder
 from .batches import Batch, make_batch
 from .data import Example
-from .networks import hidden_states, output_layer
 
 TOP_K = 64
 _BLOCK = 512

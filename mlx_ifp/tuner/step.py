@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule
 
 from ..errors import IFPError
+from ..llm.output import hidden_states, output_layer
 from .batches import Batch
 from .losses import Targets, blockwise_loss, contrastive_loss
-from .networks import hidden_states, output_layer
 from .student import Student
 from .training_args import TrainingArgs
 

@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..llm.modules import scalar
+from ..llm.output import hidden_states, output_layer
 from ..selection.overlap import overlap_summary
 from ..selection.selection import Selection, select_channels
 from .batches import make_batch
 from .data import Example
 from .dense_targets import DenseTargets
 from .losses import cross_entropy, kl_to_teacher
-from .networks import hidden_states, output_layer
 from .student import Student
 
 _BLOCK = 512

@@ -5,6 +5,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_ifp.llm.build import build_model
+from mlx_ifp.llm.output import output_layer
 from mlx_ifp.tuner.losses import (
     Targets,
     blockwise_loss,
@@ -12,7 +13,6 @@ from mlx_ifp.tuner.losses import (
     cross_entropy,
     kl_to_teacher,
 )
-from mlx_ifp.tuner.networks import output_layer
 
 from ..conftest import ARCHITECTURES
 from ..helpers import memory_peak, relative_error

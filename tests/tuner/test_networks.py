@@ -9,7 +9,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import find_ffns
-from mlx_ifp.tuner.networks import gathered, hidden_states, masked, output_layer
+from mlx_ifp.llm.output import hidden_states, output_layer
+from mlx_ifp.tuner.networks import gathered, masked
 
 from ..conftest import ARCHITECTURES
 from ..helpers import relative_error

@@ -9,8 +9,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_ifp.checkpoint.precision import Precision, quantize_config
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.ffn import find_ffns
+from mlx_ifp.llm.output import output_layer
 from mlx_ifp.tuner import quantization_aware
-from mlx_ifp.tuner.networks import gathered, masked, output_layer
+from mlx_ifp.tuner.networks import gathered, masked
 from mlx_ifp.tuner.quantization_aware import Rounding, round_through
 
 from ..conftest import ARCHITECTURES
