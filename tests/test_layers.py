@@ -24,6 +24,7 @@ LAYERS = (
     ("cli",),
     ("synthesis",),
     ("tuner",),
+    ("fitting",),
     ("convert",),
     ("commands",),
 )
