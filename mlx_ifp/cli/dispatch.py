@@ -19,6 +19,7 @@ COMMANDS = {
     "cache_prompt": "mlx_ifp.commands.cache_prompt",
     "convert": "mlx_ifp.convert",
     "export": "mlx_ifp.commands.export",
+    "fit": "mlx_ifp.commands.fit",
     "generate": "mlx_ifp.commands.generate",
     "manage": "mlx_ifp.commands.manage",
     "plot": "mlx_ifp.commands.plot",

@@ -101,7 +101,9 @@ def left_out_errors(
         # The leverage of an example includes what it adds to the mean.
         left = np.einsum("ij,ij->i", residual, vectors) - 1 / n
         squares = np.einsum("ij,ij->i", residual @ rotated, residual)
-        errors.append((float(strength), float((squares / np.maximum(left, 1e-12) ** 2).sum() / alone)))
+        errors.append(
+            (float(strength), float((squares / np.maximum(left, 1e-12) ** 2).sum() / alone))
+        )
     return errors
 
 

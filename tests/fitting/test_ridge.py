@@ -57,7 +57,7 @@ def test_errors_of_examples_left_out_equal_fits_without_them(problem):
     x = Standard.of(inputs)(inputs)
     centred = outputs.astype(np.float64) - outputs.mean(axis=0)
     size = np.trace(x @ x.T) / N
-    (_, error), = left_out_errors(x @ x.T / size, centred @ centred.T, [0.05])
+    ((_, error),) = left_out_errors(x @ x.T / size, centred @ centred.T, [0.05])
     squares = mean_alone = 0.0
     for i in range(N):
         others = np.arange(N) != i
@@ -74,7 +74,9 @@ def test_the_strength_with_the_smallest_error_is_taken(problem):
     noise = np.random.default_rng(1).normal(size=outputs.shape).astype(np.float32)
     assert fit_ridge(inputs, outputs, 5).strength < 0.1
     # Where there is nothing to predict, the strongest is best.
-    assert fit_ridge(inputs, noise, 5).strength == max(e[0] for e in fit_ridge(inputs, noise, 5).errors)
+    assert fit_ridge(inputs, noise, 5).strength == max(
+        e[0] for e in fit_ridge(inputs, noise, 5).errors
+    )
 
 
 def test_an_input_that_never_varies_does_no_harm(problem):
@@ -82,7 +84,9 @@ def test_an_input_that_never_varies_does_no_harm(problem):
     more = np.concatenate([inputs, np.full((N, 1), 3.0)], axis=1)
     ridge = fit_ridge(more, outputs, OUTPUTS, strengths=[0.05])
     assert np.isfinite(ridge.first).all()
-    np.testing.assert_allclose(ridge(more), fit_ridge(inputs, outputs, OUTPUTS, [0.05])(inputs), atol=1e-4)
+    np.testing.assert_allclose(
+        ridge(more), fit_ridge(inputs, outputs, OUTPUTS, [0.05])(inputs), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("inputs", [np.ones((1, 2)), np.ones((5, 2))])
