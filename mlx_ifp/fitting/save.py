@@ -27,8 +27,8 @@ def check_fittable(checkpoint: Checkpoint) -> None:
     """Raises IFPError if a checkpoint has a trained predictor, which its LLM belongs to."""
     if checkpoint.predictor:
         raise IFPError(
-            f"{checkpoint.path} has a predictor that was trained together with its LLM; fit one for "
-            "a checkpoint of the dense model."
+            f"{checkpoint.path} has a predictor that was trained together with its LLM; fit one "
+            "for a checkpoint of the dense model."
         )
 
 
