@@ -21,6 +21,7 @@ FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
 TEXT_SOURCES = ("user", "system")
 EMBEDDINGS = ("own", "llm")
+BACKBONES = ("own", "llm")
 ORDERS = ("original", "stored")
 
 
@@ -120,6 +121,8 @@ class IFPConfig:
     """The whole of ``ifp_config.json``; docs/checkpoint.md explains each field.
 
     Attributes:
+        predictor_backbone: ``own``, or ``llm`` if the head reads the dense LLM's own hidden state;
+            the LLM was not trained with it.
         predictor_embedding: ``own``, or ``llm`` if the backbone uses the LLM's embedding and
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
@@ -133,9 +136,11 @@ class IFPConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     text: TextConfig = field(default_factory=TextConfig)
     head: HeadConfig | None = None
+    predictor_backbone: str = "own"
     predictor_embedding: str = "own"
     channel_order: str = "original"
     prefill: str | None = None
+    blend: float = 0.5
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -194,13 +199,15 @@ class IFPConfig:
         self.text.check()
         if self.head is not None:
             self.head.check()
+        _one_of("predictor_backbone", self.predictor_backbone, BACKBONES)
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
         _one_of("channel_order", self.channel_order, ORDERS)
         _require(
             self.prefill is None or self.prefill in PREFILLS,
             f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",
         )
-        needed = self.selector == "predictor" or self.predictor_embedding == "llm"
+        shares = "llm" in (self.predictor_backbone, self.predictor_embedding)
+        needed = self.selector == "predictor" or shares
         _require(not needed or self.head is not None, "head is missing")
 
     def prefill_with(self, selector: str) -> str:
@@ -209,7 +216,8 @@ class IFPConfig:
         An LLM that was trained with its predictor is itself only as a sub-network. Without training
         the keys and values of the whole model are the better ones.
         """
-        return self.prefill or ("pruned" if selector == "predictor" else "dense")
+        trained = selector == "predictor" and self.predictor_backbone == "own"
+        return self.prefill or ("pruned" if trained else "dense")
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -78,7 +78,7 @@ def use_of(
         ks = request.selection.ks
         return Use(ks, generation, networks=networks, dense_prefill=dense_prefill)
     selector = checkpoint.checked_selector(selector)
-    if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
+    if selector == "predictor" and checkpoint.has_predictor_tokenizer:
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
     text: Text | None = request.task
     if text is None:

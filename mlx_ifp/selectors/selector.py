@@ -14,6 +14,7 @@ from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..dense_pass.prefill import RunDense
+from ..errors import IFPError
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
@@ -22,7 +23,8 @@ from ..selection.keep import Keep, compact, per_layer, resolve_keep
 from ..selection.selection import Selection, select_channels
 from ..subnetwork.parent import Parent
 from .activations import activation_scores
-from .predictor import Predictor, load_predictor
+from .fitted import fitted_scores
+from .predictor import Predictor, PredictorHead, load_head, load_predictor
 from .text import selector_tokens
 
 _REMEMBERED_SELECTIONS = 256
@@ -81,6 +83,7 @@ class Selector:
         # Selections, and where each came from.
         self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
         self._predictor: Predictor | None = None
+        self._head: PredictorHead | None = None
         self._tokenizer = tokenizer
         self._predictor_tokenizer: TokenizerWrapper | None = None
 
@@ -117,14 +120,39 @@ class Selector:
                 mx.eval(scores)
                 return scores
             if selector == "predictor":
-                scores = self.predictor.scores(tokens)
+                scores = self._predicted(tokens, run_dense)
                 self.release_if_tight()
                 return scores
             return activation_scores(self.parent, tokens, run_dense=run_dense)
 
+    def _predicted(self, tokens: list[int], run_dense: RunDense | None) -> mx.array:
+        """The predictor's scores, with its own backbone or with the LLM as such."""
+        if not self.checkpoint.fitted:
+            return self.predictor.scores(tokens)
+        if self._head is None:
+            self._head = load_head(self.checkpoint, self.parent.dtype)
+            self.predictor_loads += 1
+        return fitted_scores(
+            self.parent,
+            self._head,
+            tokens,
+            self.checkpoint.ifp.blend,
+            computed_in=self._computed_in("predictor"),
+            run_dense=run_dense,
+        )
+
     @property
     def predictor(self) -> Predictor:
-        """The sparsity predictor, loaded at the first use."""
+        """The sparsity predictor, loaded at the first use.
+
+        Raises:
+            IFPError: if its backbone is the LLM, which is no network of its own.
+        """
+        if self.checkpoint.fitted:
+            raise IFPError(
+                f"The predictor of {self.checkpoint.path} has the LLM as its backbone, so it is no "
+                "network of its own."
+            )
         with self._selector_lock:
             if self._predictor is None:
                 parent = self.parent
@@ -135,7 +163,7 @@ class Selector:
     def release_predictor(self) -> None:
         """Free the predictor's memory; it is loaded again when it is needed."""
         with self._selector_lock:
-            self._predictor = None
+            self._predictor = self._head = None
 
     def release_if_tight(self) -> None:
         """Free the predictor's memory unless it may stay."""
@@ -145,8 +173,7 @@ class Selector:
 
     def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with; None for the default selector."""
-        shared = self.checkpoint.ifp.predictor_embedding == "llm"
-        own = self._checked(selector) == "predictor" and not shared
+        own = self._checked(selector) == "predictor" and self.checkpoint.has_predictor_tokenizer
         with self._tokenizer_lock:
             if own and self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
@@ -215,7 +242,8 @@ class Selector:
         if selector == "static":
             return None
         checkpoint = self.checkpoint
-        weights = checkpoint.predictor if selector == "predictor" else checkpoint.trunk
+        own = selector == "predictor" and not checkpoint.fitted
+        weights = checkpoint.predictor if own else checkpoint.trunk
         return computing_type(self.parent.dtype, weights.values())
 
     def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
