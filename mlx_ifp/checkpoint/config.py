@@ -5,14 +5,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..choices import SELECTORS
 from ..errors import one_line
 
 OPERATORS = ("topk", "sigmoid", "capped_exp")
 
 
 CONFIG_FILE = "ifp_config.json"
-FORMAT_VERSION = 1
-SELECTORS = ("predictor", "activations", "static")
+FORMAT_VERSION = 2
+# Fields that came with version 2 have defaults.
+READABLE_VERSIONS = (1, 2)
 ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
@@ -121,6 +123,9 @@ class IFPConfig:
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
             each row is.
+        blend: the weight of the prompt's ranks in ``glass``, 0 to 1; the rest is the prior's.
+        keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
+            ``k`` as their mean.
     """
 
     k: int | list[int]
@@ -130,6 +135,8 @@ class IFPConfig:
     head: HeadConfig | None = None
     predictor_embedding: str = "own"
     channel_order: str = "original"
+    blend: float = 0.5
+    keep_by_layer: bool = False
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -150,13 +157,15 @@ class IFPConfig:
         if not isinstance(values, dict):
             raise ValueError("must hold a JSON object")
         version = values.get("format_version")
-        if not _is_count(version) or version != FORMAT_VERSION:
+        if not _is_count(version) or version not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
             raise ValueError(
-                f"format_version is {version!r}, this mlx_ifp reads {FORMAT_VERSION}; "
+                f"format_version is {version!r}, this mlx_ifp reads {readable}; "
                 "update mlx_ifp or convert the model again"
             )
         parts = {"mask": MaskConfig, "text": TextConfig, "head": HeadConfig}
-        values = dict(values)
+        # What is read is written in the newest version.
+        values = values | {"format_version": FORMAT_VERSION}
         for name, part in parts.items():
             if values.get(name) is not None:
                 values[name] = _build(part, values[name], f"{name}.")
@@ -188,6 +197,8 @@ class IFPConfig:
             self.head.check()
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
         _one_of("channel_order", self.channel_order, ORDERS)
+        _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
+        _require(isinstance(self.keep_by_layer, bool), "keep_by_layer must be true or false")
         needed = self.selector == "predictor" or self.predictor_embedding == "llm"
         _require(not needed or self.head is not None, "head is missing")
 

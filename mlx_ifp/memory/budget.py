@@ -49,7 +49,8 @@ class Budget:
     Attributes:
         trunk: all of the LLM but its FFN channels; always there.
         selector: what selects, or None.
-        selector_weights: bytes of the predictor, or of the one FFN that ``activations`` holds.
+        selector_weights: bytes of the predictor, or of the one FFN that the dense LLM holds while
+            it reads what selects.
         selector_kv: bytes of the selector's own keys and values.
         network: bytes of one sub-network's channels.
         networks: how many sub-networks are counted.
@@ -187,13 +188,14 @@ class Estimator:
         """Bytes that a selector needs while it runs: its weights, its keys and values.
 
         Args:
-            selector (str): ``predictor``, ``activations``, ``static``, or None for none.
+            selector (str): a name of :data:`~mlx_ifp.choices.SELECTORS`, or None for none.
             tokens (int): the number of tokens of the text that selects.
         """
         if selector is None:
             return 0, 0
+        stored = sum(map(self._nbytes, self.checkpoint.static.values()))
         if selector == "static":
-            return sum(map(self._nbytes, self.checkpoint.static.values())), 0
+            return stored, 0
         generation = Generation(tokens, prefill_step_size=PREFILL_STEP_SIZE)
         if selector == "predictor":
             return self.predictor, self.kv(generation, backbone=True, selector=True)
@@ -203,7 +205,8 @@ class Estimator:
             layers.append(sum(map(self._nbytes, tensors)))
             # Rows in the type that they have on disk stay in memory until all of them are cast.
             layers[-1] += sum(t.nbytes for t in tensors if self._dtype(t) != DTYPES[t.dtype])
-        return max(layers), self.kv(generation, selector=True)
+        scores = stored if selector == "glass" else 0
+        return max(layers) + scores, self.kv(generation, selector=True)
 
     def _kv(self, generation: Generation, *, backbone: bool = False, selector: bool = False) -> int:
         """Bytes of the keys and values of the LLM or of the predictor's backbone."""
