@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..choices import PREFILLS
+from ..choices import PREFILLS, SELECTORS
 from ..errors import one_line
 
 OPERATORS = ("topk", "sigmoid", "capped_exp")
@@ -15,7 +15,6 @@ CONFIG_FILE = "ifp_config.json"
 FORMAT_VERSION = 2
 # Fields that came with version 2 have defaults.
 READABLE_VERSIONS = (1, 2)
-SELECTORS = ("predictor", "activations", "static")
 ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
@@ -129,6 +128,10 @@ class IFPConfig:
             each row is.
         prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
             suits the selector.
+        blend: the weight of the prompt's ranks, 0 to 1. In ``glass`` the rest is the prior's, and
+            in a predictor whose backbone is the LLM it is the prediction's.
+        keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
+            ``k`` as their mean.
     """
 
     k: int | list[int]
@@ -141,6 +144,7 @@ class IFPConfig:
     channel_order: str = "original"
     prefill: str | None = None
     blend: float = 0.5
+    keep_by_layer: bool = False
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -206,6 +210,8 @@ class IFPConfig:
             self.prefill is None or self.prefill in PREFILLS,
             f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",
         )
+        _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
+        _require(isinstance(self.keep_by_layer, bool), "keep_by_layer must be true or false")
         shares = "llm" in (self.predictor_backbone, self.predictor_embedding)
         needed = self.selector == "predictor" or shares
         _require(not needed or self.head is not None, "head is missing")

@@ -19,11 +19,13 @@ from ..llm.prompt import Text
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
 from ..memory.table import table
-from ..model import IFPModel, open_model
+from ..model import IFPModel
+from ..opening import open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
 from ..selection.selection import Selection
 from ..selection.task_library import Task, TaskLibrary
+from ..selectors.scoring import Scoring
 from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text, selector_tokens
 
@@ -131,6 +133,11 @@ def given_selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selecti
     return None
 
 
+def scoring_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Scoring:
+    """How the options of :func:`~mlx_ifp.cli.flags.add_model_options` let channels be scored."""
+    return Scoring.of(checkpoint, args.statistic, args.blend, args.keep_by_layer)
+
+
 def _tokenizer_config(args: argparse.Namespace) -> dict[str, bool]:
     return {"trust_remote_code": args.trust_remote_code}
 
@@ -169,6 +176,7 @@ def load_model(
         dtype=dtype,
         keep=args.keep,
         selector=args.selector,
+        scoring=scoring_of(args, checkpoint),
         selection_cache=None if args.no_cache else SelectionCache(args.cache_dir),
         tokenizer_config=_tokenizer_config(args),
         task_library=TaskLibrary(checkpoint, args.cache_dir),

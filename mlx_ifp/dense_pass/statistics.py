@@ -18,6 +18,7 @@ projection that belongs to a channel.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +26,8 @@ import numpy as np
 
 from ..checkpoint.rows import parts_of
 from ..llm.build import quantization_of
+from ..llm.ffn import FFN
+from ..subnetwork.channels import ChannelReader
 from ..subnetwork.parent import Parent
 from .layers import Measure, Piece, run_layers
 
@@ -226,24 +229,29 @@ def _passes(batches: list[list[int]], lengths: list[int], tokens: int) -> Iterat
         yield [batch for _, batch in group]
 
 
-def down_norms(parent: Parent) -> mx.array:
+def down_norms(reader: ChannelReader, ffns: list[FFN], config: dict[str, Any]) -> mx.array:
     """The norm of each channel's column of the down projection: float32 [L, d_ffn].
 
     One layer's down projection is in memory at a time.
+
+    Args:
+        reader (ChannelReader): of the checkpoint.
+        ffns (list): its L FFNs.
+        config (dict): that of the LLM, which says how weights are quantized.
 
     Raises:
         IFPError: if channels cannot be read.
     """
     norms = []
-    for ffn in parent.ffns:
+    for ffn in ffns:
         stored = {
-            part: parent.reader.read([[(name, None) for name in names]])[0]
-            for (projection, part), names in parts_of(ffn, parent.reader).items()
+            part: reader.read([[(name, None) for name in names]])[0]
+            for (projection, part), names in parts_of(ffn, reader).items()
             if projection == "down_proj"
         }
         weight = stored["weight"]
         if "scales" in stored:
-            how = quantization_of(parent.config, ffn.module_path("down_proj"))
+            how = quantization_of(config, ffn.module_path("down_proj"))
             weight = mx.dequantize(weight, stored["scales"], stored.get("biases"), **how)
         norms.append(mx.linalg.norm(weight.astype(mx.float32), axis=-1))
         mx.eval(norms[-1])

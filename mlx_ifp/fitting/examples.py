@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import IFPError
 from ..files.jsonl import read_jsonl
 from ..llm.messages import Message, row_messages
-from ..tuner.row_tokens import row_tokens
+from ..llm.row_tokens import row_tokens
 
 # The sub-network reads all tokens of an answer but the last, so one alone shows nothing.
 _LEAST_TOKENS = 2

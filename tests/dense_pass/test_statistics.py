@@ -103,7 +103,7 @@ def test_columns_are_found_in_quantized_checkpoints(tmp_path):
     quantized = convert(str(dense), tmp_path / "ifp", quantize_weights=True, q_bits=8,
                         q_group_size=32)  # fmt: skip
     parent = load(quantized, cache=False)[0].parent
-    norms = np.array(down_norms(parent))
+    norms = np.array(down_norms(parent.reader, parent.ffns, parent.config))
     for (_, weight), row in zip(recorded(dense, [5]), norms, strict=True):
         assert np.allclose(row, np.linalg.norm(weight, axis=0), rtol=1e-2)
     griffin, times_norm = (

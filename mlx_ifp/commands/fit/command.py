@@ -18,7 +18,8 @@ from ...fitting.data import WritingArgs, answered_rows, own_rows
 from ...fitting.examples import Example, Row, make_examples, read_rows
 from ...fitting.ridge import Ridge, fit_ridge
 from ...fitting.save import check_fittable, save_fitted
-from ...model import IFPModel, load
+from ...model import IFPModel
+from ...opening import load
 
 # Without data the model writes so many prompts itself.
 _OWN_EXAMPLES = 2000
