@@ -86,8 +86,9 @@ def of_each_task(rows: list[dict], count: int) -> Iterator[dict]:
 def measured(model: IFPModel, examples: list[Example], directory: Path, name: str) -> Statistics:
     """Statistics of examples, kept on disk."""
     checkpoint, ffns = model.checkpoint, model.checkpoint.ffns
+    shape = (len(ffns), ffns[0].d_ffn, ffns[0].hidden_size)
     statistics = Statistics(
-        directory / name, checkpoint.digest, examples, len(ffns), ffns[0].d_ffn, ffns[0].hidden_size
+        directory / name, checkpoint.digest, examples, *shape, prompts=name == "answers"
     )
     done = len(examples) - len(statistics.missing)
     with tqdm(desc=f"Statistics of {name}", total=len(examples), initial=done) as bar:

@@ -1,8 +1,8 @@
 """What the dense LLM computes on examples, streamed to disk.
 
 For each example it is the final hidden state of the prompt's last token, and GRIFFIN's statistic of
-the prompt and of the answer. Files are plain ``.npy`` arrays, written in place; an example counts
-once its mark is set, so a run that was stopped goes on where it was.
+the answer and, if it is asked for, of the prompt. Files are plain ``.npy`` arrays, written in
+place; an example counts once its mark is set, so a run that was stopped goes on where it was.
 """
 
 import hashlib
@@ -36,12 +36,13 @@ class Statistics:
         model (str): the digest of the checkpoint.
         examples (sequence): what is measured.
         layers, d_ffn, hidden_size (int): the LLM's.
+        prompts (bool): whether prompts are measured, too.
 
     Attributes:
         hidden: float32 [N, hidden size], of the prompt's last token.
-        prompts: float16 [N, L * d_ffn], the statistic of the prompt: the root of the mean over its
-            tokens of each channel's share.
-        answers: the same of the answer's tokens that the sub-network reads.
+        answers: float16 [N, L * d_ffn], the statistic of the answer's tokens that the sub-network
+            reads: the root of the mean over them of each channel's share.
+        prompts: the same of the prompt, or None.
 
     Raises:
         IFPError: if the directory has the statistics of another model or of other examples.
@@ -55,6 +56,8 @@ class Statistics:
         layers: int,
         d_ffn: int,
         hidden_size: int,
+        *,
+        prompts: bool = False,
     ) -> None:
         self.examples, self._shape = examples, (layers, d_ffn)
         self._directory = directory
@@ -66,8 +69,8 @@ class Statistics:
         self._check(directory / _META, meta)
         n, channels = len(examples), layers * d_ffn
         self.hidden = self._array("hidden", np.float32, (n, hidden_size))
-        self.prompts = self._array("prompts", np.float16, (n, channels))
         self.answers = self._array("answers", np.float16, (n, channels))
+        self.prompts = self._array("prompts", np.float16, (n, channels)) if prompts else None
         self._done = self._array("done", np.bool_, (n,))
 
     def _check(self, file: Path, meta: dict[str, Any]) -> None:
@@ -104,20 +107,25 @@ class Statistics:
         return [int(i) for i in np.flatnonzero(~self._done)]
 
     def put(
-        self, rows: list[int], hidden: np.ndarray, prompts: np.ndarray, answers: np.ndarray
+        self,
+        rows: list[int],
+        hidden: np.ndarray,
+        answers: np.ndarray,
+        prompts: np.ndarray | None = None,
     ) -> None:
         """Store rows, and mark them.
 
         Args:
             rows (list): B numbers of examples.
             hidden (np.ndarray): float32 [B, hidden size].
-            prompts, answers (np.ndarray): float32 [B, L, d_ffn].
+            answers, prompts (np.ndarray): float [B, L, d_ffn].
         """
         self.hidden[rows] = hidden
-        self.prompts[rows] = prompts.reshape(len(rows), -1)
-        self.answers[rows] = answers.reshape(len(rows), -1)
-        for array in (self.hidden, self.prompts, self.answers):
-            array.flush()
+        self.hidden.flush()
+        for array, values in ((self.answers, answers), (self.prompts, prompts)):
+            if array is not None and values is not None:
+                array[rows] = values.reshape(len(rows), -1)
+                array.flush()
         self._done[rows] = True
         self._done.flush()
 
@@ -146,7 +154,8 @@ def collect(
     read = 0
     for batches in passes(lengths, BATCH_TOKENS, PASS_TOKENS):
         groups = [[missing[j] for j in batch] for batch in batches]
-        pieces, weights = zip(*[_piece(examples, group) for group in groups], strict=True)
+        made = [_piece(examples, group, statistics.prompts is not None) for group in groups]
+        pieces, weights = zip(*made, strict=True)
 
         def measure(piece: int, z: mx.array, ffn: nn.Module) -> mx.array:
             means = [total("griffin", z, weight) for weight in weights[piece]]  # noqa: B023
@@ -157,16 +166,16 @@ def collect(
             last = mx.array([examples[i].offset - 1 for i in group])
             hidden = result.hidden[number][mx.arange(len(group)), last].astype(mx.float32)
             measured = np.stack([np.array(layer[number]) for layer in result.measured], axis=2)
-            statistics.put(group, np.array(hidden), measured[:, 0], measured[:, 1])
+            statistics.put(group, np.array(hidden), *measured.swapaxes(0, 1))
             progress(len(group))
         read += sum(len(examples[i].tokens) for group in groups for i in group)
     return read
 
 
 def _piece(
-    examples: Sequence[Example], group: list[int]
-) -> tuple[Piece, tuple[mx.array, mx.array]]:
-    """A batch of texts, and what each token counts for in the prompt and in the answer."""
+    examples: Sequence[Example], group: list[int], with_prompts: bool
+) -> tuple[Piece, list[mx.array]]:
+    """A batch of texts, and what each token counts for in the answer, and in the prompt."""
     longest = max(len(examples[i].tokens) for i in group)
     tokens = np.zeros((len(group), longest), np.int32)
     prompts, answers = np.zeros((2, len(group), longest), np.float32)
@@ -176,4 +185,5 @@ def _piece(
         prompts[row, :offset] = 1 / offset
         # Nothing follows the last token, so the sub-network does not read it.
         answers[row, offset : len(ids) - 1] = 1 / (len(ids) - 1 - offset)
-    return Piece(mx.array(tokens)), (mx.array(prompts), mx.array(answers))
+    parts = [answers, prompts] if with_prompts else [answers]
+    return Piece(mx.array(tokens)), [mx.array(part) for part in parts]

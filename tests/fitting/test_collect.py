@@ -27,7 +27,8 @@ def model(tmp_path_factory):
 
 def new(model, directory, examples=EXAMPLES, digest="model"):
     checkpoint = model.checkpoint
-    return Statistics(directory, digest, examples, len(checkpoint.ffns), checkpoint.d_ffn, 64)
+    shape = (len(checkpoint.ffns), checkpoint.d_ffn, 64)
+    return Statistics(directory, digest, examples, *shape, prompts=True)
 
 
 def by_hand(model, example):
