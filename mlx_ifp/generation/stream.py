@@ -13,6 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -73,6 +74,7 @@ class Answer:
             dense=request.dense,
             selector=request.selector,
             keep=request.keep,
+            prior=request.prior,
         )
         self._prompt_cache = self._load_prompt_cache()
 
@@ -240,6 +242,7 @@ def stream_generate(
     dense: bool = False,
     selector: str | None = None,
     keep: Keep | None = None,
+    prior: np.ndarray | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     ignore_chat_template: bool = False,
     warm: bool = False,
@@ -259,8 +262,10 @@ def stream_generate(
         task_from (str): ``"system"``: the system message is the task.
         selection (Selection): use this one.
         dense (bool): use the whole model.
-        selector (str): ``predictor``, ``activations`` or ``static``.
+        selector (str): ``predictor``, ``activations``, ``static`` or ``glass``.
         keep: channels to keep in each layer, instead of the checkpoint's k.
+        prior (array): float32 [L, d_ffn], what ``glass`` blends with the text that selects instead
+            of the checkpoint's prior, such as ``model.tasks.load("python").scores``.
         chat_template_kwargs (dict): arguments for the chat template.
         ignore_chat_template (bool): of messages only what the user says first is the prompt.
         warm (bool): keep the keys and values of what stands before the first user message, in
@@ -285,6 +290,7 @@ def stream_generate(
         dense,
         selector,
         keep,
+        prior,
         chat_template_kwargs or {},
         ignore_chat_template,
         warm=warm,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -14,7 +14,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
-from ..dense_pass.statistics import down_norms
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
@@ -26,7 +25,7 @@ from ..selection.selection import Selection, check_finite
 from ..subnetwork.parent import Parent
 from .activations import activation_scores
 from .predictor import Predictor, load_predictor
-from .scoring import Scoring, select, wants_norms
+from .scoring import Scoring, norms_for, select
 from .text import selector_tokens
 
 _REMEMBERED_SELECTIONS = 256
@@ -90,6 +89,7 @@ class Selector:
         self._tokenizer_lock = threading.Lock()
         # Selections, and where each came from.
         self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
+        self._norms: Callable[[], mx.array] | None = None
         self._predictor: Predictor | None = None
         self._tokenizer = tokenizer
         self._predictor_tokenizer: TokenizerWrapper | None = None
@@ -147,11 +147,6 @@ class Selector:
         mx.eval(scores)
         return scores
 
-    @cached_property
-    def _norms(self) -> mx.array:
-        """Norms of the down projection's columns, read once: [L, d_ffn]."""
-        return down_norms(self.parent.reader, self.parent.ffns, self.parent.config)
-
     @property
     def predictor(self) -> Predictor:
         """The sparsity predictor, loaded at the first use."""
@@ -176,7 +171,8 @@ class Selector:
     def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with; None for the default selector."""
         shared = self.checkpoint.ifp.predictor_embedding == "llm"
-        own = self._checked(selector) == "predictor" and not shared
+        # glass is no predictor, and a prior of its own may stand in for the checkpoint's.
+        own = selector != "glass" and self._checked(selector) == "predictor" and not shared
         with self._tokenizer_lock:
             if own and self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
@@ -257,9 +253,12 @@ class Selector:
         )
 
     def _norms_for(self, selector: str) -> Callable[[], mx.array] | None:
-        if not wants_norms(selector, self.scoring.statistic):
-            return None
-        return lambda: self._norms
+        """What scores are multiplied by between layers; it is read from disk once."""
+        reader, statistic = self.parent.reader, self.scoring.statistic
+        read = norms_for(self.checkpoint, selector, statistic, reader)
+        if read is not None and self._norms is None:
+            self._norms = cache(read)
+        return None if read is None else self._norms
 
     def _computed_in(self, selector: str) -> mx.Dtype | None:
         """The type that a selector computes in; None if it only reads scores."""
