@@ -8,9 +8,11 @@ import numpy as np
 
 from ..checkpoint.directory import Checkpoint
 from ..choices import STATISTICS
+from ..dense_pass.statistics import down_norms
 from ..errors import IFPError
 from ..selection.by_layer import check_by_layer, ks_by_layer
 from ..selection.selection import Selection, check_finite, select_channels
+from ..subnetwork.channels import ChannelReader
 
 # Statistics that have the norm of the down projection's column in them.
 _WITH_COLUMNS = ("norm", "probe")
@@ -96,9 +98,25 @@ def select(
     )
 
 
-def wants_norms(selector: str, statistic: str) -> bool:
-    """Whether scores lack the norm of the down projection's column, to be compared between layers.
+def norms_for(
+    checkpoint: Checkpoint, selector: str, statistic: str, reader: ChannelReader | None = None
+) -> Callable[[], mx.array] | None:
+    """What scores are multiplied by before they are compared between layers.
 
-    A predictor was trained to give scores that need nothing.
+    That is the norm of the down projection's column, unless the statistic has it in it. The scores
+    of a predictor were trained, and need nothing.
+
+    Args:
+        checkpoint (Checkpoint): whose channels they are.
+        selector (str): what made the scores.
+        statistic (str): of which activations.
+        reader (ChannelReader): of the checkpoint, if there is one already.
+
+    Returns:
+        Callable: reads the norms, [L, d_ffn]; None if the scores need nothing.
     """
-    return selector != "predictor" and statistic not in _WITH_COLUMNS
+    if selector == "predictor" or statistic in _WITH_COLUMNS:
+        return None
+    return lambda: down_norms(
+        reader or ChannelReader(checkpoint.channels), checkpoint.ffns, checkpoint.config
+    )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,7 +15,6 @@ from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..dense_pass.prefill import RunDense
-from ..dense_pass.statistics import down_norms
 from ..errors import IFPError
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
@@ -29,7 +28,7 @@ from ..subnetwork.parent import Parent
 from .activations import activation_scores
 from .fitted import fitted_scores
 from .predictor import Predictor, PredictorHead, load_head, load_predictor
-from .scoring import Scoring, select, wants_norms
+from .scoring import Scoring, norms_for, select
 from .text import selector_tokens
 
 _REMEMBERED_SELECTIONS = 256
@@ -93,6 +92,7 @@ class Selector:
         self._tokenizer_lock = threading.Lock()
         # Selections, and where each came from.
         self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
+        self._norms: Callable[[], mx.array] | None = None
         self._predictor: Predictor | None = None
         self._head: PredictorHead | None = None
         self._tokenizer = tokenizer
@@ -175,11 +175,6 @@ class Selector:
         mx.eval(scores)
         return scores
 
-    @cached_property
-    def _norms(self) -> mx.array:
-        """Norms of the down projection's columns, read once: [L, d_ffn]."""
-        return down_norms(self.parent.reader, self.parent.ffns, self.parent.config)
-
     @property
     def predictor(self) -> Predictor:
         """The sparsity predictor, loaded at the first use.
@@ -212,7 +207,9 @@ class Selector:
 
     def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with; None for the default selector."""
-        own = self._checked(selector) == "predictor" and self.checkpoint.has_predictor_tokenizer
+        # glass is no predictor, and a prior of its own may stand in for the checkpoint's.
+        predicts = selector != "glass" and self._checked(selector) == "predictor"
+        own = predicts and self.checkpoint.has_predictor_tokenizer
         with self._tokenizer_lock:
             if own and self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
@@ -303,10 +300,14 @@ class Selector:
         )
 
     def _norms_for(self, selector: str) -> Callable[[], mx.array] | None:
-        fitted = selector == "predictor" and self.checkpoint.fitted
-        if not fitted and not wants_norms(selector, self.scoring.statistic):
-            return None
-        return lambda: self._norms
+        """What scores are multiplied by between layers; it is read from disk once."""
+        reader, statistic = self.parent.reader, self.scoring.statistic
+        # The scores of a fitted predictor are ranks, as those of glass are.
+        ranked = selector == "predictor" and self.checkpoint.fitted
+        read = norms_for(self.checkpoint, "glass" if ranked else selector, statistic, reader)
+        if read is not None and self._norms is None:
+            self._norms = cache(read)
+        return None if read is None else self._norms
 
     def _computed_in(self, selector: str) -> mx.Dtype | None:
         """The type that a selector computes in; None if it only reads scores."""

@@ -12,6 +12,7 @@ from ...checkpoint.directory import Checkpoint
 from ...cli.arguments import (
     check_given,
     given_selection,
+    glass_of,
     kv_options,
     load_model,
     read_prompt,
@@ -36,6 +37,7 @@ def _request(
         task_of(args),
         args.task_from,
         given_selection(args, checkpoint),
+        **glass_of(args, checkpoint),
         ignore_chat_template=not tokenizer.has_chat_template,
         to_be_continued=True,
         prefill=args.prefill,
@@ -52,7 +54,7 @@ def _plan(
 
 def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.cache_prompt``."""
-    check_given(args)
+    check_given(args, has_prompt=True)
     prompt = read_prompt(args.prompt)
     path = Path(args.prompt_cache_file)
     if path.suffix != ".safetensors":

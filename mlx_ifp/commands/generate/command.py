@@ -14,6 +14,7 @@ from ...checkpoint.directory import Checkpoint
 from ...cli.arguments import (
     check_given,
     given_selection,
+    glass_of,
     kv_options,
     load_model,
     read_prompt,
@@ -25,7 +26,6 @@ from ...files.atomic import check_writable, new_file
 from ...files.text import write_text
 from ...generation.request import Request
 from ...generation.stream import Answer
-from ...llm.prompt import Text
 from ...memory.budget import Use
 from ...model import IFPModel
 from ...selection.files import save_selection
@@ -59,6 +59,7 @@ def _request(
         args.task_from,
         given_selection(args, checkpoint),
         args.dense,
+        **glass_of(args, checkpoint),
         chat_template_kwargs=template_kwargs(args),
         ignore_chat_template=args.ignore_chat_template or not tokenizer.has_chat_template,
         warm=args.warm_system_prompt,
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save_selection is not None and selection is not None:
         save_selection(args.save_selection, selection)
     if args.show_selection and selection is not None:
-        _show_selection(model, selection, answer.text)
+        _show_selection(model, selection, answer)
     if args.seed is not None:
         mx.random.seed(args.seed)
     try:
@@ -112,10 +113,13 @@ def run(args: argparse.Namespace) -> None:
             write_text(file, json.dumps(stats.to_dict(), indent=2) + "\n")
 
 
-def _show_selection(model: IFPModel, selection: Selection, text: Text | None) -> None:
+def _show_selection(model: IFPModel, selection: Selection, answer: Answer) -> None:
     previous = None
     if model.selections is not None:
-        key = model.selection_key(text) if text is not None else ""
+        text, request = answer.text, answer.request
+        key = ""
+        if text is not None:
+            key = model.selection_key(text, request.selector, request.keep, request.prior)
         previous = model.selections.previous(selection.checkpoint, key)
     mean, by_layer = selection.overlap(previous) if previous is not None else (None, None)
     lines = ["layer  kept   share  overlap with the previous task"]
@@ -157,7 +161,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and args.show_selection:
         raise IFPError("--dense selects nothing to show.")
-    check_given(args)
+    check_given(args, has_prompt=True)
     if args.prompt_cache_file is not None:
         if args.draft_model is not None:
             raise IFPError("--prompt-cache-file and --draft-model exclude each other.")
