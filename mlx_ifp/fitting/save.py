@@ -68,6 +68,8 @@ def save_fitted(
             predictor_backbone="llm",
             predictor_embedding="own",
             blend=blend,
+            # The selector reads prompts as the answers' statistics were made.
+            text=replace(checkpoint.ifp.text, format="chat_template"),
             source=checkpoint.ifp.source | {"fit": fit | {"mlx_ifp": version("mlx_ifp")}},
             files=files | {HEAD_FILE: record},
         )

@@ -19,10 +19,14 @@ EXAMPLES = [
 ]
 
 
+def load(path, architecture="llama"):
+    dense = make_dense(path / "dense", architecture)
+    return mlx_ifp.load(convert(str(dense), path / "ifp"), cache=False)[0]
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("collect")
-    return mlx_ifp.load(convert(str(make_dense(path / "dense")), path / "ifp"), cache=False)[0]
+    return load(tmp_path_factory.mktemp("collect"))
 
 
 def new(model, directory, examples=EXAMPLES, digest="model"):
@@ -51,8 +55,10 @@ def by_hand(model, example):
     return hidden[0, example.offset - 1], *means
 
 
-def test_it_equals_the_whole_model(model, tmp_path):
-    statistics = new(model, tmp_path)
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3_text"])
+def test_it_equals_the_whole_model(architecture, tmp_path):
+    model = load(tmp_path, architecture)
+    statistics = new(model, tmp_path / "statistics")
     assert collect(model.parent, statistics) == sum(len(each.tokens) for each in EXAMPLES)
     for i, example in enumerate(EXAMPLES):
         hidden, prompt, answer = by_hand(model, example)

@@ -101,7 +101,7 @@ def test_the_copy_shares_the_files_of_the_checkpoint(fitted, fittable):
     checkpoint = open_checkpoint(fitted)
     assert checkpoint.fitted and checkpoint.ifp.blend == 0.3
     assert checkpoint.ifp.prefill_with("predictor") == "dense"
-    assert checkpoint.ifp.source["fit"]["examples"] == 24
+    assert 20 <= checkpoint.ifp.source["fit"]["examples"] <= 24
     assert checkpoint.ifp.head.widths == [384, 4, 256]
 
 
