@@ -18,5 +18,8 @@ SELECTORS = ("predictor", "activations", "static", "glass")
 # What of the activations counts; mlx_ifp/dense_pass/statistics.py defines each.
 STATISTICS = ("griffin", "norm", "probe")
 
+# Who reads the prompt: the whole model, or the sub-network that answers.
+PREFILLS = ("dense", "pruned")
+
 STAGES = ("pretrain", "sft")
 FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")

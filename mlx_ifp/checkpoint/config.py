@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..choices import SELECTORS
+from ..choices import PREFILLS, SELECTORS
 from ..errors import one_line
 
 OPERATORS = ("topk", "sigmoid", "capped_exp")
@@ -126,6 +126,8 @@ class IFPConfig:
         blend: the weight of the prompt's ranks in ``glass``, 0 to 1; the rest is the prior's.
         keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
             ``k`` as their mean.
+        prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
+            suits the selector.
     """
 
     k: int | list[int]
@@ -137,6 +139,7 @@ class IFPConfig:
     channel_order: str = "original"
     blend: float = 0.5
     keep_by_layer: bool = False
+    prefill: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -199,8 +202,20 @@ class IFPConfig:
         _one_of("channel_order", self.channel_order, ORDERS)
         _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
         _require(isinstance(self.keep_by_layer, bool), "keep_by_layer must be true or false")
+        _require(
+            self.prefill is None or self.prefill in PREFILLS,
+            f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",
+        )
         needed = self.selector == "predictor" or self.predictor_embedding == "llm"
         _require(not needed or self.head is not None, "head is missing")
+
+    def prefill_with(self, selector: str) -> str:
+        """Who reads a prompt, ``dense`` or ``pruned``, if ``selector`` selects.
+
+        An LLM that was trained with its predictor is itself only as a sub-network. Without training
+        the keys and values of the whole model are the better ones.
+        """
+        return self.prefill or ("pruned" if selector == "predictor" else "dense")
 
     def to_json(self) -> str:
         """The text of the file."""

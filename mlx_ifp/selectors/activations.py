@@ -1,11 +1,13 @@
 """Prompt tokens -> scores without training: what the dense LLM's own channels did on the prompt."""
 
-import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from functools import partial
 
-from ..dense_pass.layers import pieces_of, run_layers
+import mlx.core as mx
+
+from ..dense_pass.prefill import RunDense, read_text
 from ..dense_pass.statistics import STATISTICS, measure_totals
 from ..llm.modules import PREFILL_STEP_SIZE
+from ..llm.prompt import token_ids
 from ..subnetwork.parent import Parent
 
 
@@ -15,6 +17,7 @@ def activation_scores(
     *,
     statistic: str = "griffin",
     prefill_step_size: int = PREFILL_STEP_SIZE,
+    run_dense: RunDense | None = None,
 ) -> mx.array:
     """A statistic of every channel over the tokens of a text.
 
@@ -25,13 +28,13 @@ def activation_scores(
         tokens (list or mx.array): [n] ids of the LLM's tokenizer, n >= 1.
         statistic (str): a name of :data:`~mlx_ifp.dense_pass.statistics.STATISTICS`.
         prefill_step_size (int): tokens to process at a time.
+        run_dense (Callable): runs the dense LLM instead, so that its pass serves others too.
 
     Returns:
         mx.array: float32 [L, d_ffn], before any mask.
     """
-    cache = make_prompt_cache(parent.trunk)
-    pieces = pieces_of(tokens, cache, prefill_step_size)
-    result = run_layers(parent, pieces, measure_totals(statistic))
+    run_dense = run_dense or partial(read_text, parent, step=prefill_step_size)
+    result = run_dense(token_ids(tokens), measure_totals(statistic))
     totals = mx.stack([mx.concatenate(layer).sum(axis=0) for layer in result.measured])
     scores = STATISTICS[statistic].of_totals(totals)
     mx.eval(scores)

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
+from ..dense_pass.prefill import RunDense
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
@@ -104,7 +105,12 @@ class Selector:
         return self.ks if keep is None else resolved_keep(self.checkpoint, keep)
 
     def scores(
-        self, text: Text, *, selector: str | None = None, prior: np.ndarray | None = None
+        self,
+        text: Text,
+        *,
+        selector: str | None = None,
+        prior: np.ndarray | None = None,
+        run_dense: RunDense | None = None,
     ) -> mx.array:
         """Channel scores of a text, before the mask.
 
@@ -114,6 +120,7 @@ class Selector:
                 default.
             prior (array): float32 [L, d_ffn], what ``glass`` blends with the prompt instead of the
                 checkpoint's prior, such as the scores of a task from examples.
+            run_dense (Callable): runs the dense LLM for selectors that need it.
 
         Returns:
             mx.array: float32 [L, d_ffn].
@@ -133,7 +140,9 @@ class Selector:
                 scores = self.predictor.scores(tokens)
                 self.release_if_tight()
                 return scores
-            scores = activation_scores(self.parent, tokens, statistic=self.scoring.statistic)
+            scores = activation_scores(
+                self.parent, tokens, statistic=self.scoring.statistic, run_dense=run_dense
+            )
             if selector == "activations":
                 return scores
             # Ranks would hide numbers that are not finite.
@@ -206,19 +215,27 @@ class Selector:
         text: Text,
         selector: str | None = None,
         keep: Keep | None = None,
+        run_dense: RunDense | None = None,
         *,
         prior: np.ndarray | None = None,
     ) -> tuple[Selection, str]:
-        """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector."""
+        """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector.
+
+        ``run_dense`` is that of :meth:`scores`; it is not called if the selection is known.
+        """
         selector, ks = self._checked(selector, prior), self._ks(keep)
         key = self.key(text, selector, ks, prior)
+
+        def scored() -> mx.array:
+            return self.scores(text, selector=selector, prior=prior, run_dense=run_dense)
+
         (selection, source), made = self._remembered.get_or_make(
-            key, lambda: (self._make(key, text, selector, ks, prior), 1)
+            key, lambda: (self._make(key, selector, ks, scored), 1)
         )
         return selection, source if made else "memory"
 
     def _make(
-        self, key: str, text: Text, selector: str, ks: list[int], prior: np.ndarray | None
+        self, key: str, selector: str, ks: list[int], scored: Callable[[], mx.array]
     ) -> tuple[Selection, str]:
         """The selection from the disk, or from new scores, and where it came from."""
         checkpoint, on_disk = self.checkpoint, self.on_disk
@@ -226,8 +243,7 @@ class Selector:
             selection = on_disk.load(checkpoint.digest, key)
             if selection is not None:
                 return selection, "disk"
-        scores = self.scores(text, selector=selector, prior=prior)
-        selection = self.of_scores(scores, ks, selector)
+        selection = self.of_scores(scored(), ks, selector)
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)

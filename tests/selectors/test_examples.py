@@ -234,7 +234,7 @@ def test_few_and_short_examples_are_noted(model):
 
 
 def test_the_command_keeps_scores_for_another_k(checkpoint, tmp_path, monkeypatch, capsys):
-    def run(command, *args, ok=True):
+    def run(command, *args, ok=True, err=False):
         module = importlib.import_module(f"mlx_ifp.commands.{command}")
         argv = [command, *map(str, args), "--model", str(checkpoint)]
         monkeypatch.setattr(sys, "argv", argv)
@@ -243,9 +243,9 @@ def test_the_command_keeps_scores_for_another_k(checkpoint, tmp_path, monkeypatc
             module.main()
         except SystemExit as stop:
             code = stop.code
-        out, err = capsys.readouterr()
-        assert (not code) == ok, err
-        return out if ok else err
+        said = capsys.readouterr()
+        assert (not code) == ok, said.err
+        return said.err if err or not ok else said.out
 
     file = tmp_path / "examples.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -269,8 +269,13 @@ def test_the_command_keeps_scores_for_another_k(checkpoint, tmp_path, monkeypatc
     by_layer, _ = load(checkpoint, cache=False, keep_by_layer=True)
     run("generate", *flags, "--keep-by-layer", "--save-selection", saved)
     assert load_selection(saved).digest == by_layer.select(examples=ROWS).digest
+    # Its channels were chosen for answers, so they should not read the prompt.
+    told = "task 'short' were chosen for answers only, and here they read the prompt"
+    assert told not in run("generate", *flags, err=True)
+    assert told in run("generate", *flags, "--prefill", "pruned", err=True)
     # glass blends the task with the prompt.
-    run("generate", *flags, "--selector", "glass", "--save-selection", saved)
+    how = ("--selector", "glass", "--prefill", "pruned", "--save-selection", saved)
+    assert told not in run("generate", *flags, *how, err=True)
     expected = model.select("What is a car?", selector="glass", prior=task.scores)
     assert load_selection(saved).digest == expected.digest
 
