@@ -15,6 +15,7 @@ from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..dense_pass.prefill import RunDense
+from ..errors import IFPError
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
@@ -148,6 +149,10 @@ class Selector:
             # Ranks would hide numbers that are not finite.
             check_finite(scores, self._computed_in(selector))
             prior = np.array(self._stored_scores) if prior is None else prior
+            if prior.shape != scores.shape or not np.isfinite(prior).all():
+                raise IFPError(
+                    f"prior must be finite scores of the shape {scores.shape}, not {prior.shape}."
+                )
             return mx.array(blended(np.array(scores), prior, self.scoring.blend))
 
     @cached_property
@@ -270,8 +275,9 @@ class Selector:
 
     def _norms_for(self, selector: str) -> Callable[[], mx.array] | None:
         """What scores are multiplied by between layers; it is read from disk once."""
-        reader, statistic = self.parent.reader, self.scoring.statistic
-        read = norms_for(self.checkpoint, selector, statistic, reader)
+        # Stored scores are griffin's, whatever the others are.
+        statistic = "griffin" if selector == "static" else self.scoring.statistic
+        read = norms_for(self.checkpoint, selector, statistic, self.parent.reader)
         if read is not None and self._norms is None:
             self._norms = cache(read)
         return None if read is None else self._norms
