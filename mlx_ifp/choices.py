@@ -13,13 +13,13 @@ DTYPES = ("float16", "bfloat16", "float32")
 # The layouts that the converter reads.
 LAYOUTS = ("split", "module", "manifest", "dense")
 
-# Who reads the prompt: the whole model, or the sub-network that answers.
-PREFILLS = ("dense", "pruned")
-
-# What scores channels: a predictor, the prompt's activations, stored scores, or these two.
+# What scores channels: a trained predictor, the prompt's activations, stored scores, or these two.
 SELECTORS = ("predictor", "activations", "static", "glass")
 # What of the activations counts; mlx_ifp/dense_pass/statistics.py defines each.
 STATISTICS = ("griffin", "norm", "probe")
+
+# Who reads the prompt: the whole model, or the sub-network that answers.
+PREFILLS = ("dense", "pruned")
 
 STAGES = ("pretrain", "sft")
 FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")

@@ -328,9 +328,7 @@ class IFPModel:
         if text is None:
             raise IFPError("Nothing selects: give a text, a selection, or dense=True.")
         start, overlap = time.perf_counter(), None
-        selection, source = self.text_selector.find(
-            text, selector, keep, prior=prior, run_dense=run_dense
-        )
+        selection, source = self.text_selector.find(text, selector, keep, run_dense, prior=prior)
         seconds = time.perf_counter() - start
         # A selection that is given never has a stand-in.
         if self.reuse is not None:

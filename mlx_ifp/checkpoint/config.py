@@ -126,12 +126,12 @@ class IFPConfig:
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
             each row is.
-        prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
-            suits the selector.
         blend: the weight of the prompt's ranks, 0 to 1. In ``glass`` the rest is the prior's, and
             in a predictor whose backbone is the LLM it is the prediction's.
         keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
             ``k`` as their mean.
+        prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
+            suits the selector.
     """
 
     k: int | list[int]
@@ -142,9 +142,9 @@ class IFPConfig:
     predictor_backbone: str = "own"
     predictor_embedding: str = "own"
     channel_order: str = "original"
-    prefill: str | None = None
     blend: float = 0.5
     keep_by_layer: bool = False
+    prefill: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -206,12 +206,12 @@ class IFPConfig:
         _one_of("predictor_backbone", self.predictor_backbone, BACKBONES)
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
         _one_of("channel_order", self.channel_order, ORDERS)
+        _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
+        _require(isinstance(self.keep_by_layer, bool), "keep_by_layer must be true or false")
         _require(
             self.prefill is None or self.prefill in PREFILLS,
             f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",
         )
-        _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
-        _require(isinstance(self.keep_by_layer, bool), "keep_by_layer must be true or false")
         shares = "llm" in (self.predictor_backbone, self.predictor_embedding)
         needed = self.selector == "predictor" or shares
         _require(not needed or self.head is not None, "head is missing")

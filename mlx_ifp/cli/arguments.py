@@ -26,7 +26,7 @@ from ..opening import open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
 from ..selection.selection import Selection
-from ..selection.task_library import Task, TaskLibrary
+from ..selection.task_library import EXAMPLES, Task, TaskLibrary
 from ..selectors.scoring import Scoring, norms_for, select
 from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text, selector_tokens
@@ -173,6 +173,25 @@ def glass_of(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]
         "keep": args.keep,
         "prior": _scores_of(TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)),
     }
+
+
+def note_prefill(args: argparse.Namespace, checkpoint: Checkpoint, prefill: str) -> None:
+    """Tell the user if ``--task-name`` was chosen for answers only, but reads the prompt, too.
+
+    Args:
+        args: the options.
+        checkpoint (Checkpoint): what they name.
+        prefill (str): who reads the prompt, ``dense`` or ``pruned``.
+    """
+    if args.task_name is None or prefill == "dense" or _blends_task(args):
+        return
+    task = TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
+    if task.selector == EXAMPLES:
+        print(
+            f"[INFO] The channels of the task {task.name!r} were chosen for answers only, and "
+            "here they read the prompt, too; --prefill dense suits them better.",
+            file=sys.stderr,
+        )
 
 
 def _scores_of(task: Task) -> np.ndarray:

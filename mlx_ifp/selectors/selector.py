@@ -151,6 +151,10 @@ class Selector:
             # Ranks would hide numbers that are not finite.
             check_finite(scores, self._computed_in(selector))
             prior = np.array(self._stored_scores) if prior is None else prior
+            if prior.shape != scores.shape or not np.isfinite(prior).all():
+                raise IFPError(
+                    f"prior must be finite scores of the shape {scores.shape}, not {prior.shape}."
+                )
             return mx.array(blended(np.array(scores), prior, self.scoring.blend))
 
     def _predicted(self, tokens: list[int], run_dense: RunDense | None) -> mx.array:
@@ -243,9 +247,9 @@ class Selector:
         text: Text,
         selector: str | None = None,
         keep: Keep | None = None,
+        run_dense: RunDense | None = None,
         *,
         prior: np.ndarray | None = None,
-        run_dense: RunDense | None = None,
     ) -> tuple[Selection, str]:
         """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector.
 
@@ -253,19 +257,17 @@ class Selector:
         """
         selector, ks = self._checked(selector, prior), self._ks(keep)
         key = self.key(text, selector, ks, prior)
+
+        def scored() -> mx.array:
+            return self.scores(text, selector=selector, prior=prior, run_dense=run_dense)
+
         (selection, source), made = self._remembered.get_or_make(
-            key, lambda: (self._make(key, text, selector, ks, prior, run_dense), 1)
+            key, lambda: (self._make(key, selector, ks, scored), 1)
         )
         return selection, source if made else "memory"
 
     def _make(
-        self,
-        key: str,
-        text: Text,
-        selector: str,
-        ks: list[int],
-        prior: np.ndarray | None,
-        run_dense: RunDense | None,
+        self, key: str, selector: str, ks: list[int], scored: Callable[[], mx.array]
     ) -> tuple[Selection, str]:
         """The selection from the disk, or from new scores, and where it came from."""
         checkpoint, on_disk = self.checkpoint, self.on_disk
@@ -273,8 +275,7 @@ class Selector:
             selection = on_disk.load(checkpoint.digest, key)
             if selection is not None:
                 return selection, "disk"
-        scores = self.scores(text, selector=selector, prior=prior, run_dense=run_dense)
-        selection = self.of_scores(scores, ks, selector)
+        selection = self.of_scores(scored(), ks, selector)
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)
@@ -301,10 +302,12 @@ class Selector:
 
     def _norms_for(self, selector: str) -> Callable[[], mx.array] | None:
         """What scores are multiplied by between layers; it is read from disk once."""
-        reader, statistic = self.parent.reader, self.scoring.statistic
+        # Stored scores are griffin's, whatever the others are.
+        statistic = "griffin" if selector == "static" else self.scoring.statistic
         # The scores of a fitted predictor are ranks, as those of glass are.
         ranked = selector == "predictor" and self.checkpoint.fitted
-        read = norms_for(self.checkpoint, "glass" if ranked else selector, statistic, reader)
+        kind = "glass" if ranked else selector
+        read = norms_for(self.checkpoint, kind, statistic, self.parent.reader)
         if read is not None and self._norms is None:
             self._norms = cache(read)
         return None if read is None else self._norms

@@ -19,6 +19,7 @@ from mlx_ifp.llm.prompt import template_tokens
 from mlx_ifp.selection.by_layer import ks_by_layer
 from mlx_ifp.selection.files import load_selection
 from mlx_ifp.selectors.answers import write_answers
+from mlx_ifp.synthesis.sampling import safe_batch_size
 
 from ..conftest import make_dense, run_command
 
@@ -102,6 +103,16 @@ def test_the_dense_model_writes_answers_that_are_missing(model):
         assert np.allclose(given.scores, found.scores, rtol=1e-5, atol=1e-7)
 
 
+def test_a_model_that_mlx_lm_cannot_batch_writes_answers_too(tmp_path):
+    dense = make_dense(tmp_path / "dense", "gemma2")
+    model, _ = load(convert(str(dense), tmp_path / "ifp", keep=64), cache=False)
+    network, prompts = model.dense(), [[5, 77, 130, 9], [42, 200]]
+    # mlx-lm's Gemma 2 fails on two texts at once.
+    assert safe_batch_size(network, prompts[0], 8) == 1
+    in_memory = write_answers(model.parent, prompts, set(), 3, network=network)
+    assert in_memory == write_answers(model.parent, prompts, set(), 3)
+
+
 def test_under_a_memory_limit_answers_are_streamed(checkpoint, model):
     limited, _ = load(checkpoint, cache=False, memory_limit=64 << 20)
     rows = [{"prompt": question} for question in QUESTIONS]
@@ -146,6 +157,8 @@ def test_glass_needs_a_prior(tiny_checkpoint, model):
         plain.select("Hello", selector="glass")
     prior = np.ones((3, 160), np.float32)
     assert plain.select("Hello", selector="glass", prior=prior).ks == [64] * 3
+    with pytest.raises(IFPError, match=r"prior must be finite scores of the shape \(3, 160\)"):
+        plain.select("Hello", selector="glass", prior=prior[:2])
 
 
 def test_a_checkpoint_may_say_how_it_selects(checkpoint, tmp_path):
@@ -234,7 +247,7 @@ def test_few_and_short_examples_are_noted(model):
 
 
 def test_the_command_keeps_scores_for_another_k(checkpoint, tmp_path, monkeypatch, capsys):
-    def run(command, *args, ok=True):
+    def run(command, *args, ok=True, err=False):
         module = importlib.import_module(f"mlx_ifp.commands.{command}")
         argv = [command, *map(str, args), "--model", str(checkpoint)]
         monkeypatch.setattr(sys, "argv", argv)
@@ -243,9 +256,9 @@ def test_the_command_keeps_scores_for_another_k(checkpoint, tmp_path, monkeypatc
             module.main()
         except SystemExit as stop:
             code = stop.code
-        out, err = capsys.readouterr()
-        assert (not code) == ok, err
-        return out if ok else err
+        said = capsys.readouterr()
+        assert (not code) == ok, said.err
+        return said.err if err or not ok else said.out
 
     file = tmp_path / "examples.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -269,8 +282,13 @@ def test_the_command_keeps_scores_for_another_k(checkpoint, tmp_path, monkeypatc
     by_layer, _ = load(checkpoint, cache=False, keep_by_layer=True)
     run("generate", *flags, "--keep-by-layer", "--save-selection", saved)
     assert load_selection(saved).digest == by_layer.select(examples=ROWS).digest
+    # Its channels were chosen for answers, so they should not read the prompt.
+    told = "task 'short' were chosen for answers only, and here they read the prompt"
+    assert told not in run("generate", *flags, err=True)
+    assert told in run("generate", *flags, "--prefill", "pruned", err=True)
     # glass blends the task with the prompt.
-    run("generate", *flags, "--selector", "glass", "--save-selection", saved)
+    how = ("--selector", "glass", "--prefill", "pruned", "--save-selection", saved)
+    assert told not in run("generate", *flags, *how, err=True)
     expected = model.select("What is a car?", selector="glass", prior=task.scores)
     assert load_selection(saved).digest == expected.digest
 

@@ -15,6 +15,7 @@ from ...cli.arguments import (
     glass_of,
     kv_options,
     load_model,
+    note_prefill,
     read_prompt,
     task_of,
     use_of,
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(path)
     model, tokenizer = load_model(args, partial(_plan, args, prompt))
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
+    note_prefill(args, model.checkpoint, answer.prefill)
     # Where the whole model reads, nothing is selected unless it is asked for.
     if args.save_selection is not None and answer.selection is not None:
         save_selection(args.save_selection, answer.selection)

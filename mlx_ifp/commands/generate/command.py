@@ -17,6 +17,7 @@ from ...cli.arguments import (
     glass_of,
     kv_options,
     load_model,
+    note_prefill,
     read_prompt,
     task_of,
     use_of,
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         with one_line("--extra-eos-token"):
             tokenizer.add_eos_token(token)
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
+    note_prefill(args, model.checkpoint, answer.prefill)
     # The network is made now, as making it must not move the sampler's random state.
     selection = answer.ready.selection
     # --dense has none, and excludes both flags.
