@@ -199,6 +199,11 @@ def test_k_by_layer_compares_what_channels_add(checkpoint, statistic):
     for layer, row in zip(selection.layers, scores, strict=True):
         assert row[layer].min() >= np.delete(row, layer).max(initial=-np.inf)
     mx.eval(model.subnetwork(selection)(mx.array([[5, 6, 7]])))
+    # glass compares layers by what its two parts add, as ranks are the same in every layer.
+    stored = np.array(model.scores(text, selector="static"))
+    parts = (scores * factor, stored * np.array(norms))
+    sizes = sum((p - p.mean(1, keepdims=True)) / p.std(1, keepdims=True) for p in parts)
+    assert model.select(text, selector="glass").ks == ks_by_layer(sizes, 128)
 
 
 @pytest.mark.parametrize(
