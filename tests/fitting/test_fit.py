@@ -11,6 +11,8 @@ from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.commands.fit.command import run
 from mlx_ifp.commands.fit.options import setup_arg_parser
 from mlx_ifp.convert import convert
+from mlx_ifp.convert.command import run as run_convert
+from mlx_ifp.convert.options import setup_arg_parser as convert_parser
 from mlx_ifp.dense_pass import layers
 from mlx_ifp.errors import IFPError
 from mlx_ifp.selection.ranks import ranks
@@ -173,3 +175,14 @@ def test_bad_input_is_one_line(fittable, fitted, data, tmp_path):
     statistics = fitted.with_name("statistics")
     other = ("--data", data, "--max-tokens", 5, "--statistics-path", statistics)
     assert "other examples" in error(fittable, *other)
+
+
+def test_one_threshold_over_all_layers_takes_prompt_and_prediction(fitted):
+    model, _ = mlx_ifp.load(fitted, cache=False, keep_by_layer=True)
+    assert sum(model.select(QUESTION[0]["content"]).ks) == 2 * 64
+
+
+def test_conversion_recommends_it(chat_model, tmp_path, capsys):
+    options = ("--model", chat_model, "--mlx-path", tmp_path / "ifp", "--no-prior")
+    run_convert(convert_parser().parse_args([str(option) for option in options]))
+    assert f"mlx_ifp.fit --model {tmp_path / 'ifp'}" in capsys.readouterr().err
