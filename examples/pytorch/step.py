@@ -70,9 +70,8 @@ class Step(nn.Module):
     def compile_parts(self) -> None:
         """Compile the layers and the terms of the loss; one graph serves all layers of a model.
 
-        What cannot be compiled, for want of a compiler too, runs as it is, after a warning.
+        What cannot be compiled shows in the first step, forwards or backwards.
         """
-        torch._dynamo.config.suppress_errors = True
         # The mask is an attribute of a module, and has as many rows as the batch.
         torch._dynamo.config.force_nn_module_property_static_shapes = False
         # A batch of as many rows as a head has values is no special case.

@@ -59,7 +59,7 @@ class Trainer:
         self.order = BatchOrder(self.train_data.lengths, args.batch_tokens, args.seed)
         self.rounding: Rounding | None = None
         self.iteration = self.trained_tokens = 0
-        self.pieces = 1  # that a batch is cut into
+        self.pieces, self.compiled = 1, args.compile
         self.odd_steps = OddSteps(args.skip_above, self.device)
         self.now = 0.0  # the share of the run that is done
         self.seconds_before = 0.0  # of earlier sessions of this run
@@ -197,7 +197,8 @@ class Trainer:
     def _gradients(self, own: list[Any], on: str, inputs: tuple[Any, ...]) -> Tensor:
         """Add up gradients of this process's batches; the summed loss and its parts.
 
-        A batch that does not fit the GPU is cut in two, and so are all that follow.
+        A batch that does not fit the GPU is cut in two, and so are all that follow. If the first
+        step cannot be compiled, nothing is.
         """
         accelerator = self.accelerator
         while True:
@@ -215,11 +216,20 @@ class Trainer:
             except torch.cuda.OutOfMemoryError:
                 if accelerator.num_processes > 1 or all(len(piece) == 1 for piece in pieces):
                     raise
-            # Outside of the handler, which keeps the failed step's tensors alive.
-            self.pieces *= 2
-            print(f"[WARNING] the GPU's memory is full: a batch is {self.pieces} now", flush=True)
+                self.pieces *= 2
+                problem = f"the GPU's memory is full: batches are cut into {self.pieces} pieces"
+            except Exception as error:
+                if not self.compiled or self.iteration > 0:
+                    raise
+                self.compiled = False
+                torch.compiler.set_stance("force_eager")
+                reason = " ".join(str(error).split())[:300]
+                problem = f"not compiled, which is slower: {type(error).__name__}: {reason}"
+            # Outside of the handlers, which keep the failed step's tensors alive.
+            print(f"[WARNING] {problem}", flush=True)
             self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
+            if self.on_gpu:
+                torch.cuda.empty_cache()
 
     def _rounded(self, progress: float) -> Any:
         if self.rounding is None or progress < self.args.quantize_from:
