@@ -7,6 +7,7 @@ nothing.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class Server:
     """The process that forks; it ends with the process that made it."""
 
     def __init__(self) -> None:
-        self.environment = _fixed(os.environ)
+        self.lock = threading.Lock()
         self.socket, theirs = socket.socketpair()
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__, str(theirs.fileno())],
@@ -43,27 +45,31 @@ class Server:
     def run(
         self, command: list[str], files: list[Any], cwd: object, timeout: float | None
     ) -> subprocess.CompletedProcess:
-        """Run a script; files are its stdin, stdout and stderr."""
+        """Run a script; files are its stdin, stdout and stderr. Threads may do so at once."""
         request = json.dumps([command, dict(os.environ), str(cwd or os.getcwd())]).encode()
-        socket.send_fds(self.socket, [len(request).to_bytes(4)], [file.fileno() for file in files])
-        self.socket.sendall(request)
-        pid = int.from_bytes(self._read(4))
-        self.socket.settimeout(timeout)
-        try:
-            code = int.from_bytes(self._read(4), signed=True)
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            self.socket.settimeout(None)
-            self._read(4)
-            raise subprocess.TimeoutExpired(command, timeout or 0) from None
-        finally:
-            self.socket.settimeout(None)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            with self.lock:
+                streams = [file.fileno() for file in (*files, theirs)]
+                socket.send_fds(self.socket, [len(request).to_bytes(4)], streams)
+                self.socket.sendall(request)
+            theirs.close()
+            pid = int.from_bytes(_read(ours, 4))
+            ours.settimeout(timeout)
+            try:
+                code = int.from_bytes(_read(ours, 4), signed=True)
+            except TimeoutError:
+                os.kill(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(command, timeout or 0) from None
         return subprocess.CompletedProcess(command, code)
 
-    def _read(self, size: int) -> bytes:
-        return _read(self.socket, size)
+
+def _fixed(environment: Any) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in OWN}
 
 
+# That of a test which changes nothing: tests/conftest.py forbids the network.
+USUAL = _fixed(os.environ) | {"HF_HUB_OFFLINE": "1"}
 _servers: list[Server] = []
 
 
@@ -73,11 +79,11 @@ def run(command: list[str], *, input: str, **kwargs: Any) -> subprocess.Complete
     It is that where a fork would not be the same: off Linux, with an environment of its own, or
     with variables that libraries read when they are imported.
     """
-    if sys.platform == "linux" and "env" not in kwargs and not _servers:
-        _servers.append(Server())
     same = kwargs.keys() <= {"capture_output", "text", "timeout", "cwd"}
-    if not same or not _servers or _fixed(os.environ) != _servers[0].environment:
+    if sys.platform != "linux" or not same or _fixed(os.environ) != USUAL:
         return subprocess.run(command, input=input, **kwargs)
+    if not _servers:
+        _servers.append(Server())
     with (
         tempfile.TemporaryFile("w+") as stdin,
         tempfile.TemporaryFile("w+") as stdout,
@@ -91,10 +97,6 @@ def run(command: list[str], *, input: str, **kwargs: Any) -> subprocess.Complete
             file.seek(0)
         done.stdout, done.stderr = stdout.read(), stderr.read()
         return done
-
-
-def _fixed(environment: Any) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in OWN}
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
@@ -115,26 +117,36 @@ def serve(connection: socket.socket) -> list[str]:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     while True:
-        head, files, _, _ = socket.recv_fds(connection, 4, 3)
+        head, files, _, _ = socket.recv_fds(connection, 4, 4)
         if not head:
             os._exit(0)  # the tests have ended
         request = _read(connection, int.from_bytes(head))
-        pid = os.fork()
-        if pid == 0:
-            command, environment, cwd = json.loads(request)
-            connection.close()
-            for target, file in enumerate(files):
-                os.dup2(file, target)
-                os.close(file)
-            os.environ.clear()
-            os.environ.update(environment)
-            os.chdir(cwd)
-            return command
+        if os.fork() == 0:
+            break
         for file in files:
             os.close(file)
-        connection.sendall(pid.to_bytes(4))
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    # A fork that forks once more, waits, and says how the command ended.
+    connection.close()
+    *streams, answer = files
+    told = socket.socket(fileno=answer)
+    pid = os.fork()
+    if pid:
+        told.sendall(pid.to_bytes(4))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection.sendall(code.to_bytes(4, signed=True))
+        told.sendall(code.to_bytes(4, signed=True))
+        os._exit(0)
+    told.close()
+    command, environment, cwd = json.loads(request)
+    for target, file in enumerate(streams):
+        os.dup2(file, target)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    return command
 
 
 if __name__ == "__main__":
