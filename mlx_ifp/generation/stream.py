@@ -21,14 +21,13 @@ from ..errors import IFPError, one_line
 from ..llm.messages import Message
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type, not_finite
-from ..llm.prompt import Prompt, shared_prefix, token_ids
+from ..llm.prompt import Encoded, Prompt, shared_prefix, token_ids
 from ..model import IFPModel
 from ..prompt_cache.files import PromptCache, load_cache_file
 from ..prompt_cache.key import CacheKey
 from ..prompt_cache.warm import claim
 from ..selection.keep import Keep
 from ..selection.selection import Selection
-from ..selectors.selector import resolved_keep
 from .draft import check_rollback, load_draft_model
 from .length import check_length
 from .request import Request
@@ -42,6 +41,7 @@ class Answer:
         model (IFPModel): from :func:`mlx_ifp.load`.
         tokenizer: from the same call.
         request (Request): what is asked for.
+        tokens: the prompt as mlx-lm is given it, if it was encoded already.
 
     Attributes:
         request: as given.
@@ -55,14 +55,20 @@ class Answer:
             values belong to another selection, or something does not fit the memory limit.
     """
 
-    def __init__(self, model: IFPModel, tokenizer: TokenizerWrapper, request: Request) -> None:
+    def __init__(
+        self,
+        model: IFPModel,
+        tokenizer: TokenizerWrapper,
+        request: Request,
+        tokens: Encoded | None = None,
+    ) -> None:
         request.check()
         self.request = request
         self.warm: WarmStart | None = None
         self._model, self._tokenizer = model, tokenizer
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
-        self.tokens = request.encode(tokenizer)
+        self.tokens = request.encode(tokenizer) if tokens is None else tokens
         check_length(model, tokenizer, request, self.tokens)
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
@@ -81,15 +87,8 @@ class Answer:
         model, request = self._model, self.request
         if model.memory is None:
             return
-        if request.dense:
-            ks = resolved_keep(model.checkpoint, 1.0)
-        elif request.selection is not None:
-            ks = request.selection.ks
-        elif request.keep is not None:
-            ks = resolved_keep(model.checkpoint, request.keep)
-        else:
-            ks = model.text_selector.ks
-        model.memory.expect(request.generation(self._tokenizer), ks, dense=request.dense)
+        generation = request.generation(self._tokenizer)
+        model.memory.expect(generation, request.ks(model), dense=request.dense)
 
     def _load_draft_model(self) -> nn.Module | None:
         """The draft model, if there is one; it is refused before anything is selected."""
