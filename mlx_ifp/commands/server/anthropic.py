@@ -4,13 +4,13 @@ import json
 import uuid
 from typing import Any
 
+from ...generation.ticket import Ticket
 from . import checks
 from .checks import Check, boolean, ignored, json_object, only, read_fields, string
 from .failures import Failure, bad_request
 from .forms import Said, event, selected
 from .jobs import FIELDS, Job, Jobs
 from .pieces import Piece
-from .stand_in import Ticket
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -230,7 +230,7 @@ class AnthropicForm:
     def _reason(said: Said) -> str:
         if said.stopped_by is not None and said.finish_reason == "stop":
             return "stop_sequence"
-        return _STOP_REASONS.get(said.finish_reason, "end_turn")
+        return _STOP_REASONS.get(said.finish_reason or "", "end_turn")
 
     def _start(self, kind: str, block: dict[str, Any]) -> list[bytes]:
         if self._open == kind and kind != "tool_use":

@@ -12,13 +12,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.directory import Checkpoint
 from ...cli.arguments import load_model
+from ...generation.batch import Scheduler
 from ...llm.kv_cache import Generation
 from ...memory.budget import Use
 from ...selectors.selector import resolved_keep
 from .access import Access
 from .listening import Server
 from .service import Service
-from .stand_in import Scheduler
 from .tasks_as_models import Models
 
 # Requests that are being answered get so long once the server is told to end.
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> None:
         prompt_concurrency=args.prompt_concurrency,
         prefill_step_size=args.prefill_step_size,
         max_queue=args.max_queue,
-        kv_sequences=args.prompt_cache_size,
+        kept_prompts=args.prompt_cache_size,
         kv_bytes=args.prompt_cache_bytes,
         idle_timeout=args.idle_timeout,
     )
     try:
-        service = Service(model, tokenizer, models, access, args, scheduler)
+        service = Service(tokenizer, models, access, args, scheduler)
         _serve(Server(args.host, args.port, service), service)
     finally:
         scheduler.close(0)

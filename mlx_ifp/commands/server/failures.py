@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...errors import IFPError, reason_of
-from .stand_in import BusyError, ClosedError, FailedError
+from ...generation.ticket import BusyError, ClosedError, FailedError
 
 _TYPES = {
     401: "authentication_error",

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ...generation.ticket import Ticket, Token
 from .failures import Failure
 from .jobs import Job
 from .pieces import Piece
-from .stand_in import Ticket, Token
 
 
 @dataclass
@@ -17,14 +17,14 @@ class Said:
     Attributes:
         text, reasoning, tool_calls: as in :class:`Piece`, of all pieces.
         tokens: all tokens.
-        finish_reason, stopped_by: of the last piece; ``length`` if there was none.
+        finish_reason, stopped_by: of the last piece; None until it is there.
     """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    finish_reason: str = "length"
+    finish_reason: str | None = None
     stopped_by: str | None = None
 
     def add(self, piece: Piece) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_lm.server import APIHandler, ResponseGenerator
 
+from ...generation.ticket import Ticket
 from .anthropic import AnthropicForm
 from .anthropic import read_messages as read_anthropic
 from .checks import MAX_BODY, read_object
@@ -17,9 +18,8 @@ from .forms import Form, Said
 from .jobs import Job
 from .openai import OpenAIForm, read_chat, read_completion
 from .page import page
-from .pieces import Piece
+from .pieces import Piece, Reader
 from .service import Service
-from .stand_in import Ticket
 
 # Nothing is written for so many seconds at most, while an answer is on its way in a stream.
 KEEPALIVE_SECONDS = 5.0
@@ -145,8 +145,10 @@ class Handler(APIHandler):
 
     def handle_health_check(self) -> None:
         """Say whether requests are served."""
-        alive = self.service.scheduler.alive
-        self._respond({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
+        alive, info = self.service.scheduler.alive, self.service.scheduler.info
+        status = {"status": "ok" if alive else "unavailable"}
+        counts = {"running": info.running, "waiting": info.waiting}
+        self._respond(status | counts, 200 if alive else 503)
 
     def handle_models_request(self) -> None:
         """Give all models, or one."""
@@ -162,9 +164,7 @@ class Handler(APIHandler):
         self._respond(models.describe_task(name))
 
     def _new_task(self) -> None:
-        service = self.service
-        made = service.models.create_task(self._read_body(), service.scheduler.run)
-        self._respond(made, 201)
+        self._respond(self.service.models.create_task(self._read_body()), 201)
 
     def _delete_task(self) -> None:
         self._respond(self.service.models.delete_task(self._path.removeprefix("/v1/tasks/")))
@@ -190,25 +190,27 @@ class Handler(APIHandler):
 
     def _answer(self, job: Job, form_of: Callable[[Ticket], Form]) -> None:
         """Generate an answer and send it. A client that goes away frees its place."""
-        ticket = self.service.scheduler.submit(job.request, job.sampling)
+        ticket, reader = self.service.ask(job)
         try:
             self.connection.settimeout(_WRITE_SECONDS)
             with self.service.watcher.watching(self.connection, ticket.cancel):
                 if job.stream:
-                    self._stream_answer(job, ticket, form_of(ticket))
+                    self._stream_answer(ticket, reader, form_of(ticket))
                 else:
-                    self._whole_answer(job, ticket, form_of(ticket))
+                    self._whole_answer(ticket, reader, form_of(ticket))
         finally:
-            ticket.cancel()
+            if not ticket.over:
+                ticket.cancel()
 
-    def _whole_answer(self, job: Job, ticket: Ticket, form: Form) -> None:
+    def _whole_answer(self, ticket: Ticket, reader: Reader, form: Form) -> None:
         said = Said()
         ticket.wait()
-        for piece in self.service.reader(job, ticket.tokens).pieces(ticket.events()):
+        for piece in reader.pieces(ticket.events()):
             said.add(piece)
+        _check_there(ticket, said)
         self._respond(form.whole(said))
 
-    def _stream_answer(self, job: Job, ticket: Ticket, form: Form) -> None:
+    def _stream_answer(self, ticket: Ticket, reader: Reader, form: Form) -> None:
         try:
             # While a request waits, its stream has not begun, so that a refusal has its status.
             # Only a client that has waited for long is told that it is not forgotten.
@@ -218,10 +220,10 @@ class Handler(APIHandler):
             self._begin_stream()
             self._write(*form.begin())
             said = Said()
-            events = ticket.events(KEEPALIVE_SECONDS)
-            for piece in self.service.reader(job, ticket.tokens).pieces(events):
+            for piece in reader.pieces(ticket.events(KEEPALIVE_SECONDS)):
                 said.add(piece)
                 self._write(*form.piece(piece), *_sign_of_life(piece))
+            _check_there(ticket, said)
             self._write(*form.end(said))
         except (ConnectionError, TimeoutError):
             raise
@@ -308,6 +310,8 @@ class Handler(APIHandler):
         # 501 is a method that is unknown, and 505 a version.
         status = {501: 405, 505: 400}.get(int(code), int(code))
         self.close_connection = True
+        # A request that is no HTTP/1 would be answered without a status.
+        self.request_version = "HTTP/1.0"
         self._fail(Failure(status, message or "The request is not HTTP."))
 
     def _set_cors_headers(self) -> None:
@@ -329,6 +333,12 @@ class Handler(APIHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Log through Python's logging."""
         logging.info("%s %s", self.client_address[0], format % args)
+
+
+def _check_there(ticket: Ticket, said: Said) -> None:
+    """Raises ConnectionError if the answer ended because its client has gone."""
+    if ticket.cancelled and said.finish_reason is None:
+        raise ConnectionAbortedError
 
 
 def _sign_of_life(piece: Piece) -> list[bytes]:

@@ -12,11 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.config import TEXT_SOURCES
 from ...generation.request import Request
+from ...generation.sampling import Sampling
 from ...llm.prompt import Prompt
 from . import checks
 from .checks import MAX_SEED, Check, boolean, integer, number, only, string
 from .failures import bad_request
-from .stand_in import Sampling
 from .structured import Structured
 from .tasks_as_models import Choice, Models
 

@@ -5,13 +5,13 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ...generation.ticket import Ticket, Token
 from . import checks
 from .checks import MAX_TOP_LOGPROBS, boolean, integer, only, read_fields, string
 from .failures import Failure, bad_request
 from .forms import Said, event, selected
 from .jobs import FIELDS, Job, Jobs
 from .pieces import Piece
-from .stand_in import Ticket, Token
 
 _TOP = integer(0, MAX_TOP_LOGPROBS)
 

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.server import ToolCallFormatter
 
-from .stand_in import Progress, Token
+from ...generation.ticket import Progress, Token
 
 
 @dataclass
@@ -111,6 +111,9 @@ class Reader:
                 continue
             piece = self._piece(event)
             yield piece
+            if event.finish_reason is not None:
+                # Keys and values are kept for the next turn before the events end.
+                continue
             if piece.finish_reason is not None:
                 return
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +56,9 @@ class Models:
         self.context_length = context_length(model.checkpoint.config)
         self._created = int((model.checkpoint.path / "config.json").stat().st_mtime)
         self._lock = threading.Lock()
+        # Clients that make tasks wait for one another, so that they take no more than one thread
+        # from those that generate.
+        self._selecting = threading.Lock()
         # Tasks that were read, with what tells whether their files have changed since.
         self._tasks: dict[str, tuple[tuple[int, int], Task]] = {}
 
@@ -150,15 +152,12 @@ class Models:
         names = self.task_names()
         return {"object": "list", "data": [self.describe_task(name) for name in names]}
 
-    def create_task(
-        self, body: dict[str, Any], run: Callable[[Callable[[], Selection]], Selection]
-    ) -> dict[str, Any]:
+    def create_task(self, body: dict[str, Any]) -> dict[str, Any]:
         """Select, and keep the selection under a name.
 
         Args:
             body (dict): ``name``, and ``description`` or ``examples``, which are prompts; they
                 select if both are given. Also ``keep``, ``selector`` and ``force``.
-            run (Callable): runs a function where MLX may be used.
 
         Raises:
             Failure: if a field is wrong, or the name is taken.
@@ -179,7 +178,8 @@ class Models:
         selector, kept = fields.get("selector"), fields.get("keep")
         selector = self.model.checkpoint.checked_selector(selector or self.model.selector)
         prompts: list[str] = examples or [text]
-        selection = run(lambda: _of_prompts(self.model, prompts, selector, kept))
+        with self._selecting:
+            selection = _of_prompts(self.model, prompts, selector, kept)
         said = text if text is not None else "\n".join(prompts)
         self.model.tasks.add(Task(name, said, selector, selection), force=force)
         return self.describe_task(name)
