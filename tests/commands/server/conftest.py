@@ -66,7 +66,7 @@ def started(folder: Path, *args: object, **env: str) -> Iterator[Running]:
         assert found, line + log.read_text()
         yield Running(process, found[1], log)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

@@ -153,7 +153,7 @@ def test_ctrl_c_lets_a_running_answer_end_and_takes_no_more(locked):
         rest = file.read()
         ending.join()
     assert rest.endswith(b"data: [DONE]\n\n") or b'"closing"' in rest
-    assert locked.process.wait(30) == 0
+    assert locked.process.wait(60) == 0
     with pytest.raises(OSError):
         time.sleep(0.05)
         socket.create_connection(("127.0.0.1", locked.port), timeout=1)

@@ -89,7 +89,7 @@ def test_the_first_user_message_selects_and_models_choose_other_channels(client,
     named = chosen(model=task)
     assert (named["task"], named["source"]) == ("rivers", "given")
     assert chosen(model=f"{NAME}:dense")["k"] is None
-    assert chosen(model=NAME, extra_body={"keep": 0.25})["k"] == 32
+    assert chosen(model=NAME, extra_body={"keep": 32})["k"] == 32
     own = chosen(model=NAME, extra_body={"task": "Say what trees are."})
     assert own["source"] == "activations"
     system = [{"role": "system", "content": "Say what trees are."}, *ASK]
