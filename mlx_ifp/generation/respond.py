@@ -43,7 +43,8 @@ class IFPCompletionRequest(CompletionRequest):
 
     Attributes:
         choice: fields of :class:`Request` about the selection: ``task``, ``task_from``,
-            ``selection``, ``dense``, ``selector``, ``keep``, ``warm``, ``warm_on_disk``.
+            ``selection``, ``dense``, ``selector``, ``keep``, ``prefill``, ``warm``,
+            ``warm_on_disk``.
         options: options of :class:`Request` about keys and values.
         logits_processors: more of them, such as those of a grammar.
         waits: says whether the client still waits; None if nobody knows.
@@ -134,7 +135,7 @@ class GroupedResponseGenerator(ResponseGenerator):
     ) -> tuple[IFPContext, Iterator[Response]]:
         """Ask for an answer, as mlx-lm's handler does.
 
-        It returns when the sub-network is ready, so errors of the request are raised here.
+        It returns when the selection is there, so errors of the request are raised here.
 
         Args:
             request (CompletionRequest): an :class:`IFPCompletionRequest` says what selects; with

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import StopSequences
 from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+import mlx_ifp.dense_pass.prefill
 from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.generation.batch import Scheduler
@@ -18,6 +21,8 @@ from mlx_ifp.generation.groups import TURN, Group
 from mlx_ifp.generation.request import Request
 from mlx_ifp.generation.sampling import Sampling
 from mlx_ifp.generation.ticket import BusyError, ClosedError, FailedError, Token
+from mlx_ifp.llm.kv_cache import Generation
+from mlx_ifp.memory.budget import Estimator
 
 from ..conftest import make_dense
 
@@ -90,23 +95,12 @@ class Gate:
         self._steps.release(steps)
 
 
-def stock(network_class=llama.Model):
-    """Counts the tokens that networks process, whoever calls them."""
-    counted = []
-    original = network_class.__call__
-
-    def call(self, inputs, *args, **kwargs):
-        counted.append(inputs.size)
-        return original(self, inputs, *args, **kwargs)
-
-    return counted, call
-
-
 def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(checkpoint):
     model, tokenizer = load(checkpoint, cache=False, dtype=mx.float32)
     chance = random.Random(0)
     selections = [model.select(task) for task in TASKS]
-    kinds = [{"selection": s} for s in selections] + [{}, {"dense": True}]
+    kinds = [{"selection": s, "prefill": p} for s in selections for p in ("dense", "pruned")]
+    kinds += [{}, {"dense": True}]
     prompts = ["Say " + " ".join(chance.choices(["car", "tree", "key", "not"], k=n))
                for n in (1, 30, 3, 12)]  # fmt: skip
     asked = []
@@ -217,26 +211,45 @@ def test_every_busy_group_has_its_share_of_steps(shared, monkeypatch):
     assert max(shares) - min(shares) <= TURN
 
 
-def test_the_next_turn_of_a_conversation_only_processes_what_is_new(shared, monkeypatch):
-    model, tokenizer, _ = shared
-    counted, call = stock()
-    monkeypatch.setattr(llama.Model, "__call__", call)
+@pytest.mark.parametrize("prefill", ["pruned", "dense"])
+def test_the_next_turn_of_a_conversation_only_processes_what_is_new(shared, monkeypatch, prefill):
+    model, tokenizer, selections = shared
+    how = {"selection": selections[0], "prefill": prefill}
+    messages = user("What is the name of the layer? " * 4)
+    # A template may not give an answer back as it was, so the second turn is made of tokens.
+    new = tokenizer.encode("<|im_end|>\nAnd then?", add_special_tokens=False)
+    cache = make_prompt_cache(model.trunk)
+    answer = alone(model, tokenizer, messages, 6, prompt_cache=cache, **how)
+    expected = alone(model, tokenizer, new, 6, prompt_cache=cache, **how)
+    decoded, read = [], []
+    call, run = llama.Model.__call__, mlx_ifp.dense_pass.prefill.run_layers
     with scheduler(model, tokenizer) as it:
-        messages = user("What is the name of the layer? " * 4)
-        first = it.submit(Request(messages), Sampling(max_tokens=6))
-        answer = tokens_of(first)
-        counted.clear()
-        # The first turn's tokens, then new ones: a template may not give an answer back as it was.
-        new = tokenizer.encode("<|im_end|>\nAnd then?", add_special_tokens=False)
+        first = it.submit(Request(messages, **how), Sampling(max_tokens=6))
+        assert tokens_of(first) == answer
+        monkeypatch.setattr(
+            llama.Model,
+            "__call__",
+            # The output layer is called alone, too, with a hidden state.
+            lambda self, x, *args, **kw: (
+                decoded.append(x.size * (x.ndim == 2)),
+                call(self, x, *args, **kw),
+            )[1],
+        )
+        monkeypatch.setattr(
+            mlx_ifp.dense_pass.prefill,
+            "run_layers",
+            lambda parent, pieces, *args: (
+                read.extend(piece.tokens.size for piece in pieces),
+                run(parent, pieces, *args),
+            )[1],
+        )
         tokens = [*first.tokens, *answer, *new]
-        second = it.submit(Request(messages), Sampling(max_tokens=6), tokens=tokens)
-        again = tokens_of(second)
+        second = it.submit(Request(messages, **how), Sampling(max_tokens=6), tokens=tokens)
+        assert tokens_of(second) == expected
         assert second.cached_tokens == len(first.tokens) + len(answer)
-        # Each generated token is processed as well, the last one too.
-        assert sum(counted) == len(new) + 6
-        assert second.ready.selection.digest == first.ready.selection.digest
-    monkeypatch.undo()
-    assert again == alone(model, tokenizer, tokens, 6, selection=first.ready.selection)
+    # Each generated token is processed as well, the last one too.
+    dense = prefill == "dense"
+    assert (sum(read), sum(decoded)) == (len(new) * dense, len(new) * (not dense) + 6)
 
 
 def test_parts_of_a_prompt_are_kept_for_others_of_the_selection(shared):
@@ -246,12 +259,13 @@ def test_parts_of_a_prompt_are_kept_for_others_of_the_selection(shared):
 
         def ask(text, selection):
             messages = [*system, *user(text)]
-            request = Request(messages, selection=selection)
+            request = Request(messages, selection=selection, prefill="pruned")
             tokens = request.encode(tokenizer)
             n = len(tokens) - len(tokenizer.encode(text, add_special_tokens=False)) - 20
             parts = [(tokens[:n], "system"), (tokens[n:], None)]
             ticket = it.submit(request, Sampling(max_tokens=4), tokens=tokens, segments=parts)
-            assert tokens_of(ticket) == alone(model, tokenizer, messages, 4, selection=selection)
+            how = {"selection": selection, "prefill": "pruned"}
+            assert tokens_of(ticket) == alone(model, tokenizer, messages, 4, **how)
             return ticket, n
 
         assert ask("One", selections[0])[0].cached_tokens == 0
@@ -363,10 +377,8 @@ def test_a_seed_gives_the_same_tokens_in_any_company(shared):
 
 def test_stop_sequences_and_lengths_are_each_requests_own(shared):
     model, tokenizer, selections = shared
-    from mlx_lm.generate import StopSequences
-
     expected = alone(model, tokenizer, user("Go"), 12, selection=selections[0])
-    stop = StopSequences([tuple(expected[3:5])])
+    stop = StopSequences([tuple(expected[:3])])
     request = Request(user("Go"), selection=selections[0])
     with scheduler(model, tokenizer) as it:
         tickets = [
@@ -375,16 +387,13 @@ def test_stop_sequences_and_lengths_are_each_requests_own(shared):
             it.submit(request, Sampling(max_tokens=1)),
         ]
         answers = [[e for e in t if isinstance(e, Token)] for t in tickets]
-    assert [[t.id for t in a] for a in answers] == [expected[:5], expected, expected[:1]]
+    assert [[t.id for t in a] for a in answers] == [expected[:3], expected, expected[:1]]
     assert [a[-1].finish_reason for a in answers] == ["stop", "length", "length"]
 
 
 def limited(checkpoint, requests_at_once, length):
     """A model whose memory limit has room for so many requests with networks of their own."""
     model, _ = load(checkpoint, cache=False, dtype=mx.float32)
-    from mlx_ifp.llm.kv_cache import Generation
-    from mlx_ifp.memory.budget import Estimator
-
     estimator = Estimator(model.checkpoint, mx.float32)
     each = estimator.kv(Generation(length)) + estimator.network(model.text_selector.ks)
     limit = estimator.trunk + int((requests_at_once + 0.5) * each)
@@ -402,7 +411,7 @@ def test_what_does_not_fit_now_waits_and_what_never_fits_is_refused(checkpoint, 
             for s in selections
         ]
         with pytest.raises(IFPError, match=r"The memory limit is .* MB, but .* are needed"):
-            it.submit(Request("Go", selection=selections[0]), Sampling(max_tokens=40_000)).wait()
+            it.submit(Request("Go", selection=selections[0]), Sampling(max_tokens=4_000)).wait()
         for ticket in tickets:
             ticket.wait(SECONDS)
             running.append(it.info.running)
