@@ -113,6 +113,9 @@ class Job:
 
     def read(self, done: int) -> None:
         """Tell how many tokens of the prompt's rest are processed."""
+        if self.ticket.generated:
+            # The rest is the first token, which was chosen already.
+            return
         self.ticket.progress(min(self.ticket.cached_tokens + done, len(self.ticket.tokens)))
 
     def put(self, token: int, logprobs: mx.array, finish_reason: str | None) -> None:

@@ -423,19 +423,21 @@ def test_what_does_not_fit_now_waits_and_what_never_fits_is_refused(checkpoint, 
         )
 
 
-def test_idle_memory_is_freed_and_comes_back(checkpoint):
-    model, tokenizer = load(checkpoint, cache=False, dtype=mx.float32)
+def test_idle_memory_is_freed_and_comes_back(predictor_checkpoint):
+    model, tokenizer = load(predictor_checkpoint, cache=False, dtype=mx.float32)
     with scheduler(model, tokenizer, idle_timeout=0.2) as it:
         first = tokens_of(it.submit(Request(user("Go")), Sampling(max_tokens=9)))
         until(lambda: it.info.released == 1)
         assert (len(it.kept), model.networks.nbytes) == (0, 0)
-        runs = model.selector_runs
+        assert (model.predictor_loads, model.selector_runs) == (1, 1)
         ticket = it.submit(Request(user("Go")), Sampling(max_tokens=9))
         assert tokens_of(ticket) == first
         assert ticket.ready.bytes_read > 0
-        # The selection itself is remembered.
-        assert model.selector_runs == runs
-        until(lambda: it.info.released == 2)
+        # The selection itself is remembered; another one needs the predictor.
+        assert (model.predictor_loads, model.selector_runs) == (1, 1)
+        tokens_of(it.submit(Request(user("Stop")), Sampling(max_tokens=2)))
+        assert (model.predictor_loads, model.selector_runs) == (2, 2)
+        until(lambda: it.info.released >= 2)
 
 
 def test_closing_lets_running_answers_end_if_they_do_in_time(shared):
