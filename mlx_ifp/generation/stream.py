@@ -74,6 +74,7 @@ class Answer:
         self._model, self._tokenizer = model, tokenizer
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
+        self._dense_prompt: DensePrompt | None = None
         self.prefilled: Prefilled | None = None
         self._rest: list[int] | None = None
         self.progress: Callable[[int, int], None] | None = None
@@ -83,14 +84,10 @@ class Answer:
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
         self._draft_model = draft_model_of(request, model.trunk, tokenizer)
-        self._dense_prompt = self._begin_dense()
         self._prompt_cache = self._load_prompt_cache()
-
-    def _begin_dense(self) -> DensePrompt | None:
-        if self.prefill != "dense":
-            return None
-        tokens = prompt_ids(self._tokenizer, self.tokens)
-        return DensePrompt(self._model, self.request, tokens, self._most_positions())
+        if self.prefill == "dense":
+            ids = prompt_ids(tokenizer, self.tokens)
+            self._dense_prompt = DensePrompt(model, request, ids, self._most_positions())
 
     @cached_property
     def _chosen(self) -> Chosen:
