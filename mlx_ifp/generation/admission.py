@@ -4,7 +4,6 @@ import threading
 from collections import defaultdict
 from dataclasses import dataclass
 
-from ..llm.kv_cache import Generation
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
 from ..model import IFPModel
@@ -67,12 +66,20 @@ class Admission:
         """Raises IFPError, with numbers, for a request that does not fit even alone."""
         if self._memory is None:
             return
-        request = job.ticket.request
+        check(self._estimator, self._use(job), self._memory.limit)
+
+    def _use(self, job: Job) -> Use:
+        """The request alone."""
+        request, model = job.ticket.request, self._model
         selector, tokens = self._selecting(job)
-        use = Use(
-            request.ks(self._model), job.generation, selector, tokens, dense=request.dense
-        )  # fmt: skip
-        check(self._estimator, use, self._memory.limit)
+        return Use(
+            request.ks(model),
+            job.generation,
+            selector,
+            tokens,
+            dense=request.dense,
+            dense_prefill=request.prefill_by(model.checkpoint, model.selector) == "dense",
+        )
 
     def _selecting(self, job: Job) -> tuple[str | None, int]:
         """What selects for a request, and about how many tokens it reads."""
@@ -85,14 +92,9 @@ class Admission:
 
     def admit(self, job: Job) -> bool:
         """Take a request in if it fits beside those that run."""
-        request, estimator = job.ticket.request, self._estimator
+        request = job.ticket.request
         known = request.dense or request.selection is not None
-        claim = _Claim(
-            self._kv(job.generation),
-            estimator.network(request.ks(self._model), dense=request.dense),
-            sum(estimator.selector(*self._selecting(job))) if self._memory else 0,
-            digest_of(request.selection) if known else None,
-        )
+        claim = self._claim(job, digest_of(request.selection) if known else None)
         with self._lock:
             claims = [*self._claims.values(), claim]
             fits = not self._claims or (len(claims) <= self._most and self._fit(claims))
@@ -100,8 +102,17 @@ class Admission:
                 self._claims[job] = claim
         return fits
 
-    def _kv(self, generation: Generation) -> int:
-        return self._estimator.kv(generation) if self._memory is not None else 0
+    def _claim(self, job: Job, group: str | None) -> _Claim:
+        if self._memory is None:
+            request = job.ticket.request
+            network = self._estimator.network(request.ks(self._model), dense=request.dense)
+            return _Claim(0, network, 0, group)
+        budget = self._estimator.budget(self._use(job))
+        selecting = budget.selector_weights + budget.selector_kv
+        # Keys and values that the whole model makes are counted with those of the answer, but for
+        # what they take before they are quantized.
+        reading = budget.prefill_weights + max(0, budget.prefill_kv - budget.kv)
+        return _Claim(budget.kv, budget.network, max(selecting, reading), group)
 
     def _fit(self, claims: list[_Claim]) -> bool:
         kv, networks, beside = _total(claims)

@@ -94,6 +94,7 @@ class Scheduler:
         self._admission = Admission(model, decode_concurrency)
         self._preparing = Preparing(model, self._admission, self.kept, prefill_step_size)
         self._turns = Turns(self._end)
+        self._computing_type = computing_type(model.dtype, model.checkpoint.trunk.values())
         self._stop = make_stop_sequences(tokenizer)
         # The condition guards what follows.
         self._changed = threading.Condition()
@@ -157,6 +158,7 @@ class Scheduler:
             list(segments) if segments is not None else [(ticket.tokens, None)],
             self.tokenizer,
             generation,
+            self._computing_type,
         )
         with self._changed:
             self._waiting = deque(j for j in self._waiting if not j.ticket.cancelled)
@@ -316,7 +318,7 @@ class Scheduler:
             return
         network = job.ticket.ready.network
         settings = job.ticket.request.kv
-        key = job.key.selection, tuple(settings.identity)
+        key = job.group, tuple(settings.identity)
         try:
             if job.logits is not None and job.begin():
                 self._end(job)
@@ -330,7 +332,6 @@ class Scheduler:
                     self.kept,
                     self._concurrency,
                     self._prefill_step_size,
-                    computing_type(self.model.dtype, self.model.checkpoint.trunk.values()),
                 ),
             )
         except Exception as error:

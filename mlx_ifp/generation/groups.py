@@ -10,7 +10,6 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..llm.kv_cache import KVSettings
-from ..llm.overflow import not_finite
 from .job import Job
 from .kept_prompts import ANSWER, KeptPrompts
 from .one_by_one import OneByOne
@@ -35,7 +34,6 @@ class Group:
         kept (KeptPrompts): gets keys and values when an answer ends.
         concurrency (tuple): answers that decode at once, and prompts that are processed at once.
         prefill_step_size (int): prompt tokens that are processed at a time.
-        computing_type (mx.Dtype): what the network computes in, for an error's text.
 
     Attributes:
         steps: how many steps it has made.
@@ -49,12 +47,10 @@ class Group:
         kept: KeptPrompts,
         concurrency: tuple[int, int],
         prefill_step_size: int,
-        computing_type: mx.Dtype | None,
     ) -> None:
         self.steps = 0
         self.jobs: dict[int, Job] = {}
         self._kept = kept
-        self._computing_type = computing_type
         if has_batches(network, settings):
             self._batch: Any = BatchGenerator(
                 network,
@@ -106,7 +102,6 @@ class Group:
         for response in made:
             job = self.jobs[response.uid]
             try:
-                self._check(job, response.logprobs)
                 job.put(response.token, response.logprobs, response.finish_reason)
             except Exception as error:
                 job.fail(error)
@@ -130,13 +125,6 @@ class Group:
         }
         for uid, (cache, tokens) in self._batch.extract_cache(list(ends)).items():
             self._kept.keep(self.jobs[uid].key, tokens, cache, ends[uid])
-
-    def _check(self, job: Job, logprobs: mx.array) -> None:
-        if job.chooser.error is not None:
-            raise job.chooser.error
-        # mlx-lm chooses a token even where there is no number.
-        if not job.ticket.generated and mx.isnan(logprobs).any():
-            raise not_finite("The logits are no numbers", self._computing_type)
 
     @property
     def kv_bytes(self) -> int:

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import IFPError
 from ..llm.kv_cache import Generation
 from ..llm.messages import Message
+from ..llm.overflow import not_finite
 from ..llm.prompt import shared_prefix
 from ..prompt_cache.files import PromptCache
 from .sampling import Chooser
@@ -28,10 +29,14 @@ class Job:
         chooser: how its tokens are chosen.
         segments: the parts of the prompt that are left to process. Between two of them mlx-lm
             stops, so that keys and values can be kept.
-        key: what its keys and values are right for, once its sub-network is ready.
+        group: the digest of its selection, once that is known.
+        prompt_key: what those of its prompt are right for, if the whole model has read it.
+        key: what they are right for when it ends.
         cache: those that are there already.
         logits: [1, V] after the prompt's last token, if the whole prompt was processed already.
+        tokenizer: the LLM's.
         generation: its lengths.
+        computing_type: what the LLM computes in.
         hold: what keeps the sub-network in memory; closing it lets go.
     """
 
@@ -40,6 +45,9 @@ class Job:
     segments: list[Segment]
     tokenizer: TokenizerWrapper
     generation: Generation
+    computing_type: mx.Dtype | None
+    group: str = ""
+    prompt_key: Any = None
     key: Any = None
     cache: PromptCache | None = None
     logits: mx.array | None = None
@@ -64,8 +72,9 @@ class Job:
 
     @property
     def processed(self) -> list[int]:
-        """The tokens whose keys and values are there already."""
-        return self.ticket.tokens[: self.ticket.cached_tokens]
+        """The tokens whose keys and values are there already: all, if the answer has begun."""
+        tokens = self.ticket.tokens
+        return list(tokens) if self.ticket.generated else tokens[: self.ticket.cached_tokens]
 
     def take_cache(self) -> PromptCache | None:
         """The prompt cache, which is the batch's from now on."""
@@ -89,8 +98,6 @@ class Job:
         logits, self.logits = cast(mx.array, self.logits), None
         chooser, tokens = self.chooser, self.ticket.tokens
         token, logprobs = chooser.first(tokens, logits)
-        if chooser.error is not None:
-            raise chooser.error
         reason = "length" if chooser.sampling.max_tokens == 1 else None
         reason = "stop" if chooser.passed(token) else reason
         self.put(token, logprobs, reason)
@@ -106,6 +113,9 @@ class Job:
 
     def read(self, done: int) -> None:
         """Tell how many tokens of the prompt's rest are processed."""
+        if self.ticket.generated:
+            # The rest is the first token, which was chosen already.
+            return
         self.ticket.progress(min(self.ticket.cached_tokens + done, len(self.ticket.tokens)))
 
     def put(self, token: int, logprobs: mx.array, finish_reason: str | None) -> None:
@@ -115,7 +125,15 @@ class Job:
             token (int): its id.
             logprobs (mx.array): [V].
             finish_reason (str): ``stop``, ``length`` or None.
+
+        Raises:
+            Exception: if it was not chosen as the request says, whatever was in the way.
         """
+        if self.chooser.error is not None:
+            raise self.chooser.error
+        # mlx-lm chooses a token even where there is no number.
+        if not self.ticket.generated and mx.isnan(logprobs).any():
+            raise not_finite("The logits are no numbers", self.computing_type)
         text, sampling = self._detokenizer, self.chooser.sampling
         if finish_reason != "stop":
             text.add_token(token)

@@ -65,6 +65,9 @@ class KeptPrompts:
         mx.eval([layer.state for layer in cache])
         for layer in cache:
             layer.ifp_tokens = len(tokens)
+            # The key says whose they are.
+            if hasattr(layer, "ifp_selection"):
+                del layer.ifp_selection
         with self._lock:
             self._kept.insert_cache(key.hash, list(tokens), cache, cache_type=kind)
 

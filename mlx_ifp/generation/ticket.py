@@ -66,7 +66,7 @@ class Ticket:
 
     Attributes:
         request, tokens: as given.
-        ready: the sub-network, and what getting it cost; None until :meth:`wait` returns.
+        ready: the sub-network, and what getting it cost; it is there before the first token.
         cached_tokens: how many of the prompt's first tokens did not have to be processed.
         generated: how many tokens were generated so far.
         waited_seconds: the time from submitting until a place was free.
@@ -85,25 +85,25 @@ class Ticket:
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._progress = Progress(0, len(tokens))
         self._error: BaseException | None = None
-        self._over = self._ended = False
+        self._over = self._ended = self._accepted = False
 
     # For its owner.
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until its sub-network is ready.
+        """Wait until its selection is there.
 
         Args:
             seconds (float): how long at most; None for no bound.
 
         Returns:
-            bool: whether it is ready.
+            bool: whether it is there.
 
         Raises:
             IFPError: if the request cannot be served.
         """
         if not self._settled.wait(seconds):
             return False
-        if self._error is not None and self.ready is None:
+        if self._error is not None and not self._accepted:
             raise self._error
         return True
 
@@ -148,10 +148,11 @@ class Ticket:
         """Whether nothing more comes."""
         return self._ended or self.cancelled
 
-    def settle(self, ready: Prepared, cached_tokens: int) -> None:
-        """Its sub-network is ready, and so many tokens need no processing."""
-        self.ready, self.cached_tokens = ready, cached_tokens
+    def settle(self, cached_tokens: int) -> None:
+        """Its selection is there, and so many tokens need no processing."""
+        self.cached_tokens = cached_tokens
         self.progress(cached_tokens)
+        self._accepted = True
         self._settled.set()
 
     def progress(self, done: int) -> None:
