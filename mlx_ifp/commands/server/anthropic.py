@@ -31,7 +31,7 @@ def _tool_choice(name: str, value: Any) -> dict[str, Any]:
 
 
 _SHARED = ("model", "stream", "temperature", "top_p", "top_k", "max_tokens", "metadata")
-_OWN = ("task", "keep", "selector", "selection_from")
+_OWN = ("task", "keep", "selector", "selection_from", "prefill")
 _FIELDS: dict[str, Check] = {name: FIELDS[name] for name in (*_SHARED, *_OWN)} | {
     "messages": _messages,
     "system": ignored,

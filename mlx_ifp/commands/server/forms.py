@@ -78,4 +78,6 @@ def selected(job: Job, ticket: Ticket) -> dict[str, Any]:
         "load_seconds": ready.load_seconds,
         "bytes_read": ready.bytes_read,
         "channels_reused": ready.channels_reused,
+        "prefill": job.prefill,
+        "waited_seconds": ticket.waited_seconds,
     }

@@ -11,6 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.config import TEXT_SOURCES
+from ...choices import PREFILLS
 from ...generation.request import Request
 from ...generation.sampling import Sampling
 from ...llm.prompt import Prompt
@@ -48,6 +49,7 @@ FIELDS: dict[str, Check] = {
     "keep": checks.keep,
     "selector": string,
     "selection_from": only(*TEXT_SOURCES),
+    "prefill": only(*PREFILLS),
     # These say who asks, and how OpenAI's service bills, stores and caches.
     "user": checks.ignored,
     "metadata": checks.ignored,
@@ -75,6 +77,7 @@ class Job:
         stream: the answer is given piece by piece.
         include_usage: a stream ends with the usage.
         chat: it is a conversation, and no text to be continued.
+        prefill: who reads the prompt: ``dense``, the whole model, or ``pruned``, the sub-network.
     """
 
     choice: Choice
@@ -86,6 +89,7 @@ class Job:
     stream: bool = False
     include_usage: bool = False
     chat: bool = True
+    prefill: str = "pruned"
 
 
 @dataclass
@@ -168,7 +172,10 @@ class Jobs:
             fields.get("selector"),
             fields.get("keep"),
             template,
+            # The whole model reads its own prompts.
+            prefill=fields.get("prefill", None if choice.dense else self.defaults.prefill),
         )
+        model = self.models.model
         stream_options = fields.get("stream_options", {})
         return Job(
             choice,
@@ -180,6 +187,9 @@ class Jobs:
             stream=fields.get("stream", False),
             include_usage=boolean("include_usage", stream_options.get("include_usage") or False),
             chat=chat,
+            prefill="dense"
+            if choice.dense
+            else request.prefill_by(model.checkpoint, model.selector),
         )
 
     def _sampling(self, fields: Mapping[str, Any], stops: list[str], processor: Any) -> Sampling:

@@ -5,7 +5,14 @@ import json
 import os
 from typing import Any
 
-from ...cli.flags import add_model_options, new_parser, parse_count, parse_number, parse_size
+from ...cli.flags import (
+    add_model_options,
+    add_prefill_option,
+    new_parser,
+    parse_count,
+    parse_number,
+    parse_size,
+)
 
 EXAMPLES = """examples:
   mlx_ifp.server --model qwen3-ifp
@@ -158,6 +165,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def _add_defaults(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("defaults of requests")
+    add_prefill_option(group)
     group.add_argument("--temp", type=_not_negative, default=0.0, help="Sampling temperature")
     group.add_argument("--top-p", type=_share, default=1.0, help="Sampling top-p")
     group.add_argument("--top-k", type=parse_number, default=0, help="Sampling top-k")

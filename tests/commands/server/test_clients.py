@@ -55,7 +55,12 @@ def test_openai_chats(client):
     assert (choice.message.content, choice.finish_reason) == (SAYS, "stop")
     usage = answer.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert answer.mlx_ifp["k"] == 64 and answer.mlx_ifp["share"] == 0.5
+    said = answer.mlx_ifp
+    assert (said["k"], said["share"], said["prefill"]) == (64, 0.5, "dense")
+    pruned = client.chat.completions.create(
+        model=NAME, messages=ASK, extra_body={"prefill": "pruned"}
+    )
+    assert (pruned.choices[0].message.content, pruned.mlx_ifp["prefill"]) == (SAYS, "pruned")
 
 
 def test_openai_streams_the_same_answer_usage_last(client):

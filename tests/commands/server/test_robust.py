@@ -60,6 +60,12 @@ def running(scripted_checkpoint, tmp_path_factory):
     thread.join()
 
 
+def settle(ticket: Ticket) -> None:
+    """Its sub-network is ready."""
+    ticket.ready = READY
+    ticket.settle(0)
+
+
 def send(running, path="/v1/chat/completions", **fields) -> socket.socket:
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8} | fields
     data = json.dumps(body).encode()
@@ -82,7 +88,7 @@ def test_a_client_that_goes_away_gives_up_its_place(running, path, stream, when)
     connection = send(running, path, stream=stream)
     ticket = running.scheduler.next()
     if when != "waiting":
-        ticket.settle(READY, 0)
+        settle(ticket)
     if when == "writing":
         ticket.put(Token(5, "a"))
     assert not ticket.cancelled
@@ -98,7 +104,7 @@ def test_signs_of_life_come_while_a_prompt_is_read_and_while_nothing_happens(run
     with connection, connection.makefile("rb") as file:
         while file.readline() != b": keepalive\n":
             pass
-        ticket.settle(READY, 0)
+        settle(ticket)
         ticket.put(Token(5, "a"))
         ticket._events.put(Progress(3, 7))
         while file.readline() != b": keepalive 3/7\n":
@@ -130,7 +136,7 @@ def test_an_error_before_the_first_token_has_its_status(running, stream):
 def test_an_error_in_the_middle_of_a_stream_is_an_event(running, path):
     connection = send(running, path, stream=True)
     ticket = running.scheduler.next()
-    ticket.settle(READY, 0)
+    settle(ticket)
     ticket.put(Token(5, "a"))
     ticket.end(ValueError("a tensor\nis wrong"))
     status, body = answer(connection)
@@ -142,7 +148,7 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event(running, path):
 def test_a_failed_answer_that_is_not_streamed_is_a_500(running):
     connection = send(running)
     ticket = running.scheduler.next()
-    ticket.settle(READY, 0)
+    settle(ticket)
     ticket.end(ValueError("a tensor is wrong"))
     assert answer(connection)[0] == 500
 
