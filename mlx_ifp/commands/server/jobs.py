@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.config import TEXT_SOURCES
 from ...choices import PREFILLS
+from ...cli.arguments import kv_options
 from ...generation.request import Request
 from ...generation.sampling import Sampling
-from ...llm.prompt import Prompt
+from ...llm.kv_cache import KVSettings
+from ...llm.prompt import Prompt, is_messages
 from . import checks
 from .checks import MAX_SEED, Check, boolean, integer, number, only, string
 from .failures import bad_request
@@ -163,6 +165,7 @@ class Jobs:
         if tools:
             template["tools"] = tools
         stops = fields.get("stop", [])
+        warm = self.defaults.warm_system_prompt and _has_system(prompt)
         request = Request(
             prompt,
             fields.get("task"),
@@ -172,8 +175,11 @@ class Jobs:
             fields.get("selector"),
             fields.get("keep"),
             template,
+            warm=warm,
+            warm_on_disk=warm,
             # The whole model reads its own prompts.
             prefill=fields.get("prefill", None if choice.dense else self.defaults.prefill),
+            options=asdict(KVSettings.of(kv_options(self.defaults))),
         )
         model = self.models.model
         stream_options = fields.get("stream_options", {})
@@ -234,3 +240,7 @@ class Jobs:
             message = f"logit_bias has a token that is not there: {max(biases)}."
             raise bad_request(message, "logit_bias")
         return biases or None
+
+
+def _has_system(prompt: Prompt) -> bool:
+    return is_messages(prompt) and prompt[0]["role"] == "system"

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -84,7 +85,11 @@ class Service:
         """
         tokens, segments, initial = self._parts(job)
         reader = self._reader(job, initial)
-        ticket = self.scheduler.submit(job.request, job.sampling, tokens=tokens, segments=segments)
+        sampling, left = job.sampling, (self.models.context_length or 0) - len(tokens)
+        if 0 < left < sampling.max_tokens:
+            # Memory is taken for as many tokens as may come, and no more fit the context.
+            sampling = replace(sampling, max_tokens=left)
+        ticket = self.scheduler.submit(job.request, sampling, tokens=tokens, segments=segments)
         return ticket, reader
 
     def _parts(self, job: Job) -> tuple[list[int], list[Segment] | None, str]:
