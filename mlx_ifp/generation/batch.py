@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.generate import make_stop_sequences
@@ -17,7 +17,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..errors import IFPError
-from ..llm.kv_cache import Generation
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type
 from ..llm.prompt import token_ids
@@ -148,16 +147,17 @@ class Scheduler:
             ids = self.tokenizer.encode(encoded) if isinstance(encoded, str) else encoded
             tokens = token_ids(ids)
         check_length(self.model, self.tokenizer, request, list(tokens))
+        said = {
+            "max_tokens": sampling.max_tokens, "prefill_step_size": self._prefill_step_size
+        }  # fmt: skip
+        request = replace(request, options=dict(request.options) | said)
         ticket = Ticket(request, list(tokens), self._poke)
-        generation = Generation(
-            len(tokens), sampling.max_tokens, request.kv, self._prefill_step_size
-        )
         job = Job(
             ticket,
             Chooser.of(sampling, self._stop),
             list(segments) if segments is not None else [(ticket.tokens, None)],
             self.tokenizer,
-            generation,
+            request.generation(self.tokenizer, ticket.tokens),
             self._computing_type,
         )
         with self._changed:

@@ -15,6 +15,7 @@ from .admission import Admission
 from .job import Job
 from .kept_prompts import PROMPT, KeptPrompts
 from .stream import Answer
+from .ticket import ClosedError
 
 
 class Preparing:
@@ -66,7 +67,13 @@ class Preparing:
         if cache is None or not answer.go_on_from(cache, rest):
             rest, job.prompt_key = tokens, answer.key
         ticket.settle(len(tokens) - len(rest))
-        answer.progress = lambda done, _: job.read(done)
+
+        def progress(done: int, _: int) -> None:
+            if ticket.over:
+                raise ClosedError("Nobody waits for this prompt any more.")
+            job.read(done)
+
+        answer.progress = progress
 
     def _take(self, job: Job, prefilled: Prefilled) -> None:
         """Take over, and keep, a prompt that the whole model has read."""

@@ -162,13 +162,16 @@ class Request:
             return tokenizer.encode(tokens, add_special_tokens=False)
         return tokens
 
-    def generation(self, tokenizer: TokenizerWrapper) -> Generation:
+    def generation(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> Generation:
         """What determines the size of the request's keys and values.
+
+        Args:
+            tokenizer, tokens: as for :meth:`positions`.
 
         Raises:
             IFPError: if there is no limit of tokens, or a draft model: see :meth:`Generation.of`.
         """
-        return Generation.of(self.positions(tokenizer), **self.options)
+        return Generation.of(self.positions(tokenizer, tokens), **self.options)
 
     def positions(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> int:
         """Tokens of the prompt, with those before it in a stored prompt or a prompt cache.

@@ -149,7 +149,7 @@ class Answer:
         if model.memory is None:
             return
         model.memory.expect(
-            request.generation(self._tokenizer),
+            request.generation(self._tokenizer, self.tokens),
             request.ks(model),
             dense=request.dense,
             dense_prefill=self.prefill == "dense",
