@@ -1,6 +1,7 @@
 """Checked fields -> a job: what selects, how tokens are chosen, and how the answer is given."""
 
 import argparse
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,7 +24,8 @@ from .failures import bad_request
 from .structured import Structured
 from .tasks_as_models import Choice, Models
 
-_CONTEXT = integer(0, 1 << 20)
+_MAX_TOKENS = 1 << 20
+_CONTEXT = integer(0, _MAX_TOKENS)
 
 # Fields of every request for an answer, in OpenAI's words and mlx-lm's, and ours.
 FIELDS: dict[str, Check] = {
@@ -102,11 +104,13 @@ class Jobs:
         models: what can be asked.
         tokenizer: of the LLM, for the threads of clients.
         defaults: the command's options.
+        lock: to be held while the tokenizer reads.
     """
 
     models: Models
     tokenizer: TokenizerWrapper
     defaults: argparse.Namespace
+    lock: threading.Lock
     structured: Structured = field(init=False)
 
     def __post_init__(self) -> None:
@@ -223,12 +227,14 @@ class Jobs:
             # The grammar has the last word.
             processors.append(processor)
         most = fields.get("max_tokens", defaults.max_tokens)
+        with self.lock:
+            stop = make_stop_sequences(self.tokenizer, stops)
         return Sampling(
             # Clients that know no limit ask for millions; no answer is longer than the context.
-            max_tokens=min(most, self.models.context_length or most),
+            max_tokens=min(most, self.models.context_length or _MAX_TOKENS),
             sampler=sampler,
             logits_processors=tuple(processors),
-            stop=make_stop_sequences(self.tokenizer, stops),
+            stop=stop,
             seed=fields.get("seed"),
             logprobs=fields.get("logprobs", False),
             top_logprobs=fields.get("top_logprobs", 0),

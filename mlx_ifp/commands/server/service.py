@@ -59,7 +59,7 @@ class Service:
         # Hugging Face's tokenizers are not made for several threads, and the scheduler has one.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
-        self.jobs = Jobs(models, self._tokenizer, args)
+        self.jobs = Jobs(models, self._tokenizer, args, self._lock)
         self.watcher = Watcher()
         self.fingerprint = get_system_fingerprint()
         self._machine = make_text_state_machine(self._tokenizer)

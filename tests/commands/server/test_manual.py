@@ -1,4 +1,4 @@
-"""The files that the manual shows can be read by the programs they are for, as far as that shows."""
+"""The files that the manual shows are in the forms that their programs read."""
 
 import plistlib
 import re
