@@ -28,13 +28,14 @@ class _Claim:
     group: str | None
 
 
-def _total(claims: list[_Claim]) -> tuple[int, int, int]:
+def _total(claims: list[_Claim], padded_together: bool) -> tuple[int, int, int]:
     """Bytes of keys and values, of networks, and of what is only needed for a while."""
     groups: dict[str, list[_Claim]] = defaultdict(list)
     for number, claim in enumerate(claims):
         groups[claim.group or f"unknown {number}"].append(claim)
     # A batch pads all its members to the longest one.
-    kv = sum(len(members) * max(c.kv for c in members) for members in groups.values())
+    batches = [claims] if padded_together else list(groups.values())
+    kv = sum(len(members) * max(c.kv for c in members) for members in batches if members)
     networks = sum(max(c.network for c in members) for members in groups.values())
     # Networks are made ready one after the other.
     return kv, networks, max((claim.beside for claim in claims), default=0)
@@ -47,9 +48,11 @@ class Admission:
         model (IFPModel): its memory limit is kept, if it has one. Otherwise only the networks in
             use are bounded, by the bytes that the model keeps of them.
         most (int): how many requests may be admitted at once.
+        padded_together (bool): whether all requests are in one batch, not only those of a
+            selection.
     """
 
-    def __init__(self, model: IFPModel, most: int) -> None:
+    def __init__(self, model: IFPModel, most: int, *, padded_together: bool) -> None:
         self._model, self._most = model, most
         self._memory = model.memory
         self._estimator = (
@@ -59,6 +62,7 @@ class Admission:
         )
         # The bound of the networks is lowered while a memory limit is kept.
         self._most_networks = model.networks.max_bytes
+        self._padded_together = padded_together
         self._claims: dict[Job, _Claim] = {}
         self._lock = threading.Lock()
 
@@ -115,7 +119,7 @@ class Admission:
         return _Claim(budget.kv, budget.network, max(selecting, reading), group)
 
     def _fit(self, claims: list[_Claim]) -> bool:
-        kv, networks, beside = _total(claims)
+        kv, networks, beside = _total(claims, self._padded_together)
         if self._memory is None:
             return networks <= self._most_networks
         return self._estimator.trunk + kv + networks + beside <= self._memory.limit
@@ -136,7 +140,7 @@ class Admission:
         with self._lock:
             claims = list(self._claims.values())
             own = self._claims[job]
-        kv, networks, _ = _total(claims)
+        kv, networks, _ = _total(claims, self._padded_together)
         return kv - own.kv, networks - own.network
 
     def room_for_prompts(self) -> int | None:
@@ -144,7 +148,7 @@ class Admission:
         if self._memory is None:
             return None
         with self._lock:
-            kv, networks, beside = _total(list(self._claims.values()))
+            kv, networks, beside = _total(list(self._claims.values()), self._padded_together)
         return self._memory.limit - self._estimator.trunk - kv - networks - beside
 
     @property

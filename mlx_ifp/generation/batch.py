@@ -1,8 +1,9 @@
-"""Many requests at once: those of one sub-network decode together.
+"""Many requests at once, of many tasks: all of them decode together.
 
 A :class:`Scheduler` has two threads. One makes sub-networks ready, a request at a time. The other
-one runs mlx-lm's batches, one for each sub-network in use, and lets them take turns. The threads
-that submit requests never run a model.
+one runs mlx-lm's batches: one for all sub-networks (:mod:`.mixed`), or one for each of them, which
+take turns, if the LLM's FFNs do not see the rows of a batch. The threads that submit requests never
+run a model.
 """
 
 import threading
@@ -22,10 +23,11 @@ from ..llm.overflow import computing_type
 from ..llm.prompt import token_ids
 from ..model import IFPModel
 from .admission import Admission
-from .groups import Group, Turns
+from .groups import Group, Turns, has_batches
 from .job import Job, Segment
 from .kept_prompts import MAX_ENTRIES, KeptPrompts
 from .length import check_length
+from .mixed import MixedNetwork, can_mix
 from .preparing import Preparing
 from .request import Request
 from .sampling import Chooser, Sampling
@@ -41,7 +43,7 @@ class SchedulerInfo:
     Attributes:
         waiting: requests without a place.
         running: requests with one.
-        steps: for each group that runs now, by the digest of its selection, its steps so far.
+        steps: for each selection that runs now, by its digest, the steps of its batch so far.
         kept_prompts: prompts whose keys and values are kept.
         kept_bytes: bytes of these.
         released: how often memory was freed because nothing was asked for.
@@ -90,7 +92,8 @@ class Scheduler:
         self._max_queue, self._kv_bytes = max_queue, kv_bytes
         self._idle_timeout = idle_timeout
         self.kept = KeptPrompts(kept_prompts, kv_bytes)
-        self._admission = Admission(model, decode_concurrency)
+        self._mixes = can_mix(model.parent)
+        self._admission = Admission(model, decode_concurrency, padded_together=self._mixes)
         self._preparing = Preparing(model, self._admission, self.kept, prefill_step_size)
         self._turns = Turns(self._end)
         self._computing_type = computing_type(model.dtype, model.checkpoint.trunk.values())
@@ -204,7 +207,7 @@ class Scheduler:
             return SchedulerInfo(
                 len(self._waiting),
                 len(self._running),
-                {key[0]: group.steps for key, group in list(self._turns.groups.items())},
+                self._turns.steps,
                 len(self.kept),
                 self.kept.nbytes,
                 self._released,
@@ -316,9 +319,11 @@ class Scheduler:
         if job.ticket.over or job.ticket.ready is None:
             self._end(job)
             return
-        network = job.ticket.ready.network
         settings = job.ticket.request.kv
-        key = job.group, tuple(settings.identity)
+        network = job.ticket.ready.network
+        # Where it is possible all sub-networks decode together.
+        mixes = self._mixes and has_batches(network, settings)
+        key = "" if mixes else job.group, tuple(settings.identity)
         try:
             if job.logits is not None and job.begin():
                 self._end(job)
@@ -327,7 +332,7 @@ class Scheduler:
                 key,
                 job,
                 lambda: Group(
-                    network,
+                    MixedNetwork(self.model.parent) if mixes else network,
                     settings,
                     self.kept,
                     self._concurrency,

@@ -1,8 +1,11 @@
-"""Requests of one sub-network decode together, and the groups take turns."""
+"""Requests that decode together, and groups of them that take turns.
+
+A group has the requests of one sub-network or, where the LLM allows it, of several.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,8 +13,10 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..llm.kv_cache import KVSettings
+from ..prompt_cache.files import PromptCache
 from .job import Job
 from .kept_prompts import ANSWER, KeptPrompts
+from .mixed import MixedNetwork, Rows
 from .one_by_one import OneByOne
 
 # Steps that a group makes before the next one's turn. A turn ends early after a part of a prompt
@@ -26,10 +31,10 @@ def has_batches(network: nn.Module, settings: KVSettings) -> bool:
 
 
 class Group:
-    """The requests of one sub-network, in one of mlx-lm's batches. For one thread.
+    """Requests in one of mlx-lm's batches. For one thread.
 
     Args:
-        network (nn.Module): the sub-network.
+        network: the sub-network, or a :class:`MixedNetwork` for several of them.
         settings (KVSettings): how keys and values are kept.
         kept (KeptPrompts): gets keys and values when an answer ends.
         concurrency (tuple): answers that decode at once, and prompts that are processed at once.
@@ -42,7 +47,7 @@ class Group:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | MixedNetwork,
         settings: KVSettings,
         kept: KeptPrompts,
         concurrency: tuple[int, int],
@@ -50,10 +55,11 @@ class Group:
     ) -> None:
         self.steps = 0
         self.jobs: dict[int, Job] = {}
-        self._kept = kept
-        if has_batches(network, settings):
+        self._kept, self._settings = kept, settings
+        self._mixed = network if isinstance(network, MixedNetwork) else None
+        if self._mixed is not None or has_batches(cast(nn.Module, network), settings):
             self._batch: Any = BatchGenerator(
-                network,
+                cast(nn.Module, network),
                 completion_batch_size=concurrency[0],
                 prefill_batch_size=min(concurrency),
                 prefill_step_size=prefill_step_size,
@@ -61,7 +67,7 @@ class Group:
                 stream=mx.default_stream(mx.default_device()),
             )
         else:
-            self._batch = OneByOne(network, settings, prefill_step_size)
+            self._batch = OneByOne(cast(nn.Module, network), settings, prefill_step_size)
 
     def add(self, job: Job) -> None:
         """Let a request join between two steps."""
@@ -69,13 +75,27 @@ class Group:
         (uid,) = self._batch.insert_segments(
             segments=[[list(segment) for segment, _ in job.segments]],
             max_tokens=[job.chooser.sampling.max_tokens - job.ticket.generated],
-            caches=[job.take_cache()],
+            caches=[self._cache_of(job)],
             all_tokens=[list(job.processed)],
             samplers=[chooser.sampler],
             logits_processors=[chooser.processors],
             stop_sequences=[chooser.stop],
         )
         self.jobs[uid] = job
+
+    def _cache_of(self, job: Job) -> PromptCache | None:
+        """What is there of a request's keys and values; in a mixed batch also whose row it is."""
+        cache, mixed = job.take_cache(), self._mixed
+        if mixed is None or job.ticket.ready is None:
+            return cache
+        mixed.add(job.group, job.ticket.ready.network)
+        if cache is None:
+            return mixed.make_cache(self._settings.max_kv_size, job.group)
+        return [*cache, Rows([job.group])]
+
+    def _without_rows(self, cache: PromptCache) -> PromptCache:
+        """Only the keys and values of a row of the batch."""
+        return cache if self._mixed is None else cache[:-1]
 
     def remove(self, jobs: Iterable[Job]) -> None:
         """Take requests out; their keys and values are freed."""
@@ -85,6 +105,8 @@ class Group:
             self._batch.remove(uids)
             for uid in uids:
                 del self.jobs[uid]
+        if self._mixed is not None:
+            self._mixed.keep_only({job.group for job in self.jobs.values()})
 
     def step(self) -> tuple[list[Job], bool]:
         """Process a part of the prompts, and generate one token for each answer.
@@ -108,7 +130,8 @@ class Group:
             if response.finish_reason is not None:
                 del self.jobs[response.uid]
                 if not job.ticket.over:
-                    self._kept.keep(job.key, response.all_tokens, response.prompt_cache, ANSWER)
+                    cache = self._without_rows(response.prompt_cache)
+                    self._kept.keep(job.key, response.all_tokens, cache, ANSWER)
                     job.ticket.end()
             if job.ticket.over:
                 ended.append(job)
@@ -124,7 +147,7 @@ class Group:
             if (kind := self.jobs[r.uid].next_kind()) is not None
         }
         for uid, (cache, tokens) in self._batch.extract_cache(list(ends)).items():
-            self._kept.keep(self.jobs[uid].key, tokens, cache, ends[uid])
+            self._kept.keep(self.jobs[uid].key, tokens, self._without_rows(cache), ends[uid])
 
     @property
     def kv_bytes(self) -> int:
@@ -134,6 +157,8 @@ class Group:
     def close(self) -> None:
         """Free what the batch holds."""
         self._batch.close()
+        if self._mixed is not None:
+            self._mixed.keep_only(set())
 
 
 class Turns:
@@ -218,6 +243,7 @@ class Turns:
             self._ended(job)
 
     @property
-    def jobs(self) -> list[Job]:
-        """All requests, group by group."""
-        return [job for group in self.groups.values() for job in group.jobs.values()]
+    def steps(self) -> dict[str, int]:
+        """For each selection with a request, the steps that its group has made."""
+        groups = list(self.groups.values())
+        return {job.group: group.steps for group in groups for job in list(group.jobs.values())}

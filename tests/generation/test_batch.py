@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 import mlx_ifp.dense_pass.prefill
+import mlx_ifp.generation.batch
 from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.generation.batch import Scheduler
@@ -95,7 +96,17 @@ class Gate:
         self._steps.release(steps)
 
 
-def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(checkpoint):
+@pytest.fixture
+def by_turns(monkeypatch):
+    """Sub-networks do not share a batch, as for an LLM whose FFNs do not see its rows."""
+    monkeypatch.setattr(mlx_ifp.generation.batch, "can_mix", lambda parent: False)
+
+
+@pytest.mark.parametrize(("mixed", "count"), [(True, 16), (False, 8)], ids=["mixed", "by turns"])
+def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
+    checkpoint, monkeypatch, mixed, count
+):
+    monkeypatch.setattr(mlx_ifp.generation.batch, "can_mix", lambda parent: mixed)
     model, tokenizer = load(checkpoint, cache=False, dtype=mx.float32)
     chance = random.Random(0)
     selections = [model.select(task) for task in TASKS]
@@ -104,13 +115,16 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(checkpoint
     prompts = ["Say " + " ".join(chance.choices(["car", "tree", "key", "not"], k=n))
                for n in (1, 30, 3, 12)]  # fmt: skip
     asked = []
-    for number in range(16):
+    for number in range(count):
         kind = kinds[number % len(kinds)]
         prompt = user(prompts[chance.randrange(4)] if kind else prompts[0])
         asked.append((prompt, kind, chance.randrange(20, 60)))
     expected = [alone(model, tokenizer, p, n, **kind) for p, kind, n in asked]
     model.networks.clear()
     misses = model.networks.info.misses
+    loaded = len({id(kind.get("selection")) for _, kind, _ in asked}) + any(
+        kind == {"dense": True} for _, kind, _ in asked
+    )
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -129,7 +143,7 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(checkpoint
 
     with scheduler(model, tokenizer, decode_concurrency=16, prompt_concurrency=3) as it:
         results = {}
-        clients = [threading.Thread(target=client, args=(i, results)) for i in range(16)]
+        clients = [threading.Thread(target=client, args=(i, results)) for i in range(count)]
         for thread in clients:
             thread.start()
         for thread in clients:
@@ -137,7 +151,7 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(checkpoint
         until(lambda: not it.info.running)
         assert it.info.steps == {}
         # Nothing is loaded twice.
-        assert model.networks.info.misses - misses == 6
+        assert model.networks.info.misses - misses == loaded
         it.kept.shrink(0)
         model.networks.clear()
     for number, tokens in enumerate(expected):
@@ -179,7 +193,7 @@ def test_quantized_keys_and_values_are_served_too(tmp_path):
         assert [tokens_of(ticket) for ticket in tickets] == expected
 
 
-def test_every_busy_group_has_its_share_of_steps(shared, monkeypatch):
+def test_every_busy_group_has_its_share_of_steps(shared, monkeypatch, by_turns):
     model, tokenizer, selections = shared
     order = []
     step = Group.step
@@ -209,6 +223,30 @@ def test_every_busy_group_has_its_share_of_steps(shared, monkeypatch):
     assert len(busy) >= 4 * 30
     shares = [busy.count(group) for group in groups]
     assert max(shares) - min(shares) <= TURN
+
+
+def test_requests_of_different_tasks_make_each_step_together(shared, monkeypatch):
+    model, tokenizer, selections = shared
+    sizes = []
+    step = Group.step
+    monkeypatch.setattr(Group, "step", lambda self: (sizes.append(len(self.jobs)), step(self))[1])
+    with scheduler(model, tokenizer) as it:
+        gate = Gate()
+        tickets = [
+            it.submit(
+                Request(user("Go"), selection=s),
+                Sampling(max_tokens=20, logits_processors=() if number else (gate,)),
+            )
+            for number, s in enumerate([*selections, *selections])
+        ]
+        for ticket in tickets:
+            assert ticket.wait(SECONDS)
+            until(lambda ticket=ticket: ticket.ready)
+        gate.open()
+        assert [len(tokens_of(ticket)) for ticket in tickets] == [20] * 8
+    assert max(sizes) == 8
+    # The first one's step before, those of all, and a few for whoever joined later.
+    assert len(sizes) <= 20 + 8
 
 
 @pytest.mark.parametrize("prefill", ["pruned", "dense"])
@@ -337,7 +375,7 @@ def test_an_error_reaches_only_the_request_that_makes_it(shared):
         until(lambda: not it.info.running)
 
 
-def test_a_step_that_fails_ends_its_group_only(shared, monkeypatch):
+def test_a_step_that_fails_ends_its_group_only(shared, monkeypatch, by_turns):
     model, tokenizer, selections = shared
     broken = model.subnetwork(selections[0])
     original = llama.Model.__call__
