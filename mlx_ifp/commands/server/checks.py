@@ -14,7 +14,7 @@ from .failures import Failure, bad_request
 MAX_BODY = 8 << 20
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 512
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_STOP_LENGTH = 1_000
 # 64 bits without a sign are what MLX takes.
 MAX_SEED = (1 << 64) - 1
