@@ -74,7 +74,10 @@ def _serve(server: Server, service: Service) -> None:
         signal.signal(number, end)
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     print(f"{server.url} serves {', '.join(service.models.ids)}", flush=True)
-    told.wait()
+    # The system may hand the signal to another thread. Python's handler only runs once this one
+    # wakes up, and a wait without an end would not.
+    while not told.wait(0.5):
+        pass
     logging.info("Ending: running requests have %g seconds", GRACE_SECONDS)
     server.shutdown()
     server.server_close()

@@ -1,8 +1,9 @@
 """Checked fields -> a job: what selects, how tokens are chosen, and how the answer is given."""
 
 import argparse
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,16 +13,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.config import TEXT_SOURCES
 from ...choices import PREFILLS
+from ...cli.arguments import kv_options
 from ...generation.request import Request
 from ...generation.sampling import Sampling
-from ...llm.prompt import Prompt
+from ...llm.kv_cache import KVSettings
+from ...llm.prompt import Prompt, is_messages
 from . import checks
 from .checks import MAX_SEED, Check, boolean, integer, number, only, string
 from .failures import bad_request
 from .structured import Structured
 from .tasks_as_models import Choice, Models
 
-_CONTEXT = integer(0, 1 << 20)
+_MAX_TOKENS = 1 << 20
+_CONTEXT = integer(0, _MAX_TOKENS)
 
 # Fields of every request for an answer, in OpenAI's words and mlx-lm's, and ours.
 FIELDS: dict[str, Check] = {
@@ -100,11 +104,13 @@ class Jobs:
         models: what can be asked.
         tokenizer: of the LLM, for the threads of clients.
         defaults: the command's options.
+        lock: to be held while the tokenizer reads.
     """
 
     models: Models
     tokenizer: TokenizerWrapper
     defaults: argparse.Namespace
+    lock: threading.Lock
     structured: Structured = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,6 +169,7 @@ class Jobs:
         if tools:
             template["tools"] = tools
         stops = fields.get("stop", [])
+        warm = self.defaults.warm_system_prompt and _has_system(prompt)
         request = Request(
             prompt,
             fields.get("task"),
@@ -172,8 +179,11 @@ class Jobs:
             fields.get("selector"),
             fields.get("keep"),
             template,
+            warm=warm,
+            warm_on_disk=warm,
             # The whole model reads its own prompts.
             prefill=fields.get("prefill", None if choice.dense else self.defaults.prefill),
+            options=asdict(KVSettings.of(kv_options(self.defaults))),
         )
         model = self.models.model
         stream_options = fields.get("stream_options", {})
@@ -217,12 +227,14 @@ class Jobs:
             # The grammar has the last word.
             processors.append(processor)
         most = fields.get("max_tokens", defaults.max_tokens)
+        with self.lock:
+            stop = make_stop_sequences(self.tokenizer, stops)
         return Sampling(
             # Clients that know no limit ask for millions; no answer is longer than the context.
-            max_tokens=min(most, self.models.context_length or most),
+            max_tokens=min(most, self.models.context_length or _MAX_TOKENS),
             sampler=sampler,
             logits_processors=tuple(processors),
-            stop=make_stop_sequences(self.tokenizer, stops),
+            stop=stop,
             seed=fields.get("seed"),
             logprobs=fields.get("logprobs", False),
             top_logprobs=fields.get("top_logprobs", 0),
@@ -234,3 +246,7 @@ class Jobs:
             message = f"logit_bias has a token that is not there: {max(biases)}."
             raise bad_request(message, "logit_bias")
         return biases or None
+
+
+def _has_system(prompt: Prompt) -> bool:
+    return is_messages(prompt) and prompt[0]["role"] == "system"

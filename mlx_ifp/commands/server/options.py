@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from ...cli.flags import (
+    add_kv_options,
     add_model_options,
     add_prefill_option,
     new_parser,
@@ -72,6 +73,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     _add_address(parser)
     _add_defaults(parser)
+    add_kv_options(parser)
     bounds = parser.add_argument_group("memory and load")
     bounds.add_argument(
         "--decode-concurrency",
@@ -86,12 +88,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="Prompts that are read at once (default: 8)",
     )
     bounds.add_argument(
-        "--prefill-step-size",
-        type=parse_count,
-        default=2048,
-        help="Prompt tokens to process at a time (default: 2048)",
-    )
-    bounds.add_argument(
         "--prompt-cache-size",
         type=parse_count,
         default=10,
@@ -102,6 +98,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         type=parse_size,
         metavar="SIZE",
         help="Bytes that kept keys and values may take, such as 2GB",
+    )
+    bounds.add_argument(
+        "--warm-system-prompt",
+        action="store_true",
+        help="Keep the keys and values of system prompts on disk, for the next start",
     )
     bounds.add_argument(
         "--max-queue",

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ class Service:
         # Hugging Face's tokenizers are not made for several threads, and the scheduler has one.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
-        self.jobs = Jobs(models, self._tokenizer, args)
+        self.jobs = Jobs(models, self._tokenizer, args, self._lock)
         self.watcher = Watcher()
         self.fingerprint = get_system_fingerprint()
         self._machine = make_text_state_machine(self._tokenizer)
@@ -84,7 +85,11 @@ class Service:
         """
         tokens, segments, initial = self._parts(job)
         reader = self._reader(job, initial)
-        ticket = self.scheduler.submit(job.request, job.sampling, tokens=tokens, segments=segments)
+        sampling, left = job.sampling, (self.models.context_length or 0) - len(tokens)
+        if 0 < left < sampling.max_tokens:
+            # Memory is taken for as many tokens as may come, and no more fit the context.
+            sampling = replace(sampling, max_tokens=left)
+        ticket = self.scheduler.submit(job.request, sampling, tokens=tokens, segments=segments)
         return ticket, reader
 
     def _parts(self, job: Job) -> tuple[list[int], list[Segment] | None, str]:

@@ -98,10 +98,11 @@ def test_another_name_for_loopback_is_refused(server):
 
 @pytest.fixture(scope="module")
 def locked(scripted_checkpoint, tmp_path_factory):
-    """A server with a key, on all addresses; the test that asks for it ends it."""
+    """A server with a key, on all addresses, with little memory; its last test ends it."""
     with started(
         tmp_path_factory.mktemp("locked"),
         *("--model", scripted_checkpoint, "--host", "0.0.0.0", "--model-name", "mine"),
+        *("--memory-limit", "7MB"),
         MLX_IFP_API_KEY=KEY,
     ) as running:
         yield running
@@ -131,6 +132,16 @@ def test_the_key_opens_and_nothing_else_does(locked):
     assert locked.ask("/health")[0] == 200
     log = locked.log.read_text()
     assert "ümlauts" not in log and bytes_of("ümlauts") not in log
+
+
+def test_what_never_fits_the_memory_is_refused_with_numbers(locked):
+    def ask(count):
+        body = {"prompt": "The car", "max_tokens": count}
+        return locked.ask("/v1/completions", body, x_api_key=bytes_of(KEY))
+
+    status, refused = ask(2000)
+    assert status == 400 and "7.0 MB" in refused["error"]["message"]
+    assert ask(2)[0] == 200
 
 
 def test_ctrl_c_lets_a_running_answer_end_and_takes_no_more(locked):

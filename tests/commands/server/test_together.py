@@ -5,16 +5,29 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from .conftest import NAME
 
 PROMPTS = ["The car", "Name", "What is the", "Write a", "file or", "It is in", "near a tree", "key"]
+TASKS = ["cars", "trees", "files", "keys"]
 LONG = {"max_tokens": 1500, "logit_bias": {"2": -100}, "stream": True}
 
 
-def test_answers_in_company_are_those_of_a_request_alone(server, task):
-    models = [NAME, task, f"{NAME}:dense"]
+@pytest.fixture(scope="module")
+def models(server):
+    """The base, four tasks, and the whole model."""
+    for name in TASKS:
+        made = {"name": name, "description": f"Say what {name} are."}
+        assert server.ask("/v1/tasks", made)[0] == 201
+    yield [NAME, *(f"{NAME}:{name}" for name in TASKS), f"{NAME}:dense"]
+    for name in TASKS:
+        assert server.ask(f"/v1/tasks/{name}", method="DELETE")[0] == 200
+
+
+def test_answers_in_company_are_those_of_a_request_alone(server, models):
     bodies = [
-        {"model": models[i % 3], "prompt": prompt, "max_tokens": 12}
+        {"model": models[i % len(models)], "prompt": prompt, "max_tokens": 12}
         for i, prompt in enumerate(PROMPTS)
     ]
 
@@ -24,7 +37,7 @@ def test_answers_in_company_are_those_of_a_request_alone(server, task):
         return said["choices"][0]["text"]
 
     alone = [answer(body) for body in bodies]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(16) as pool:
         leaving = [pool.submit(hang_up, server, body | LONG) for body in bodies]
         together = list(pool.map(answer, bodies))
         assert [future.result() for future in leaving] == [True] * len(bodies)
