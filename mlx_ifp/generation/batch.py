@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import make_stop_sequences
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..errors import IFPError
+from ..llm.kv_cache import KVSettings
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type
 from ..llm.prompt import token_ids
@@ -93,6 +95,7 @@ class Scheduler:
         self._idle_timeout = idle_timeout
         self.kept = KeptPrompts(kept_prompts, kv_bytes)
         self._mixes = can_mix(model.parent)
+        self._batched: dict[KVSettings, bool] = {}
         self._admission = Admission(model, decode_concurrency, padded_together=self._mixes)
         self._preparing = Preparing(model, self._admission, self.kept, prefill_step_size)
         self._turns = Turns(self._end)
@@ -322,7 +325,8 @@ class Scheduler:
         settings = job.ticket.request.kv
         network = job.ticket.ready.network
         # Where it is possible all sub-networks decode together.
-        mixes = self._mixes and has_batches(network, settings)
+        batched = self._has_batches(network, settings)
+        mixes = self._mixes and batched
         key = "" if mixes else job.group, tuple(settings.identity)
         try:
             if job.logits is not None and job.begin():
@@ -337,11 +341,18 @@ class Scheduler:
                     self.kept,
                     self._concurrency,
                     self._prefill_step_size,
+                    batched=batched,
                 ),
             )
         except Exception as error:
             job.fail(error)
             self._end(job)
+
+    def _has_batches(self, network: nn.Module, settings: KVSettings) -> bool:
+        """What :func:`has_batches` finds, which is the same for every sub-network."""
+        if settings not in self._batched:
+            self._batched[settings] = has_batches(network, settings)
+        return self._batched[settings]
 
     def _end(self, job: Job) -> None:
         """A request has ended: its place is free."""

@@ -25,9 +25,32 @@ TURN = 4
 
 
 def has_batches(network: nn.Module, settings: KVSettings) -> bool:
-    """Whether mlx-lm can generate several answers at once with a network's caches."""
-    layers = make_prompt_cache(network, settings.max_kv_size)
-    return settings.kv_bits is None and all(hasattr(layer, "merge") for layer in layers)
+    """Whether mlx-lm can generate several answers at once with a network, tried lazily.
+
+    Some of its caches have no form for several rows, and some of its models cannot do with the
+    masks of such a form.
+
+    Args:
+        network (nn.Module): an mlx-lm model, whose arrays need not be evaluated.
+        settings (KVSettings): how keys and values are kept.
+    """
+    if settings.kv_bits is not None:
+        return False
+    if not all(
+        hasattr(layer, "merge") for layer in make_prompt_cache(network, settings.max_kv_size)
+    ):
+        return False
+    try:
+        # With one number of rows alone a wrong shape might fit by chance.
+        for count in (2, 3):
+            rows = [make_prompt_cache(network, settings.max_kv_size) for _ in range(count)]
+            merged = [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+            for tokens in (3, 1):
+                network(mx.zeros((count, tokens), mx.int32), cache=merged)
+    except Exception:
+        # What a model or a cache raises is not known here.
+        return False
+    return True
 
 
 class Group:
@@ -39,6 +62,7 @@ class Group:
         kept (KeptPrompts): gets keys and values when an answer ends.
         concurrency (tuple): answers that decode at once, and prompts that are processed at once.
         prefill_step_size (int): prompt tokens that are processed at a time.
+        batched (bool): whether mlx-lm can generate several answers at once with the network.
 
     Attributes:
         steps: how many steps it has made.
@@ -52,12 +76,14 @@ class Group:
         kept: KeptPrompts,
         concurrency: tuple[int, int],
         prefill_step_size: int,
+        *,
+        batched: bool,
     ) -> None:
         self.steps = 0
         self.jobs: dict[int, Job] = {}
         self._kept, self._settings = kept, settings
         self._mixed = network if isinstance(network, MixedNetwork) else None
-        if self._mixed is not None or has_batches(cast(nn.Module, network), settings):
+        if batched:
             self._batch: Any = BatchGenerator(
                 cast(nn.Module, network),
                 completion_batch_size=concurrency[0],

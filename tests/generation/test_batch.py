@@ -166,13 +166,11 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
 def test_a_window_of_keys_and_values_gives_the_same_in_company(tmp_path):
     dense = make_dense(tmp_path / "dense", "gemma3_text", tie_word_embeddings=False)
     model, tokenizer = load(convert(str(dense), tmp_path / "ifp", keep=64), cache=False)
-    selection = model.select("Write.")
-    prompts = [user("car " * n) for n in (2, 40, 11)]
-    expected = [alone(model, tokenizer, p, 20, selection=selection) for p in prompts]
+    selections = [model.select(text) for text in ("Write.", "Read.", "Write.")]
+    asked = [(user("car " * n), s) for n, s in zip((2, 40, 11), selections, strict=True)]
+    expected = [alone(model, tokenizer, p, 20, selection=s) for p, s in asked]
     with scheduler(model, tokenizer, prefill_step_size=16) as it:
-        tickets = [
-            it.submit(Request(p, selection=selection), Sampling(max_tokens=20)) for p in prompts
-        ]
+        tickets = [it.submit(Request(p, selection=s), Sampling(max_tokens=20)) for p, s in asked]
         assert [tokens_of(ticket) for ticket in tickets] == expected
 
 

@@ -75,7 +75,7 @@ def test_the_peak_is_what_was_counted(checkpoint, estimator):
         model, tokenizer = load(checkpoint, cache=False, memory_limit=needed)
         generate(model, tokenizer, prompt, **given)
     # What a step computes in between is not counted: its activations, and the layer's inputs.
-    assert 1 <= peak.nbytes / needed < 1.2
+    assert 1 <= peak.nbytes / needed < 1.5
 
 
 def test_networks_make_room_for_the_pass(checkpoint, estimator, monkeypatch):

@@ -61,18 +61,20 @@ class Asked:
 
 
 @contextmanager
-def _server(*command: str, environment: dict[str, str]) -> Iterator[str]:
+def _server(*command: str, environment: dict[str, str], log: Path) -> Iterator[str]:
     """A server on a free port of this machine, as host:port; it ends with the block."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "--port", str(port), "--log-level", "ERROR"],
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-    )
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--port", str(port), "--log-level", "ERROR"],
+            env=os.environ | environment,
+            stdout=said,
+            stderr=said,
+        )
     try:
-        _wait_for(process, port)
+        _wait_for(process, port, log)
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -83,7 +85,7 @@ def _server(*command: str, environment: dict[str, str]) -> Iterator[str]:
             process.wait()
 
 
-def _wait_for(process: subprocess.Popen, port: int) -> None:
+def _wait_for(process: subprocess.Popen, port: int, log: Path) -> None:
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -93,7 +95,8 @@ def _wait_for(process: subprocess.Popen, port: int) -> None:
             return
         except OSError:
             time.sleep(0.2)
-    raise IFPError(f"A server did not start: {' '.join(map(str, process.args))}")  # type: ignore
+    lines = log.read_text(errors="replace").strip().splitlines()
+    raise IFPError(f"A server did not start: {lines[-1] if lines else 'it said nothing'}")
 
 
 def _ask(address: str, body: dict[str, Any]) -> Asked:
@@ -199,7 +202,8 @@ def serve_and_measure(
 
         def start(*command: str) -> str:
             environment = {"MLX_IFP_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-            return stack.enter_context(_server(*command, environment=environment))
+            log = directory / f"{command[0]}.log"
+            return stack.enter_context(_server(*command, environment=environment, log=log))
 
         ours = start("mlx_ifp", "server", "--model-name", "model", *options)
         stock = start("mlx_lm", "server", "--model", exports[0])
