@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "mlx_ifp.commands.generate",
     "manage": "mlx_ifp.commands.manage",
     "plot": "mlx_ifp.commands.plot",
+    "server": "mlx_ifp.commands.server",
     "synthesize": "mlx_ifp.commands.synthesize",
     "tasks": "mlx_ifp.commands.tasks",
     "train": "mlx_ifp.commands.train",
