@@ -172,13 +172,13 @@ class Jobs:
         warm = self.defaults.warm_system_prompt and _has_system(prompt)
         request = Request(
             prompt,
-            fields.get("task"),
-            fields.get("selection_from"),
-            choice.selection,
-            choice.dense,
-            fields.get("selector"),
-            fields.get("keep"),
-            template,
+            task=fields.get("task"),
+            task_from=fields.get("selection_from"),
+            selection=choice.selection,
+            dense=choice.dense,
+            selector=fields.get("selector"),
+            keep=fields.get("keep"),
+            chat_template_kwargs=template,
             warm=warm,
             warm_on_disk=warm,
             # The whole model reads its own prompts.

@@ -12,13 +12,18 @@ from ...llm.context import context_length
 from ...model import IFPModel
 from ...selection.keep import Keep
 from ...selection.selection import Selection, select_channels
-from ...selection.task_library import Task, check_name
+from ...selection.task_library import EXAMPLES, Task, check_name
 from ...selectors.selector import resolved_keep
 from .checks import Check, boolean, keep, read_fields, string
 from .failures import Failure, bad_request
 
 DENSE = "dense"
 MAX_EXAMPLES = 256
+# The dense model answers the examples that have no answer, with so many tokens at most.
+ANSWER_TOKENS = 64
+
+# Examples of a task: each has ``prompt``, and may have ``completion``.
+Rows = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,9 @@ class Models:
         """Select, and keep the selection under a name.
 
         Args:
-            body (dict): ``name``, and ``description`` or ``examples``, which are prompts; they
-                select if both are given. Also ``keep``, ``selector`` and ``force``.
+            body (dict): ``name``, and ``description`` or ``examples``: prompts, or objects with
+                ``prompt`` and ``completion``. They select if both are given. Also ``keep``,
+                ``selector`` and ``force``.
 
         Raises:
             Failure: if a field is wrong, or the name is taken.
@@ -177,12 +183,24 @@ class Models:
             raise Failure(409, message, "name", "task_exists")
         selector, kept = fields.get("selector"), fields.get("keep")
         selector = self.model.checkpoint.checked_selector(selector or self.model.selector)
-        prompts: list[str] = examples or [text]
-        with self._selecting:
-            selection = _of_prompts(self.model, prompts, selector, kept)
+        rows: Rows = examples or [{"prompt": text}]
+        prompts = [row["prompt"] for row in rows]
         said = text if text is not None else "\n".join(prompts)
-        self.model.tasks.add(Task(name, said, selector, selection), force=force)
+        with self._selecting:
+            if examples is None or selector == "predictor":
+                selection = _of_prompts(self.model, prompts, selector, kept)
+                task = Task(name, said, selector, selection)
+            else:
+                task = self._by_examples(name, said, rows, kept)
+        self.model.tasks.add(task, force=force)
         return self.describe_task(name)
+
+    def _by_examples(self, name: str, said: str, rows: Rows, kept: Keep | None) -> Task:
+        """A task whose channels are those that the dense model answers its examples with."""
+        found = self.model.score_examples(rows, max_tokens=ANSWER_TOKENS)
+        selection = self.model.select(examples=found, keep=kept)
+        statistic = self.model.text_selector.scoring.statistic
+        return Task(name, said, EXAMPLES, selection, found.scores, statistic)
 
     def delete_task(self, name: str) -> dict[str, Any]:
         """Delete a task.
@@ -198,10 +216,18 @@ class Models:
         return {"object": "task.deleted", "name": name, "deleted": True}
 
 
-def _examples(name: str, value: Any) -> list[str]:
+def _examples(name: str, value: Any) -> Rows:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_EXAMPLES:
         raise bad_request(f"{name} must be a list of 1 to {MAX_EXAMPLES} prompts.", name)
-    return [string(name, each) for each in value]
+    return [_example(name, each) for each in value]
+
+
+def _example(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {"prompt": string(name, value)}
+    if "prompt" not in value or not value.keys() <= {"prompt", "completion"}:
+        raise bad_request(f"An object in {name} must hold prompt, and may hold completion.", name)
+    return {key: string(f"{name}.{key}", each) for key, each in value.items()}
 
 
 _TASK_FIELDS: dict[str, Check] = {

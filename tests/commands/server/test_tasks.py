@@ -30,6 +30,12 @@ def test_a_task_is_made_of_examples(server):
     examples = ["Name one file or key!", "Name one car or tree!"]
     status, made = server.ask(TASKS, {"name": "names", "examples": examples, "keep": 0.5})
     assert (status, made["k"], made["description"]) == (201, 64, "\n".join(examples))
+    assert made["selector"] == "examples"
+    answered = [{"prompt": each, "completion": "The car is here."} for each in examples]
+    body = {"name": "names", "description": "Names.", "examples": answered, "force": True}
+    assert server.ask(TASKS, body)[0] == 201
+    status, refused = server.ask(TASKS, body | {"examples": [{"completion": "The car."}]})
+    assert status == 400 and "prompt" in refused["error"]["message"]
     assert server.ask(f"{TASKS}/names", method="DELETE") == (
         200,
         {"object": "task.deleted", "name": "names", "deleted": True},
