@@ -17,6 +17,7 @@ from .streams import close_output, discard_output, open_streams, say
 COMMANDS = {
     "benchmark": "mlx_ifp.commands.benchmark",
     "cache_prompt": "mlx_ifp.commands.cache_prompt",
+    "chat": "mlx_ifp.commands.chat",
     "convert": "mlx_ifp.convert",
     "export": "mlx_ifp.commands.export",
     "generate": "mlx_ifp.commands.generate",
