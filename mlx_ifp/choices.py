@@ -13,5 +13,8 @@ DTYPES = ("float16", "bfloat16", "float32")
 # The layouts that the converter reads.
 LAYOUTS = ("split", "module", "manifest", "dense")
 
+# Who reads the prompt: the whole model, or the sub-network that answers.
+PREFILLS = ("dense", "pruned")
+
 STAGES = ("pretrain", "sft")
 FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")

@@ -1,5 +1,6 @@
 """Text -> selection -> sub-network: this ties the layers below together."""
 
+import contextlib
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ from .checkpoint.directory import Checkpoint, open_checkpoint
 from .checkpoint.locate import resolve
 from .checkpoint.tokenizers import load_tokenizer_of
 from .checkpoint.weights import load_trunk
+from .dense_pass.prefill import RunDense
 from .device import default_cache_bytes, default_dtype
 from .errors import IFPError
 from .llm.kv_cache import Generation, KVSettings
@@ -30,7 +32,7 @@ from .selectors.selector import Selector, resolved_keep
 from .subnetwork.cache import SubnetworkCache
 from .subnetwork.channels import ChannelReader
 from .subnetwork.parent import Parent
-from .subnetwork.prepared import Prepared
+from .subnetwork.prepared import Chosen, Prepared
 from .subnetwork.reuse import Reuse, check_overlap
 from .subnetwork.store import Loaded, SubnetworkStore
 
@@ -79,7 +81,8 @@ class IFPModel:
         memory = None
         if memory_limit is not None:
             # What does not fit is refused before the first weight is read.
-            use = use or Use(ks, Generation(1), default)
+            dense_prefill = checkpoint.ifp.prefill_with(default) == "dense"
+            use = use or Use(ks, Generation(1), default, dense_prefill=dense_prefill)
             memory = MemoryLimit(memory_limit, Estimator(checkpoint, dtype), self.networks, use)
         self.memory = memory
         self.parent = Parent.of(checkpoint, load_trunk(checkpoint, max(ks), dtype), dtype)
@@ -102,7 +105,7 @@ class IFPModel:
         files = None
         if selection_cache is not None:
             files = WarmPromptFiles(selection_cache.directory, str(checkpoint.path))
-        self.warm = WarmPrompts(checkpoint.digest, dtype, files)
+        self.warm = WarmPrompts(checkpoint.digest, dtype, files, parent=self.parent)
         if memory_limit is not None:
             # Their bytes are not in the estimate, so they are kept on disk only.
             self.warm.max_bytes = 0
@@ -216,7 +219,29 @@ class IFPModel:
         selector: str | None = None,
         keep: Keep | None = None,
     ) -> Prepared:
-        """Select and load.
+        """Select and load: :meth:`choose`, then :meth:`load`.
+
+        Args:
+            text, selection, dense, selector, keep: as for :meth:`choose`.
+
+        Raises:
+            IFPError: what these two raise.
+        """
+        return self.load(
+            self.choose(text, selection=selection, dense=dense, selector=selector, keep=keep)
+        )
+
+    def choose(
+        self,
+        text: Text | None = None,
+        *,
+        selection: Selection | None = None,
+        dense: bool = False,
+        selector: str | None = None,
+        keep: Keep | None = None,
+        run_dense: RunDense | None = None,
+    ) -> Chosen:
+        """Select, but load nothing.
 
         Args:
             text: what selects, unless ``selection`` or ``dense`` is given.
@@ -224,31 +249,41 @@ class IFPModel:
             dense (bool): use all channels.
             selector (str): None for the default.
             keep: channels to keep; None for the checkpoint's k.
+            run_dense (Callable): see :meth:`Selector.scores`.
 
         Raises:
-            IFPError: if nothing of these is given, the text is empty or too long, the selection is
-                of another checkpoint, or the network does not fit the memory limit.
+            IFPError: if nothing of these is given, or the text is empty or too long.
+        """
+        if selection is not None or dense:
+            return Chosen(selection, "dense" if dense else "given", 0.0)
+        if text is None:
+            raise IFPError("Nothing selects: give a text, a selection, or dense=True.")
+        start, overlap = time.perf_counter(), None
+        selection, source = self.text_selector.find(text, selector, keep, run_dense)
+        seconds = time.perf_counter() - start
+        # A selection that is given never has a stand-in.
+        if self.reuse is not None:
+            selection, overlap = self.reuse.stand_in(selection)
+        return Chosen(selection, source, seconds, overlap)
+
+    def load(self, chosen: Chosen) -> Prepared:
+        """The network of what :meth:`choose` gave.
+
+        Raises:
+            IFPError: if the selection is of another checkpoint, or the network does not fit the
+                memory limit.
         """
         start = time.perf_counter()
-        source, selected, overlap = "dense" if dense else "given", start, None
-        if selection is None and not dense:
-            if text is None:
-                raise IFPError("Nothing selects: give a text, a selection, or dense=True.")
-            selection, source = self.text_selector.find(text, selector, keep)
-            selected = time.perf_counter()
-            # A selection that is given never has a stand-in.
-            if self.reuse is not None:
-                selection, overlap = self.reuse.stand_in(selection)
-        loaded = self._load(selection)
+        loaded = self._load(chosen.selection)
         return Prepared(
             network=loaded.network,
-            selection=selection,
-            source=source,
-            select_seconds=selected - start,
-            load_seconds=time.perf_counter() - selected,
+            selection=chosen.selection,
+            source=chosen.source,
+            select_seconds=chosen.seconds,
+            load_seconds=time.perf_counter() - start,
             bytes_read=loaded.bytes_read,
             channels_reused=loaded.channels_reused,
-            reuse_overlap=overlap,
+            reuse_overlap=chosen.reuse_overlap,
         )
 
     def using(self, prepared: Prepared) -> AbstractContextManager[nn.Module]:
@@ -265,7 +300,7 @@ class IFPModel:
 
     def warm_prompt(
         self,
-        prepared: Prepared,
+        prepared: Prepared | None,
         tokens: list[int] | mx.array,
         settings: KVSettings | None = None,
         **kwargs: Any,
@@ -276,9 +311,9 @@ class IFPModel:
         ``prompt_cache`` and the ``prompt`` of mlx-lm.
 
         Returns:
-            int: tokens that the network processed now; 0 if the prefix was kept already.
+            int: tokens that were processed now; 0 if the prefix was kept already.
         """
-        with self.using(prepared):
+        with contextlib.nullcontext() if prepared is None else self.using(prepared):
             return self.warm.warm(prepared, tokens, settings, **kwargs)
 
 

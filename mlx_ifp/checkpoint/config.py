@@ -5,13 +5,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..choices import PREFILLS
 from ..errors import one_line
 
 OPERATORS = ("topk", "sigmoid", "capped_exp")
 
 
 CONFIG_FILE = "ifp_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Fields that came with version 2 have defaults.
+READABLE_VERSIONS = (1, 2)
 SELECTORS = ("predictor", "activations", "static")
 ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
@@ -121,6 +124,8 @@ class IFPConfig:
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
             each row is.
+        prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
+            suits the selector.
     """
 
     k: int | list[int]
@@ -130,6 +135,7 @@ class IFPConfig:
     head: HeadConfig | None = None
     predictor_embedding: str = "own"
     channel_order: str = "original"
+    prefill: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -150,13 +156,15 @@ class IFPConfig:
         if not isinstance(values, dict):
             raise ValueError("must hold a JSON object")
         version = values.get("format_version")
-        if not _is_count(version) or version != FORMAT_VERSION:
+        if not _is_count(version) or version not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
             raise ValueError(
-                f"format_version is {version!r}, this mlx_ifp reads {FORMAT_VERSION}; "
+                f"format_version is {version!r}, this mlx_ifp reads {readable}; "
                 "update mlx_ifp or convert the model again"
             )
         parts = {"mask": MaskConfig, "text": TextConfig, "head": HeadConfig}
-        values = dict(values)
+        # What is read is written in the newest version.
+        values = values | {"format_version": FORMAT_VERSION}
         for name, part in parts.items():
             if values.get(name) is not None:
                 values[name] = _build(part, values[name], f"{name}.")
@@ -188,8 +196,20 @@ class IFPConfig:
             self.head.check()
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
         _one_of("channel_order", self.channel_order, ORDERS)
+        _require(
+            self.prefill is None or self.prefill in PREFILLS,
+            f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",
+        )
         needed = self.selector == "predictor" or self.predictor_embedding == "llm"
         _require(not needed or self.head is not None, "head is missing")
+
+    def prefill_with(self, selector: str) -> str:
+        """Who reads a prompt, ``dense`` or ``pruned``, if ``selector`` selects.
+
+        An LLM that was trained with its predictor is itself only as a sub-network. Without training
+        the keys and values of the whole model are the better ones.
+        """
+        return self.prefill or ("pruned" if selector == "predictor" else "dense")
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -94,9 +94,13 @@ def use_of(
     if request.dense:
         ks = resolved_keep(checkpoint, 1.0)
         return Use(ks, generation, networks=args.cached_tasks, dense=True)
+    selector = args.selector or checkpoint.ifp.selector
+    dense_prefill = request.prefill_by(checkpoint, selector) == "dense"
+    networks = args.cached_tasks
     if request.selection is not None:
-        return Use(request.selection.ks, generation, networks=args.cached_tasks)
-    selector = checkpoint.checked_selector(args.selector or checkpoint.ifp.selector)
+        ks = request.selection.ks
+        return Use(ks, generation, networks=networks, dense_prefill=dense_prefill)
+    selector = checkpoint.checked_selector(selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
     text: Text | None = request.task
@@ -105,7 +109,7 @@ def use_of(
         text = selecting_text(request.prompt, role)
     tokens = selector_tokens(tokenizer, text, checkpoint.ifp.text)
     ks = resolved_keep(checkpoint, args.keep)
-    return Use(ks, generation, selector, len(tokens), args.cached_tasks)
+    return Use(ks, generation, selector, len(tokens), networks, dense_prefill=dense_prefill)
 
 
 def task_of(args: argparse.Namespace) -> str | None:

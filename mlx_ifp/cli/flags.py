@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from ..checkpoint.config import SELECTORS, TEXT_SOURCES
-from ..choices import DTYPES, Q_BITS, Q_GROUP_SIZES
+from ..choices import DTYPES, PREFILLS, Q_BITS, Q_GROUP_SIZES
 from ..selection.keep import Keep
 
 _SIZES = {"": 1, "M": 10**6, "G": 10**9}
@@ -149,6 +149,16 @@ def add_task_options(parser: argparse.ArgumentParser, *, save: bool = True) -> N
 def add_task_name_option(group: argparse._ActionsContainer) -> None:
     """Add the flag that lets a task of the library select."""
     group.add_argument("--task-name", metavar="NAME", help="Use a task of mlx_ifp.tasks")
+
+
+def add_prefill_option(group: argparse._ActionsContainer) -> None:
+    """Add the flag that says who reads the prompt."""
+    group.add_argument(
+        "--prefill",
+        choices=PREFILLS,
+        help="Who reads the prompt: the whole model, layer by layer from disk, or the sub-network "
+        "that answers (default: what suits the selector)",
+    )
 
 
 def add_kv_options(parser: argparse.ArgumentParser) -> None:

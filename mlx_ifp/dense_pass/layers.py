@@ -27,6 +27,9 @@ from ..subnetwork.rows import read_ffn
 # and the FFN is whole. The result is evaluated before the FFN is freed.
 Measure = Callable[[int, mx.array, nn.Module], mx.array]
 
+# (how many are done, of how many)
+Progress = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -98,7 +101,12 @@ class _StreamedFFN(nn.Module):
         return self._call(x)
 
 
-def run_layers(parent: Parent, pieces: list[Piece], measure: Measure | None = None) -> DensePass:
+def run_layers(
+    parent: Parent,
+    pieces: list[Piece],
+    measure: Measure | None = None,
+    progress: Progress = lambda done, of: None,
+) -> DensePass:
     """Run the dense LLM over pieces of text, with one FFN in memory at a time.
 
     Args:
@@ -106,16 +114,17 @@ def run_layers(parent: Parent, pieces: list[Piece], measure: Measure | None = No
         pieces (list): at least one, each with at least one token. A piece that goes on in the cache
             of an earlier one comes after it.
         measure (Callable): called for each layer and piece; see :data:`Measure`.
+        progress (Callable): called with how often a piece has passed a layer, and how often all do.
 
     Raises:
         IFPError: if channels cannot be read.
     """
     if len(pieces) > 1:
         try:
-            return _by_layer(parent, pieces, *_trace(parent, pieces), measure)
+            return _by_layer(parent, pieces, *_trace(parent, pieces), measure, progress)
         except _UnusualBody:
             pass
-    return _by_piece(parent, pieces, measure)
+    return _by_piece(parent, pieces, measure, progress)
 
 
 def pieces_of(
@@ -147,6 +156,7 @@ def _by_layer(
     states: list[mx.array],
     calls: list[list[_Call]],
     measure: Measure | None,
+    progress: Progress,
 ) -> DensePass:
     """Every piece passes a layer before the next layer is read.
 
@@ -167,6 +177,7 @@ def _by_layer(
                 filled = [c.state for c in piece.cache or [] if _is_among(c, call.values())]
                 mx.eval(states[i], result, filled)
                 results += result
+                progress(number * len(pieces) + i + 1, len(parent.ffns) * len(pieces))
         measured.append(results)
     hidden = [_final(parent, p.tokens, x) for p, x in zip(pieces, states, strict=True)]
     return DensePass(hidden, measured if measure else [], len(parent.ffns))
@@ -268,22 +279,32 @@ def _replace_layers(model: nn.Module, act: Callable[..., mx.array]) -> int:
     return len(own)
 
 
-def _by_piece(parent: Parent, pieces: list[Piece], measure: Measure | None) -> DensePass:
+def _by_piece(
+    parent: Parent, pieces: list[Piece], measure: Measure | None, progress: Progress
+) -> DensePass:
     """Every piece passes all layers, and reads them again."""
     hidden: list[mx.array] = []
     measured: list[list[mx.array]] = [[] for _ in parent.ffns]
+    passed, of = itertools.count(1), len(parent.ffns) * len(pieces)
     for i, piece in enumerate(pieces):
         model = share(parent.trunk)
         for number, ffn in enumerate(parent.ffns):
-            streamed = _StreamedFFN(_streaming(parent, number, i, measure, measured[number]))
-            set_module(model, ffn.path, streamed)
+            call = _streaming(
+                parent, number, i, measure, measured[number], lambda: progress(next(passed), of)
+            )
+            set_module(model, ffn.path, _StreamedFFN(call))
         hidden.append(get_module(model, find_body(model))(piece.tokens, cache=piece.cache))
         mx.eval(hidden[-1], [layer.state for layer in piece.cache or []])
     return DensePass(hidden, measured if measure else [], len(pieces) * len(parent.ffns))
 
 
 def _streaming(
-    parent: Parent, number: int, piece: int, measure: Measure | None, results: list[mx.array]
+    parent: Parent,
+    number: int,
+    piece: int,
+    measure: Measure | None,
+    results: list[mx.array],
+    passed: Callable[[], None],
 ) -> Callable[[mx.array], mx.array]:
     """What runs one layer's FFN, and adds what is measured to ``results``."""
 
@@ -298,6 +319,7 @@ def _streaming(
             y = ffn(x)
             mx.eval(y, result)
         results.extend(result)
+        passed()
         return y
 
     return call

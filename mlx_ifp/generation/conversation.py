@@ -23,10 +23,13 @@ Responses = Generator[GenerationResponse, None, None]
 class Conversation:
     """The messages of a chat, with the keys and values of what was processed of them.
 
-    Each answer is that of :func:`mlx_ifp.generate` to the whole conversation. The keys and values
-    are kept while the same text or selection selects. Where the chat template changes earlier
-    tokens, for example because it leaves out old reasoning, those from the first change on are
-    processed again.
+    They are kept while the same text or selection selects, so that a turn processes only what is
+    new. Where the chat template changes earlier tokens, for example because it leaves out old
+    reasoning, those from the first change on are processed again.
+
+    Each answer is that of :func:`mlx_ifp.generate` to the whole conversation. If the whole model
+    reads prompts, there is one difference: keys and values of earlier answers are those of the
+    sub-network that gave them.
 
     Args:
         model (IFPModel): from :func:`mlx_ifp.load`.
@@ -96,12 +99,26 @@ class Conversation:
             options={**request.options, "prompt_cache": self._prompt_cache},
         )
         self.answer = Answer(self._model, self._tokenizer, rest)
+        try:
+            # The whole model may read the prompt now.
+            _ = self.answer.ready
+        except BaseException:
+            self._forget()
+            raise
         return self._stream(self.answer, asked, tokens)
 
     def _rewind(self, request: Request, text: Text | None, tokens: list[int]) -> int:
         """Cut the prompt cache to what it shares with the tokens; returns how many these are."""
         given = None if request.selection is None else digest_of(request.selection)
-        chosen_by = (text, given, request.dense, request.selector, request.keep, request.kv)
+        chosen_by = (
+            text,
+            given,
+            request.dense,
+            request.selector,
+            request.keep,
+            request.prefill,
+            request.kv,
+        )
         # At least one token must be left to process.
         common = min(common_prefix(self._tokens, tokens), len(tokens) - 1)
         surplus = len(self._tokens) - common

@@ -13,6 +13,32 @@ from mlx_lm.models.cache import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, one_line
+from .request import Request
+
+
+def draft_model_of(
+    request: Request, trunk: nn.Module, tokenizer: TokenizerWrapper
+) -> nn.Module | None:
+    """The draft model of a request, checked and loaded; None if it has none.
+
+    Args:
+        request (Request): what is asked for.
+        trunk (nn.Module): the trunk of the model that answers.
+        tokenizer: of that model.
+
+    Raises:
+        IFPError: if it cannot be loaded, or one of the two models cannot take tokens back.
+    """
+    draft_model = request.options.get("draft_model")
+    if draft_model is None:
+        return None
+    # mlx-lm has one list for both, in which the answering model's layers come first.
+    prompt_cache = request.options.get("prompt_cache") or []
+    check_rollback(trunk, "this model", prompt_cache[: len(trunk.layers)])
+    if isinstance(draft_model, str):
+        draft_model = load_draft_model(draft_model, tokenizer)
+    check_rollback(draft_model, "the draft model", prompt_cache[len(trunk.layers) :])
+    return draft_model
 
 
 def load_draft_model(name: str, tokenizer: TokenizerWrapper) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..checkpoint.directory import Checkpoint
+from ..choices import PREFILLS
 from ..errors import IFPError
 from ..llm.kv_cache import Generation, KVSettings
 from ..llm.messages import Message
@@ -48,6 +50,8 @@ class Request:
             next prompt of the same selection begins after it.
         warm_on_disk: keep them on disk too, for the next process.
         prompt_cache_file: a file of ``mlx_ifp.cache_prompt`` that the prompt continues.
+        prefill: who reads the prompt: ``dense``, the whole model, or ``pruned``, the sub-network
+            that answers; None for what suits the selector.
         options: the arguments of ``mlx_lm.stream_generate``. A ``draft_model`` may be a name.
     """
 
@@ -64,6 +68,7 @@ class Request:
     warm: bool = False
     warm_on_disk: bool = False
     prompt_cache_file: str | Path | None = None
+    prefill: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,6 +85,7 @@ class Request:
         given = [name for name in others if self.options.get(name) is not None]
         if self.prompt_cache_file is not None and given:
             raise IFPError(f"prompt_cache_file and {given[0]} exclude each other.")
+        self._check_prefill()
         if not self.warm:
             return
         if not is_messages(self.prompt) or self.ignore_chat_template:
@@ -90,6 +96,41 @@ class Request:
             given.append("prompt_cache_file")
         if given:
             raise IFPError(f"A warm prompt and {given[0]} exclude each other.")
+
+    def _check_prefill(self) -> None:
+        if self.prefill is None:
+            return
+        if self.prefill not in PREFILLS:
+            raise IFPError(f"prefill must be 'dense' or 'pruned', not {self.prefill!r}.")
+        if self.dense:
+            raise IFPError("--dense and --prefill (dense=, prefill=) exclude each other.")
+        if self.prefill == "dense" and (name := self._pruned_only) is not None:
+            raise IFPError(
+                f"{name} does not go with a prompt that the whole model reads; "
+                "give --prefill pruned (prefill='pruned'), or leave it out."
+            )
+
+    @property
+    def _pruned_only(self) -> str | None:
+        """The option that a dense prefill does not serve, if one is given."""
+        if self.options.get("draft_model") is not None:
+            # It would have to read the prompt, too.
+            return "A draft model"
+        return "input_embeddings" if self.options.get("input_embeddings") is not None else None
+
+    def prefill_by(self, checkpoint: Checkpoint, default: str) -> str:
+        """Who reads the prompt: ``dense`` or ``pruned``.
+
+        Args:
+            checkpoint (Checkpoint): the one that answers.
+            default (str): the selector that is used if the request names none.
+        """
+        if self.prefill is not None:
+            return self.prefill
+        # The network of a dense request is the whole model already.
+        if self.dense or self._pruned_only is not None:
+            return "pruned"
+        return checkpoint.ifp.prefill_with(self.selector or default)
 
     @property
     def kv(self) -> KVSettings:

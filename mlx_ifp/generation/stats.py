@@ -53,6 +53,7 @@ class Stats:
     channels_reused: int = 0
     reuse_overlap: float | None = None
     warm: WarmStart | None = None
+    prefill: str = "pruned"
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class Stats:
         first_token_seconds: float,
         parameters: tuple[int, int],
         warm: WarmStart | None = None,
+        prefill: str = "pruned",
     ) -> "Stats":
         """Gather the figures of a generation from its last response."""
         return cls(
@@ -80,6 +82,7 @@ class Stats:
             channels_reused=ready.channels_reused,
             reuse_overlap=ready.reuse_overlap,
             warm=warm,
+            prefill="dense" if ready.selection is None else prefill,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +100,11 @@ class Stats:
                 "channels_reused": self.channels_reused,
             },
             **warm,
-            "prefill": {"tokens": self.prompt_tokens, "seconds": self.prefill_seconds},
+            "prefill": {
+                "tokens": self.prompt_tokens,
+                "seconds": self.prefill_seconds,
+                "by": self.prefill,
+            },
             "first_token_seconds": self.first_token_seconds,
             "decode": {"tokens": self.decode_tokens, "tokens_per_second": self.decode_tps},
             "peak_memory_bytes": self.peak_memory,
@@ -116,7 +123,11 @@ class Stats:
         rows = [
             ("selection", f"{self.select_seconds:.3f} s", source),
             ("loading", f"{self.load_seconds:.3f} s", read),
-            ("prefill", f"{self.prefill_seconds:.3f} s", f"{self.prompt_tokens} tokens"),
+            (
+                "prefill",
+                f"{self.prefill_seconds:.3f} s",
+                f"{self.prompt_tokens} tokens, {self.prefill}",
+            ),
             ("first token", f"{self.first_token_seconds:.3f} s", ""),
             ("decode", f"{self.decode_tps:.1f} tokens/s", f"{self.decode_tokens} tokens"),
             ("peak memory", f"{self.peak_memory / 1e9:.3f} GB", ""),

@@ -7,36 +7,40 @@ The command line, the Python API, ``cache_prompt`` and whatever serves answers m
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..dense_pass.prefill import Prefilled
 from ..errors import IFPError, one_line
 from ..llm.messages import Message
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type, not_finite
-from ..llm.prompt import Prompt, shared_prefix, token_ids
+from ..llm.prompt import Encoded, Prompt, prompt_ids, shared_prefix, token_ids
 from ..model import IFPModel
 from ..prompt_cache.files import PromptCache, load_cache_file
-from ..prompt_cache.key import CacheKey
-from ..prompt_cache.warm import claim
+from ..prompt_cache.key import CacheKey, claim
 from ..selection.keep import Keep
 from ..selection.selection import Selection
 from ..selectors.selector import resolved_keep
-from .draft import check_rollback, load_draft_model
+from ..subnetwork.prepared import Chosen, Prepared
+from .dense_prompt import DensePrompt, with_prefill
+from .draft import draft_model_of
+from .first_token import AfterPrompt
 from .length import check_length
 from .request import Request
 from .stats import Stats, WarmStart, parameter_counts
 
 
 class Answer:
-    """A request with its sub-network ready; iterating over it generates, once.
+    """A request that can be served; iterating over it selects, loads and generates, once.
 
     Args:
         model (IFPModel): from :func:`mlx_ifp.load`.
@@ -47,7 +51,7 @@ class Answer:
         request: as given.
         text: what selected; None if a selection was given, or the whole model.
         tokens: the prompt as mlx-lm is given it.
-        ready: the sub-network, and what getting it cost.
+        prefill: who reads the prompt: ``dense``, the whole model, or ``pruned``, the network.
         warm: how the prompt began warm, once the first token is there; None if it did not.
 
     Raises:
@@ -62,19 +66,67 @@ class Answer:
         self._model, self._tokenizer = model, tokenizer
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
+        self._prefilled: Prefilled | None = None
         self.tokens = request.encode(tokenizer)
         check_length(model, tokenizer, request, self.tokens)
+        self.prefill = request.prefill_by(model.checkpoint, model.selector)
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
-        self._draft_model = self._load_draft_model()
-        self.ready = model.prepare(
+        self._draft_model = draft_model_of(request, model.trunk, tokenizer)
+        self._dense_prompt = self._begin_dense()
+        self._prompt_cache = self._load_prompt_cache()
+
+    def _begin_dense(self) -> DensePrompt | None:
+        if self.prefill != "dense":
+            return None
+        tokens = prompt_ids(self._tokenizer, self.tokens)
+        return DensePrompt(self._model, self.request, tokens, self._most_positions())
+
+    @cached_property
+    def _chosen(self) -> Chosen:
+        request, dense_prompt = self.request, self._dense_prompt
+        chosen = self._model.choose(
             self.text,
             selection=request.selection,
             dense=request.dense,
             selector=request.selector,
             keep=request.keep,
+            run_dense=None if dense_prompt is None else dense_prompt.run_dense,
         )
-        self._prompt_cache = self._load_prompt_cache()
+        # If that has read the prompt, it is the prefill's time.
+        read = 0.0 if dense_prompt is None else dense_prompt.seconds
+        return replace(chosen, seconds=chosen.seconds - read)
+
+    @property
+    def selection(self) -> Selection | None:
+        """The channels that answer; None is the whole model."""
+        return self._chosen.selection
+
+    @cached_property
+    def ready(self) -> Prepared:
+        """The sub-network, and what getting it cost. Whoever asks for it first lets it be loaded.
+
+        If the whole model reads the prompt, it does so before, as both need memory.
+
+        Raises:
+            IFPError: if it does not fit the memory limit, or the prompt cannot be read.
+        """
+        chosen = self._chosen
+        if self._dense_prompt is not None and self._prefilled is None:
+            self._read_densely(self._dense_prompt)
+        return self._model.load(chosen)
+
+    def _read_densely(self, dense_prompt: DensePrompt) -> None:
+        tokens = self._start_warm(None) if self.request.warm else None
+        self._claim()
+        self._prefilled = dense_prompt.read(self._prompt_cache, tokens)
+        if self._prompt_cache is None:
+            self._prompt_cache = self._prefilled.cache
+
+    def _claim(self) -> None:
+        """Mark the prompt cache as this answer's."""
+        dense = self.prefill == "dense"
+        claim(self._prompt_cache or [], self.selection, dense_prefill=dense)
 
     def _leave_room(self) -> None:
         """Tell the memory limit what is coming, so that it can refuse what does not fit."""
@@ -89,22 +141,12 @@ class Answer:
             ks = resolved_keep(model.checkpoint, request.keep)
         else:
             ks = model.text_selector.ks
-        model.memory.expect(request.generation(self._tokenizer), ks, dense=request.dense)
-
-    def _load_draft_model(self) -> nn.Module | None:
-        """The draft model, if there is one; it is refused before anything is selected."""
-        options = self.request.options
-        draft_model = options.get("draft_model")
-        if draft_model is None:
-            return None
-        trunk = self._model.trunk
-        # mlx-lm has one list for both, in which the answering model's layers come first.
-        prompt_cache = options.get("prompt_cache") or []
-        check_rollback(trunk, "this model", prompt_cache[: len(trunk.layers)])
-        if isinstance(draft_model, str):
-            draft_model = load_draft_model(draft_model, self._tokenizer)
-        check_rollback(draft_model, "the draft model", prompt_cache[len(trunk.layers) :])
-        return draft_model
+        model.memory.expect(
+            request.generation(self._tokenizer),
+            ks,
+            dense=request.dense,
+            dense_prefill=self.prefill == "dense",
+        )
 
     def _load_prompt_cache(self) -> PromptCache | None:
         if self.request.prompt_cache_file is None:
@@ -113,11 +155,11 @@ class Answer:
 
     @property
     def key(self) -> CacheKey:
-        """What the answer's keys and values are right for."""
+        """What the prompt's keys and values are right for."""
         model = self._model
-        return CacheKey.of(
-            model.checkpoint.digest, model.dtype, self.ready.selection, self.request.kv
-        )
+        # What the whole model has read is right for every selection.
+        selection = None if self.prefill == "dense" else self.selection
+        return CacheKey.of(model.checkpoint.digest, model.dtype, selection, self.request.kv)
 
     def __iter__(self) -> Iterator[GenerationResponse]:
         """mlx-lm's responses; the sub-network stays in memory until the last one is taken.
@@ -125,19 +167,28 @@ class Answer:
         Raises:
             IFPError: if mlx-lm cannot go on, in one line.
         """
+        ready, prefilled = self.ready, self._prefilled
         start = time.perf_counter()
-        before = self.ready.select_seconds + self.ready.load_seconds
-        with self._model.using(self.ready) as network, one_line("Generation stopped"):
+        before = ready.select_seconds + ready.load_seconds
+        if prefilled is not None:
+            before += prefilled.seconds + (0.0 if self.warm is None else self.warm.seconds)
+        with self._model.using(ready) as network, one_line("Generation stopped"):
             self.request.kv.check(network, self._most_positions())
-            tokens = self._start_warm() if self.request.warm else self.tokens
-            prompt_cache = self._prompt_cache or []
-            claim(prompt_cache, self.ready.selection)
+            tokens: Encoded
+            if prefilled is not None:
+                tokens = prefilled.tokens
+                network = AfterPrompt(network, prefilled.logits, len(tokens))
+            else:
+                tokens = self._start_warm(ready) if self.request.warm else self.tokens
+            self._claim()
             options = dict(self.request.options) | {
                 "prompt_cache": self._prompt_cache,
                 "draft_model": self._draft_model,
             }
             try:
                 for response in mlx_lm.stream_generate(network, self._tokenizer, tokens, **options):
+                    if prefilled is not None:
+                        response = with_prefill(response, prefilled.seconds)
                     if self._last is None:
                         self._check_finite(response)
                         self._first_token_seconds = before + time.perf_counter() - start
@@ -145,7 +196,7 @@ class Answer:
                     yield response
             finally:
                 # With kv_bits mlx-lm puts new, quantized layers into the list.
-                claim(prompt_cache, self.ready.selection)
+                self._claim()
 
     def _most_positions(self) -> int | None:
         """Tokens that keys and values are kept of at most; None if generation has no bound."""
@@ -161,8 +212,11 @@ class Answer:
             weights = model.checkpoint.trunk.values()
             raise not_finite("The logits are no numbers", computing_type(model.dtype, weights))
 
-    def _start_warm(self) -> list[int]:
-        """Set the prompt cache to the prompt's first tokens, and give the tokens that are left."""
+    def _start_warm(self, ready: Prepared | None) -> list[int]:
+        """Set the prompt cache to the prompt's first tokens, and give the tokens that are left.
+
+        ``ready`` has read them; None is the whole model.
+        """
         start, warm, request = time.perf_counter(), self._model.warm, self.request
         # Request.check has seen to it that a warm prompt is made of messages.
         tokens = token_ids(cast(list[int], self.tokens))
@@ -170,7 +224,7 @@ class Answer:
         prefix = shared_prefix(self._tokenizer, messages, tokens, **request.chat_template_kwargs)
         before = warm.info
         self._prompt_cache, rest = warm.start(
-            self.ready,
+            ready,
             tokens,
             prefix,
             request.kv,
@@ -196,6 +250,10 @@ class Answer:
             IFPError: if mlx-lm cannot process it, in one line.
         """
         kv, tokens = self.request.kv, self.tokens
+        if self._dense_prompt is not None:
+            prompt_cache = self._dense_prompt.read(progress=progress).cache
+            kv.quantize(prompt_cache)
+            return claim(prompt_cache, None)
         with (
             self._model.using(self.ready) as network,
             one_line("The prompt could not be processed"),
@@ -203,7 +261,7 @@ class Answer:
             kv.check(network, self.request.positions(self._tokenizer, tokens))
             prompt_cache = make_prompt_cache(network, kv.max_kv_size)
             steps = generate_step(
-                mx.array(self._tokenizer.encode(tokens) if isinstance(tokens, str) else tokens),
+                mx.array(prompt_ids(self._tokenizer, tokens)),
                 network,
                 max_tokens=0,
                 prompt_cache=prompt_cache,
@@ -214,7 +272,7 @@ class Answer:
                 prompt_progress_callback=progress,
             )
             deque(steps, maxlen=0)
-            return claim(prompt_cache, self.ready.selection)
+            return claim(prompt_cache, self.selection)
 
     @property
     def stats(self) -> Stats:
@@ -226,7 +284,8 @@ class Answer:
         if self._last is None:
             raise IFPError("Nothing was generated yet.")
         counts = parameter_counts(self._model, self.ready)
-        return Stats.of(self.ready, self._last, self._first_token_seconds, counts, self.warm)
+        seconds = self._first_token_seconds
+        return Stats.of(self.ready, self._last, seconds, counts, self.warm, self.prefill)
 
 
 def stream_generate(
@@ -245,6 +304,7 @@ def stream_generate(
     warm: bool = False,
     warm_on_disk: bool = False,
     prompt_cache_file: str | Path | None = None,
+    prefill: str | None = None,
     **kwargs: Any,
 ) -> Iterator[GenerationResponse]:
     """mlx-lm's ``stream_generate`` on the sub-network that the task or the prompt selects.
@@ -268,6 +328,9 @@ def stream_generate(
             be messages.
         warm_on_disk (bool): with ``warm``, keep them on disk too, for the next process.
         prompt_cache_file: a file of ``mlx_ifp.cache_prompt`` that the prompt continues.
+        prefill (str): who reads the prompt: ``dense``, the whole model, layer by layer from disk,
+            or ``pruned``, the sub-network. The default is what the checkpoint says, or else
+            ``pruned`` with a trained predictor or a draft model, and ``dense`` without.
         kwargs: passed on to ``mlx_lm.stream_generate``; ``draft_model`` may be a name.
 
     Yields:
@@ -290,6 +353,7 @@ def stream_generate(
         warm=warm,
         warm_on_disk=warm_on_disk,
         prompt_cache_file=prompt_cache_file,
+        prefill=prefill,
         options=kwargs,
     )
     yield from Answer(model, tokenizer, request)

@@ -87,6 +87,14 @@ def _apply_template(
     return tokens
 
 
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: Encoded) -> list[int]:
+    """The token ids of a prompt as mlx-lm's ``stream_generate`` encodes it."""
+    if not isinstance(prompt, str):
+        return token_ids(prompt)
+    begins = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return tokenizer.encode(prompt, add_special_tokens=not begins)
+
+
 def encode_continuation(
     tokenizer: TokenizerWrapper, messages: list[Message], **template_kwargs: Any
 ) -> list[int]:

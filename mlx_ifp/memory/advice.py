@@ -44,7 +44,7 @@ def advice(estimator: Estimator, use: Use, limit: int) -> list[str]:
     Fewer sub-networks cost time, and 8-bit keys and values hardly change the answers. A smaller k
     and another selector do change them. If no measure suffices alone, the first three are joined.
     """
-    measures = (_fewer_networks, _quantized_kv, _smaller_k, _unselected)
+    measures = (_fewer_networks, _quantized_kv, _smaller_k, _unselected, _pruned_prefill)
     alone = [found[0] for measure in measures if (found := measure(estimator, use, limit))]
     if alone:
         return alone
@@ -91,7 +91,14 @@ def _smaller_k(estimator: Estimator, use: Use, limit: int, alone: bool = True) -
     if use.selector is None:
         text = "--keep {} instead of --dense" if use.dense else "a selection of --keep {}"
         selector, tokens = estimator.checkpoint.ifp.selector, use.generation.prompt_tokens
-        use = replace(use, selector=selector, selector_tokens=tokens, dense=False)
+        by_dense = use.dense and estimator.checkpoint.ifp.prefill_with(selector) == "dense"
+        use = replace(
+            use,
+            selector=selector,
+            selector_tokens=tokens,
+            dense=False,
+            dense_prefill=use.dense_prefill or by_dense,
+        )
     first = (max(use.ks) - 1) // WIDTH_MULTIPLE * WIDTH_MULTIPLE
     for smaller in range(first, 0, -WIDTH_MULTIPLE):
         other = replace(use, ks=[smaller] * len(use.ks))
@@ -113,6 +120,13 @@ def _unselected(estimator: Estimator, use: Use, limit: int) -> Measure | None:
     return None
 
 
+def _pruned_prefill(estimator: Estimator, use: Use, limit: int) -> Measure | None:
+    """The sub-network reads the prompt by itself."""
+    other = replace(use, dense_prefill=False)
+    fits = use.dense_prefill and _fits(estimator, other, limit)
+    return ("--prefill pruned", other) if fits else None
+
+
 def _sum_text(budget: Budget, use: Use, limit: int) -> str:
     """The parts whose sum is too much."""
     parts = [f"trunk {size_text(budget.trunk)}"]
@@ -123,6 +137,10 @@ def _sum_text(budget: Budget, use: Use, limit: int) -> str:
         parts.append(f"{what} {size} ({k_text(use.ks)})")
         parts.append(f"keys and values {size_text(budget.kv)} ({use.generation.tokens} positions)")
         return f"{size_text(budget.generating)} are needed: {', '.join(parts)}"
+    if not budget.selector or budget.selecting <= limit:
+        parts.append(f"a layer's FFN {size_text(budget.prefill_weights)}")
+        parts.append(f"keys and values of the prompt {size_text(budget.prefill_kv)}")
+        return f"{size_text(budget.prefilling)} are needed to read the prompt: {', '.join(parts)}"
     if budget.networks > 1:
         size = size_text((budget.networks - 1) * budget.network)
         parts.append(f"{budget.networks - 1} sub-networks {size}")

@@ -1,7 +1,7 @@
 """The bytes that a checkpoint will take in memory, computed before any weight is read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import mlx.core as mx
@@ -32,6 +32,8 @@ class Use:
         selector_tokens: the number of tokens of the text that selects.
         networks: the number of sub-networks that are in memory at the same time.
         dense: whether it is the dense model.
+        dense_prefill: whether the dense model reads the prompt, layer by layer, before the
+            sub-network is loaded.
     """
 
     ks: list[int]
@@ -40,6 +42,7 @@ class Use:
     selector_tokens: int = 1
     networks: int = 1
     dense: bool = False
+    dense_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Budget:
         network: bytes of one sub-network's channels.
         networks: how many sub-networks are counted.
         kv: bytes of the LLM's keys and values.
+        prefill_weights: bytes of the one FFN that the dense model holds while it reads the prompt;
+            0 if it does not.
+        prefill_kv: bytes of the keys and values that it makes, before any is quantized.
     """
 
     trunk: int
@@ -63,12 +69,22 @@ class Budget:
     network: int
     networks: int
     kv: int
+    prefill_weights: int = 0
+    prefill_kv: int = 0
 
     @property
     def selecting(self) -> int:
         """Bytes while the selector runs, when the next sub-network is not there yet."""
         others = (self.networks - 1) * self.network
         return self.trunk + others + self.selector_weights + self.selector_kv
+
+    @property
+    def prefilling(self) -> int:
+        """Bytes while the dense model reads the prompt, if it does; then that of the trunk."""
+        if not self.prefill_weights:
+            return self.trunk
+        others = (self.networks - 1) * self.network
+        return self.trunk + others + self.prefill_weights + self.prefill_kv
 
     @property
     def generating(self) -> int:
@@ -78,7 +94,8 @@ class Budget:
     @property
     def least(self) -> int:
         """The smallest limit that this fits into."""
-        return max(self.selecting, self.generating) if self.selector else self.generating
+        least = max(self.prefilling, self.generating)
+        return max(self.selecting, least) if self.selector else least
 
     @property
     def total(self) -> int:
@@ -197,13 +214,18 @@ class Estimator:
         generation = Generation(tokens, prefill_step_size=PREFILL_STEP_SIZE)
         if selector == "predictor":
             return self.predictor, self.kv(generation, backbone=True, selector=True)
+        return self.largest_ffn, self.kv(generation, selector=True)
+
+    @cached_property
+    def largest_ffn(self) -> int:
+        """Bytes of a layer's whole FFN while it is read, of the layer where that is most."""
         layers = []
         for ffn in self.checkpoint.ffns:
             tensors = [tensor for _, tensor in self._channels(ffn)]
             layers.append(sum(map(self._nbytes, tensors)))
             # Rows in the type that they have on disk stay in memory until all of them are cast.
             layers[-1] += sum(t.nbytes for t in tensors if self._dtype(t) != DTYPES[t.dtype])
-        return max(layers), self.kv(generation, selector=True)
+        return max(layers)
 
     def _kv(self, generation: Generation, *, backbone: bool = False, selector: bool = False) -> int:
         """Bytes of the keys and values of the LLM or of the predictor's backbone."""
@@ -217,6 +239,13 @@ class Estimator:
             IFPError: if its keys and values cannot be quantized as it says.
         """
         weights, selector_kv = self.selector(use.selector, use.selector_tokens)
+        prefill_weights = prefill_kv = 0
+        if use.dense_prefill:
+            # The pass is over before mlx-lm can quantize, and it reads the last token, too.
+            floats = replace(use.generation.kv, kv_bits=None)
+            generation = replace(use.generation, max_tokens=0, kv=floats)
+            prefill_weights = self.largest_ffn
+            prefill_kv = self.kv(generation, selector=True)
         return Budget(
             trunk=self.trunk,
             selector=use.selector,
@@ -225,6 +254,8 @@ class Estimator:
             network=self.network(use.ks, dense=use.dense),
             networks=use.networks,
             kv=self.kv(use.generation),
+            prefill_weights=prefill_weights,
+            prefill_kv=prefill_kv,
         )
 
 

@@ -32,16 +32,27 @@ class MemoryLimit:
         self._networks = networks
         self._most = networks.max_bytes
         check(estimator, use, limit)
-        self.expect(use.generation, use.ks, dense=use.dense)
+        self.expect(use.generation, use.ks, dense=use.dense, dense_prefill=use.dense_prefill)
 
-    def expect(self, generation: Generation, ks: list[int], *, dense: bool = False) -> None:
+    def expect(
+        self,
+        generation: Generation,
+        ks: list[int],
+        *,
+        dense: bool = False,
+        dense_prefill: bool = False,
+    ) -> None:
         """Leave room for a generation with a network of ``ks`` channels in its layers.
+
+        With ``dense_prefill`` the whole model reads the prompt before.
 
         Raises:
             IFPError: if there is no room.
         """
-        budget = check(self.estimator, Use(ks, generation, dense=dense), self.limit)
+        use = Use(ks, generation, dense=dense, dense_prefill=dense_prefill)
+        budget = check(self.estimator, use, self.limit)
         self._generation, self._kv, self._network = generation, budget.kv, budget.network
+        self._prefilling = budget.prefilling
         self._networks.max_bytes = min(self._most, self._left())
         self._networks.shrink(self._networks.max_bytes)
 
@@ -74,6 +85,11 @@ class MemoryLimit:
         needed = self.estimator.trunk + sum(self.estimator.selector(selector, tokens))
         if selector != "predictor" and self.keeps_predictor:
             needed += self._predictor
+        self._networks.shrink(max(0, self.limit - needed))
+
+    def before_prefill(self) -> None:
+        """Drop networks until the whole model has room to read the prompt that is expected."""
+        needed = self._prefilling + (self._predictor if self.keeps_predictor else 0)
         self._networks.shrink(max(0, self.limit - needed))
 
     def before_loading(self, selection: Selection | None) -> None:

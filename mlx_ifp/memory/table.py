@@ -22,6 +22,8 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
     if budget.selector_kv:
         what = f"its keys and values, {use.selector_tokens} positions"
         rows.append(("", what, budget.selector_kv))
+    if use.dense_prefill:
+        rows.append(("dense prefill", "one layer's FFN at a time", budget.prefill_weights))
     name = "network" if use.dense else "sub-network"
     name = name if use.networks == 1 else f"{use.networks} {name}s"
     what = f"{k_text(use.ks)} of {checkpoint.d_ffn} channels in {len(checkpoint.ffns)} layers"
@@ -29,9 +31,12 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
     how = f", {generation.kv.kv_bits} bits" if generation.kv.kv_bits is not None else ""
     rows.append(("KV cache", f"{generation.tokens} positions{how}", budget.kv))
     rows.append(("", "", ""))
+    others = f", {use.networks - 1} sub-networks" if use.networks > 1 else ""
     if use.selector is not None:
-        others = f", {use.networks - 1} sub-networks" if use.networks > 1 else ""
         rows.append(("selecting", f"trunk and selector{others}", budget.selecting))
+    if use.dense_prefill:
+        what = f"trunk, a layer's FFN, keys and values of the prompt{others}"
+        rows.append(("prefilling", what, budget.prefilling))
     rows.append(("generating", f"trunk, {name} and KV cache", budget.generating))
     if use.selector == "predictor":
         stays = budget.generating + budget.selector_weights

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import __version__ as mlx_lm_version
@@ -11,6 +12,11 @@ from mlx_lm import __version__ as mlx_lm_version
 from ..errors import IFPError
 from ..llm.kv_cache import KVSettings
 from ..selection.selection import Selection, digest_of
+
+# The digest of the whole model.
+DENSE = digest_of(None)
+# Added to a selection's digest where the whole model read the prompts that it answered.
+_AFTER_DENSE = "+dense prefill"
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class CacheKey:
         checkpoint: its digest.
         dtype: the type that the model runs in; ``None`` stands for the stored types.
         mlx_lm: the version of mlx-lm that computes them.
-        selection: the digest of the sub-network's selection, or ``dense``.
+        selection: the digest of the sub-network's selection, or ``dense`` if the whole model reads
+            the prompt, for whichever sub-network.
         settings: how they are kept.
     """
 
@@ -74,6 +81,8 @@ class CacheKey:
                 f"{path} was not made by mlx_ifp.cache_prompt, so its selection is unknown."
             )
         if metadata["ifp_selection"] != mine["ifp_selection"]:
+            if DENSE in (metadata["ifp_selection"], mine["ifp_selection"]):
+                raise IFPError(f"{path} {_read_otherwise(mine['ifp_selection'] == DENSE)}")
             raise IFPError(
                 f"{path} was filled under another selection than this one; "
                 "give the --task or --selection it was made with."
@@ -97,3 +106,53 @@ class CacheKey:
                     f"{path} was filled with another {what} ({metadata[name]}) than this one "
                     f"({mine[name]}); {what_to_do}."
                 )
+
+
+def _read_otherwise(dense: bool) -> str:
+    """What is wrong with a file; ``dense`` says who reads the prompt now."""
+    if dense:
+        return (
+            "was read by a sub-network, and this prompt is read by the whole model; give "
+            "--prefill pruned (prefill=) and the --task or --selection it was made with."
+        )
+    return (
+        "was read by the whole model, and this prompt is read by a sub-network; give "
+        "--prefill dense (prefill=), or make it again with mlx_ifp.cache_prompt --prefill pruned."
+    )
+
+
+def claim(
+    prompt_cache: list[Any], selection: Selection | None, *, dense_prefill: bool = False
+) -> list[Any]:
+    """Mark a prompt cache with who fills it; what others have filled is wrong for them.
+
+    Args:
+        prompt_cache (list): mlx-lm's.
+        selection (Selection): that of the network which answers; None is the whole model.
+        dense_prefill (bool): whether the whole model reads what the network answers. Then the cache
+            may be one that only the whole model has filled so far.
+
+    Returns:
+        list: the cache.
+
+    Raises:
+        IFPError: if it is marked with another.
+    """
+    digest = digest_of(selection)
+    owner = digest + _AFTER_DENSE if dense_prefill and selection is not None else digest
+    for layer in prompt_cache:
+        mark = getattr(layer, "ifp_selection", owner)
+        if mark != owner and not (dense_prefill and mark == DENSE):
+            if mark.removesuffix(_AFTER_DENSE) == digest or mark == DENSE:
+                right = "pruned" if dense_prefill else "dense"
+                raise IFPError(
+                    "The prompt cache was filled by "
+                    f"{'a sub-network alone' if dense_prefill else 'the whole model'}; use "
+                    f"prefill='{right}', or start with an empty prompt cache."
+                )
+            raise IFPError(
+                "The prompt cache was filled under another selection; "
+                "use the same task, or start with an empty prompt cache."
+            )
+        layer.ifp_selection = owner
+    return prompt_cache

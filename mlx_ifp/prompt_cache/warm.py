@@ -18,15 +18,15 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from ..errors import IFPError
+from ..dense_pass.layers import pieces_of, run_layers
 from ..llm.kv_cache import KVSettings
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.prompt import common_prefix, token_ids
 from ..lru import LRU, Once
-from ..selection.selection import Selection, digest_of
+from ..subnetwork.parent import Parent
 from ..subnetwork.prepared import Prepared
 from .files import PromptCache, WarmPromptFiles
-from .key import CacheKey
+from .key import CacheKey, claim
 
 _Entry = tuple[str, tuple[int, ...]]
 
@@ -61,6 +61,8 @@ class WarmPrompts:
         dtype (mx.Dtype): the type that the model runs in; None stands for the stored types.
         files (WarmPromptFiles): the prompts on disk; None if none are.
         max_bytes (int): bound of what is kept in memory.
+        parent (Parent): the whole model. Where the methods take a ``Prepared``, None stands for it:
+            it reads the prompt layer by layer, and what it reads is right for every selection.
     """
 
     def __init__(
@@ -69,9 +71,12 @@ class WarmPrompts:
         dtype: mx.Dtype | None,
         files: WarmPromptFiles | None = None,
         max_bytes: int = MAX_BYTES,
+        *,
+        parent: Parent,
     ) -> None:
         self.files = files
         self._owner = (checkpoint, dtype)
+        self._parent = parent
         # mlx-lm's LRUPromptCache is not used: it has no lock, does not count a look-up as use,
         # hands out a prompt as a whole, and trims quantized keys and values, although a shorter
         # prompt may need them as floats.
@@ -89,20 +94,21 @@ class WarmPrompts:
     def max_bytes(self, nbytes: int) -> None:
         self._entries.most = nbytes
 
-    def key(self, prepared: Prepared, settings: KVSettings | None = None) -> str:
+    def key(self, prepared: Prepared | None, settings: KVSettings | None = None) -> str:
         """The hash of everything that determines keys and values, except the tokens."""
-        return CacheKey.of(*self._owner, prepared.selection, settings).hash
+        selection = None if prepared is None else prepared.selection
+        return CacheKey.of(*self._owner, selection, settings).hash
 
     def fetch(
         self,
-        prepared: Prepared,
+        prepared: Prepared | None,
         tokens: list[int] | mx.array,
         settings: KVSettings | None = None,
     ) -> tuple[PromptCache | None, list[int]]:
         """The longest kept prefix of a prompt.
 
         Args:
-            prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
+            prepared: from :meth:`mlx_ifp.IFPModel.prepare`; None for the whole model.
             tokens (list or mx.array): the whole prompt's ids.
             settings (KVSettings): those of the generation; None for mlx-lm's defaults.
 
@@ -118,11 +124,11 @@ class WarmPrompts:
         if found is None:
             return None, tokens
         prompt_cache, n = found
-        return claim(prompt_cache, prepared.selection), tokens[n:]
+        return _claimed(prompt_cache, prepared), tokens[n:]
 
     def warm(
         self,
-        prepared: Prepared,
+        prepared: Prepared | None,
         tokens: list[int] | mx.array,
         settings: KVSettings | None = None,
         *,
@@ -134,7 +140,7 @@ class WarmPrompts:
         If several threads ask for the same prefix at once, one prefills and the others wait for it.
 
         Args:
-            prepared: from :meth:`mlx_ifp.IFPModel.prepare`.
+            prepared: from :meth:`mlx_ifp.IFPModel.prepare`; None for the whole model.
             tokens (list or mx.array): the prefix's ids.
             settings (KVSettings): those of later generations; None for mlx-lm's defaults.
             disk (bool): keep it on disk too, for the next process.
@@ -151,7 +157,7 @@ class WarmPrompts:
 
     def start(
         self,
-        prepared: Prepared,
+        prepared: Prepared | None,
         tokens: list[int] | mx.array,
         prefix: int,
         settings: KVSettings | None = None,
@@ -175,12 +181,12 @@ class WarmPrompts:
             kept, _ = self._warm(prepared, tokens[:prefix], settings, disk, prefill_step_size)
         prompt_cache, rest = self.fetch(prepared, tokens, settings)
         if prefix > 0 and len(tokens) - len(rest) < prefix:
-            return claim(copy.deepcopy(kept), prepared.selection), tokens[prefix:]
+            return _claimed(copy.deepcopy(kept), prepared), tokens[prefix:]
         return prompt_cache, rest
 
     def _warm(
         self,
-        prepared: Prepared,
+        prepared: Prepared | None,
         tokens: list[int],
         settings: KVSettings,
         disk: bool,
@@ -199,11 +205,15 @@ class WarmPrompts:
 
         def make() -> tuple[PromptCache, int]:
             prompt_cache, n = self._longest(key, tokens, settings) or (
-                make_prompt_cache(prepared.network, settings.max_kv_size),
+                make_prompt_cache(
+                    self._parent.trunk if prepared is None else prepared.network,
+                    settings.max_kv_size,
+                ),
                 0,
             )
             if n < len(tokens):
-                _prefill(prepared.network, tokens[n:], prompt_cache, settings, prefill_step_size)
+                network = None if prepared is None else prepared.network
+                self._read(network, tokens[n:], prompt_cache, settings, prefill_step_size)
             prompt_cache = _compact(prompt_cache)
             self._keep(*entry, prompt_cache)
             if files is not None and not files.has(*entry):
@@ -214,6 +224,27 @@ class WarmPrompts:
 
         (prompt_cache, prefilled), made = self._once.get((entry, disk), kept, make)
         return prompt_cache, prefilled if made else 0
+
+    def _read(
+        self,
+        network: nn.Module | None,
+        tokens: list[int],
+        prompt_cache: PromptCache,
+        settings: KVSettings,
+        prefill_step_size: int,
+    ) -> None:
+        if network is None:
+            run_layers(self._parent, pieces_of(tokens, prompt_cache, prefill_step_size))
+            settings.quantize(prompt_cache)
+            mx.eval([layer.state for layer in prompt_cache])
+            return
+        # generate_step is not used, because it processes the last token by itself: quantized keys
+        # and values would then differ from those of a prompt that goes on.
+        for start in range(0, len(tokens), prefill_step_size):
+            network(mx.array(tokens[start : start + prefill_step_size])[None], cache=prompt_cache)
+            settings.quantize(prompt_cache)
+            mx.eval([layer.state for layer in prompt_cache])
+            mx.clear_cache()
 
     def _longest(
         self, key: str, tokens: list[int], settings: KVSettings
@@ -278,20 +309,8 @@ class WarmPrompts:
             )
 
 
-def _prefill(
-    network: nn.Module,
-    tokens: list[int],
-    prompt_cache: PromptCache,
-    settings: KVSettings,
-    prefill_step_size: int,
-) -> None:
-    # generate_step is not used, because it processes the last token by itself: quantized keys and
-    # values would then differ from those of a prompt that goes on.
-    for start in range(0, len(tokens), prefill_step_size):
-        network(mx.array(tokens[start : start + prefill_step_size])[None], cache=prompt_cache)
-        settings.quantize(prompt_cache)
-        mx.eval([layer.state for layer in prompt_cache])
-        mx.clear_cache()
+def _claimed(prompt_cache: PromptCache, prepared: Prepared | None) -> PromptCache:
+    return claim(prompt_cache, None if prepared is None else prepared.selection)
 
 
 def _compact(prompt_cache: PromptCache) -> PromptCache:
@@ -303,21 +322,4 @@ def _compact(prompt_cache: PromptCache) -> PromptCache:
                 (layer.keys, layer.values),
             )
     mx.eval([layer.state for layer in prompt_cache])
-    return prompt_cache
-
-
-def claim(prompt_cache: PromptCache, selection: Selection | None) -> PromptCache:
-    """Mark a prompt cache as that of a selection; under another its keys and values are wrong.
-
-    Raises:
-        IFPError: if it is marked as that of another selection.
-    """
-    digest = digest_of(selection)
-    for layer in prompt_cache:
-        if getattr(layer, "ifp_selection", digest) != digest:
-            raise IFPError(
-                "The prompt cache was filled under another selection; "
-                "use the same task, or start with an empty prompt cache."
-            )
-        layer.ifp_selection = digest
     return prompt_cache

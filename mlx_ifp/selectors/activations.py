@@ -5,12 +5,14 @@ Efficient LLM Generation", 2024, arXiv 2404.01365): each token's activations are
 norm, then a channel's score is the norm of what it has over the tokens.
 """
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
 
-from ..dense_pass.layers import pieces_of, run_layers
+from ..dense_pass.prefill import RunDense, read_text
 from ..llm.modules import PREFILL_STEP_SIZE
+from ..llm.prompt import token_ids
 from ..subnetwork.parent import Parent
 
 
@@ -53,6 +55,7 @@ def activation_scores(
     tokens: list[int] | mx.array,
     *,
     prefill_step_size: int = PREFILL_STEP_SIZE,
+    run_dense: RunDense | None = None,
 ) -> mx.array:
     """GRIFFIN's statistic of every channel: ``s = || Z / ||Z||_token ||`` over the tokens.
 
@@ -62,14 +65,13 @@ def activation_scores(
         parent (Parent): the dense LLM, whose channels are read.
         tokens (list or mx.array): [n] ids of the LLM's tokenizer, n >= 1.
         prefill_step_size (int): tokens to process at a time.
+        run_dense (Callable): runs the dense LLM instead, so that its pass serves others too.
 
     Returns:
         mx.array: float32 [L, d_ffn], before any mask.
     """
-    cache = make_prompt_cache(parent.trunk)
-    result = run_layers(
-        parent, pieces_of(tokens, cache, prefill_step_size), lambda piece, z, ffn: griffin_total(z)
-    )
+    run_dense = run_dense or partial(read_text, parent, step=prefill_step_size)
+    result = run_dense(token_ids(tokens), lambda piece, z, ffn: griffin_total(z))
     scores = mx.sqrt(mx.stack([mx.stack(pieces).sum(axis=0) for pieces in result.measured]))
     mx.eval(scores)
     return scores

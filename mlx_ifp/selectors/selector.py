@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
+from ..dense_pass.prefill import RunDense
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
@@ -89,12 +90,15 @@ class Selector:
     def _ks(self, keep: Keep | None) -> list[int]:
         return self.ks if keep is None else resolved_keep(self.checkpoint, keep)
 
-    def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
+    def scores(
+        self, text: Text, *, selector: str | None = None, run_dense: RunDense | None = None
+    ) -> mx.array:
         """Channel scores of a text, before the mask.
 
         Args:
             text: a prompt or a task, or token ids of the selector's own tokenizer.
             selector (str): ``predictor``, ``activations`` or ``static``; None for the default.
+            run_dense (Callable): runs the dense LLM for selectors that need it.
 
         Returns:
             mx.array: float32 [L, d_ffn].
@@ -116,7 +120,7 @@ class Selector:
                 scores = self.predictor.scores(tokens)
                 self.release_if_tight()
                 return scores
-            return activation_scores(self.parent, tokens)
+            return activation_scores(self.parent, tokens, run_dense=run_dense)
 
     @property
     def predictor(self) -> Predictor:
@@ -166,17 +170,26 @@ class Selector:
         return self.find(text, selector, keep)[0]
 
     def find(
-        self, text: Text, selector: str | None = None, keep: Keep | None = None
+        self,
+        text: Text,
+        selector: str | None = None,
+        keep: Keep | None = None,
+        run_dense: RunDense | None = None,
     ) -> tuple[Selection, str]:
-        """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector."""
+        """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector.
+
+        ``run_dense`` is that of :meth:`scores`; it is not called if the selection is known.
+        """
         selector, ks = self._checked(selector), self._ks(keep)
         key = self.key(text, selector, ks)
         (selection, source), made = self._remembered.get_or_make(
-            key, lambda: (self._make(key, text, selector, ks), 1)
+            key, lambda: (self._make(key, text, selector, ks, run_dense), 1)
         )
         return selection, source if made else "memory"
 
-    def _make(self, key: str, text: Text, selector: str, ks: list[int]) -> tuple[Selection, str]:
+    def _make(
+        self, key: str, text: Text, selector: str, ks: list[int], run_dense: RunDense | None
+    ) -> tuple[Selection, str]:
         """The selection from the disk, or from new scores, and where it came from."""
         checkpoint, on_disk = self.checkpoint, self.on_disk
         if on_disk is not None:
@@ -184,7 +197,7 @@ class Selector:
             if selection is not None:
                 return selection, "disk"
         mask = asdict(checkpoint.ifp.mask)
-        scores = self.scores(text, selector=selector)
+        scores = self.scores(text, selector=selector, run_dense=run_dense)
         selection = select_channels(
             scores,
             ks,

@@ -1,10 +1,25 @@
-"""A sub-network that is ready for generation."""
+"""A selection that was chosen, and the sub-network that is ready for generation."""
 
 from dataclasses import dataclass
 
 import mlx.nn as nn
 
 from ..selection.selection import Selection
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to be loaded, and what finding it cost.
+
+    Attributes:
+        selection, source, reuse_overlap: as in :class:`Prepared`.
+        seconds: time that the selection took.
+    """
+
+    selection: Selection | None
+    source: str
+    seconds: float
+    reuse_overlap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_the_config_tells_what_the_checkpoint_is(predictor_checkpoint):
     assert opened.selectors == ["predictor", "activations"]
     assert opened.ifp.head.widths == [48, 128, 480]
     values = json.loads((predictor_checkpoint / "ifp_config.json").read_text())
-    assert values["format_version"] == 1
+    assert values["format_version"] == 2
 
 
 def test_channels_are_rows_in_every_projection(tiny_checkpoint, dense_llama):
@@ -92,7 +92,7 @@ def test_mlx_lm_refuses_the_directory_loudly(tiny_checkpoint):
 
 
 CONFIG_FAULTS = {
-    "version": (lambda c: c.update(format_version=2), "format_version is 2"),
+    "version": (lambda c: c.update(format_version=3), "format_version is 3"),
     "no version": (lambda c: c.pop("format_version"), "format_version is None"),
     "unknown field": (lambda c: c.update(kk=1), "unknown field kk"),
     "unknown mask field": (lambda c: c["mask"].update(eps=1), "unknown field mask.eps"),

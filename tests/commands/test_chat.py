@@ -44,7 +44,7 @@ def test_a_conversation_through_a_pipe(library, tiny_checkpoint, tmp_path):
         "/dense", "And a hill?",
         "/stats", "/tasks", f"/save {saved}", f"/save {saved}", "/dance",
     ]  # fmt: skip
-    flags = ("--system-prompt", "Be brief.", "-m", 6, "--cache-dir", folder)
+    flags = ("--system-prompt", "Be brief.", "-m", 6, "--cache-dir", folder, "--prefill", "pruned")
     done = run_command(
         "chat", "--model", tiny_checkpoint, *flags, stdin="\n".join(lines), cwd=tmp_path
     )
@@ -62,6 +62,7 @@ def test_a_conversation_through_a_pipe(library, tiny_checkpoint, tmp_path):
             {"task": "A list of hills.", "keep": 0.25}, {"dense": True}]  # fmt: skip
     for turn, (way, answer) in enumerate(zip(ways, answers, strict=True)):
         before = messages[: 2 * turn + 2]
+        way = {"prefill": "pruned"} | way if "dense" not in way else way
         assert answer == generate(model, tokenizer, before, max_tokens=6, **way)
     costs = [line for line in done.stderr.splitlines() if line.startswith("[")]
     assert [cost[1:].split(";")[0] for cost in costs] == [

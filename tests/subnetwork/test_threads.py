@@ -18,7 +18,6 @@ from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.llm.prompt import encode_prompt, shared_prefix
 from mlx_ifp.lru import Once
-from mlx_ifp.prompt_cache.warm import WarmPrompts
 from mlx_ifp.subnetwork.cache import SubnetworkCache
 from mlx_ifp.subnetwork.store import SubnetworkStore
 
@@ -393,7 +392,7 @@ def test_a_random_mix_gives_what_one_thread_gives(checkpoint, flights, monkeypat
     # Two of the four fit, and as many selections are remembered. The others are on disk.
     monkeypatch.setattr(mlx_ifp.selectors.selector, "_REMEMBERED_SELECTIONS", 2)
     model, tokenizer = load(checkpoint, cache_bytes=2 * one)
-    model.warm = WarmPrompts(model.checkpoint.digest, model.dtype, model.warm.files, 30_000)
+    model.warm.max_bytes = 30_000
     loads, runs = flights
     loads.total.clear()
     wrong = []

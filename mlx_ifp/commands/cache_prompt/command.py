@@ -38,6 +38,7 @@ def _request(
         given_selection(args, checkpoint),
         ignore_chat_template=not tokenizer.has_chat_template,
         to_be_continued=True,
+        prefill=args.prefill,
         options={"max_tokens": 0, **kv_options(args)},
     )
 
@@ -60,9 +61,9 @@ def run(args: argparse.Namespace) -> None:
     check_writable(path)
     model, tokenizer = load_model(args, partial(_plan, args, prompt))
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
-    selection = answer.ready.selection
-    if args.save_selection is not None and selection is not None:
-        save_selection(args.save_selection, selection)
+    # Where the whole model reads, nothing is selected unless it is asked for.
+    if args.save_selection is not None and answer.selection is not None:
+        save_selection(args.save_selection, answer.selection)
     count = len(answer.tokens)
     with tqdm(total=count, unit="tokens", desc="Processing") as bar:
 

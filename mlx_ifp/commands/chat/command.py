@@ -44,6 +44,7 @@ def _request(
         given_selection(args, checkpoint),
         args.dense,
         chat_template_kwargs=template_kwargs(args),
+        prefill=args.prefill,
         options={
             "max_tokens": args.max_tokens,
             "sampler": sampler_of(args, tokenizer),
@@ -60,9 +61,9 @@ def _plan(args: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer
 def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.chat``."""
     check_max_tokens(args)
-    if args.dense and (args.selection or args.task_name):
-        option = "--selection" if args.selection else "--task-name"
-        raise IFPError(f"--dense and {option} exclude each other.")
+    for name in ("selection", "task_name", "prefill"):
+        if args.dense and getattr(args, name):
+            raise IFPError(f"--dense and --{name.replace('_', '-')} exclude each other.")
     check_given(args)
     model, tokenizer = load_model(args, partial(_plan, args))
     request = _request(args, model.checkpoint, tokenizer)

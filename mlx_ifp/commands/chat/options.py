@@ -6,6 +6,7 @@ from ...cli.flags import (
     add_kv_options,
     add_memory_options,
     add_model_options,
+    add_prefill_option,
     add_sampling_options,
     add_task_options,
     new_parser,
@@ -30,6 +31,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add_task_options(parser, save=False)
     ours = parser.add_argument_group("sub-network")
     ours.add_argument("--dense", action="store_true", help="Use the whole model, for comparison")
+    add_prefill_option(ours)
     text = parser.add_argument_group("prompt")
     text.add_argument("--system-prompt", help="System prompt for the chat template")
     text.add_argument(

@@ -61,7 +61,7 @@ class Session:
             "/reset": ("", self._reset, "forget the messages, and begin anew"),
             "/help": ("", self._help, "this list"),
         }  # fmt: skip
-        self._first_keep = conversation.request.keep
+        self._first = conversation.request
 
     def take(self, line: str) -> None:
         """Do what a line says.
@@ -116,11 +116,12 @@ class Session:
         answer = self.conversation.answer
         assert answer is not None
         stats, selection = answer.stats, answer.ready.selection
+        read_by = " read by the whole model" if answer.prefill == "dense" else ""
         parts = [
             f"{self._what_selects(stats)}, {self._width(selection)}",
             f"selected in {stats.select_seconds:.3f} s",
             f"{stats.bytes_read / 1e6:.1f} MB read in {stats.load_seconds:.3f} s",
-            f"{stats.prompt_tokens} new tokens, {self.conversation.reused} kept",
+            f"{stats.prompt_tokens} new tokens{read_by}, {self.conversation.reused} kept",
             f"{stats.decode_tokens} tokens, {stats.decode_tps:.1f} tokens/s",
         ]
         return f"[{'; '.join(parts)}]"
@@ -140,7 +141,12 @@ class Session:
         selection = None if named is None else self.model.tasks.load(named).selection
         self.task = named
         self.conversation.request = replace(
-            self.conversation.request, task=task, selection=selection, dense=dense
+            self.conversation.request,
+            task=task,
+            selection=selection,
+            dense=dense,
+            # The whole model reads what it answers.
+            prefill=None if dense else self._first.prefill,
         )
 
     def _task(self, argument: str) -> None:
@@ -178,7 +184,7 @@ class Session:
         if request.dense or request.selection is not None:
             raise IFPError("The channels are given; /task TEXT lets a text select some anew.")
         try:
-            keep = parse_keep(argument) if argument else self._first_keep
+            keep = parse_keep(argument) if argument else self._first.keep
         except argparse.ArgumentTypeError as error:
             raise IFPError(f"{error}.") from error
         ks = self.model.text_selector.ks

@@ -55,6 +55,7 @@ def _request(
         warm=args.warm_system_prompt,
         warm_on_disk=args.warm_system_prompt,
         prompt_cache_file=args.prompt_cache_file,
+        prefill=args.prefill,
         options=options,
     )
 
@@ -77,13 +78,13 @@ def run(args: argparse.Namespace) -> None:
         with one_line("--extra-eos-token"):
             tokenizer.add_eos_token(token)
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
+    # The network is made now, as making it must not move the sampler's random state.
     selection = answer.ready.selection
     # --dense has none, and excludes both flags.
     if args.save_selection is not None and selection is not None:
         save_selection(args.save_selection, selection)
     if args.show_selection and selection is not None:
         _show_selection(model, selection, answer.text)
-    # The seed is set only now, as making the sub-network must not move the sampler's random state.
     if args.seed is not None:
         mx.random.seed(args.seed)
     try:

@@ -6,6 +6,7 @@ from ...cli.flags import (
     add_kv_options,
     add_memory_options,
     add_model_options,
+    add_prefill_option,
     add_sampling_options,
     add_task_options,
     new_parser,
@@ -30,6 +31,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add_task_options(parser)
     ours = parser.add_argument_group("sub-network")
     ours.add_argument("--dense", action="store_true", help="Use the whole model, for comparison")
+    add_prefill_option(ours)
     ours.add_argument(
         "--show-selection",
         action="store_true",
@@ -51,7 +53,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--prompt-cache-file",
         help="A file of mlx_ifp.cache_prompt; the prompt continues what it holds. "
-        "It must have been made under the same selection",
+        "It must have been made with the same --prefill and, if that is pruned, under the same "
+        "selection",
     )
     text.add_argument(
         "--warm-system-prompt",
