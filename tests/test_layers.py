@@ -23,6 +23,7 @@ LAYERS = (
     ("generation",),
     ("cli",),
     ("synthesis",),
+    ("evaluation",),
     ("tuner",),
     ("convert",),
     ("commands",),

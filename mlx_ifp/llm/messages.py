@@ -37,7 +37,9 @@ def read_messages(messages: object) -> list[Message]:
 
 
 def row_messages(row: dict[str, Any]) -> list[Message]:
-    """Read a row in one of mlx-lm's formats as messages; a prompt or a text is the user's.
+    """Read a row in one of mlx-lm's formats as messages.
+
+    A prompt or a text is the user's, and a completion is the answer to a prompt.
 
     Raises:
         IFPError: what is wrong with the row, without where it stands.
@@ -45,7 +47,10 @@ def row_messages(row: dict[str, Any]) -> list[Message]:
     if not row.get("messages"):
         for name in ("prompt", "text"):
             if isinstance(row.get(name), str):
-                return read_messages([{"role": "user", "content": row[name]}])
+                said = [{"role": "user", "content": row[name]}]
+                if name == "prompt" and row.get("completion") is not None:
+                    said.append({"role": "assistant", "content": row["completion"]})
+                return read_messages(said)
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise IFPError("a row has messages, a list that is not empty, or a string: prompt or text.")

@@ -17,8 +17,8 @@ from ..choices import STAGES
 from ..errors import IFPError
 from ..files.jsonl import read_jsonl
 from ..llm.messages import Message, read_messages
+from ..llm.row_tokens import row_tokens
 from ..selectors.text import selecting_text, selector_tokens
-from .row_tokens import row_tokens
 
 SPLITS = ("train", "valid", "test")
 

@@ -5,8 +5,8 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import IFPError, reason_of
-from ..llm.messages import Message
-from ..llm.prompt import common_prefix
+from .messages import Message
+from .prompt import common_prefix
 
 
 def row_tokens(

@@ -4,7 +4,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ifp.errors import IFPError
-from mlx_ifp.tuner.row_tokens import row_tokens
+from mlx_ifp.llm.row_tokens import row_tokens
 
 from ..conftest import tiny_tokenizer
 
