@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import save_config
 from tqdm import tqdm
 
@@ -23,6 +24,8 @@ from mlx_ifp.checkpoint.precision import Precisions
 from mlx_ifp.checkpoint.tokenizers import load_tokenizer_of
 from mlx_ifp.errors import IFPError, one_line
 from mlx_ifp.files.atomic import new_directory, without_path
+from mlx_ifp.selection.by_layer import check_by_layer
+from mlx_ifp.selection.keep import per_layer
 
 from .calibrate import calibrate as order_channels
 from .dense import load_dense
@@ -30,6 +33,7 @@ from .layouts import CHECKPOINT, TRAINED, detect_layout
 from .layouts.parts import Given
 from .layouts.split import is_split
 from .plan import Plan, plan_dense
+from .prior import PROMPTS, SECONDS, TooSlow, add_prior
 from .prompts import add_static_scores, read_prompts
 from .report import REPORT_FILE, print_dry_run, print_missing, print_report, report_of
 from .requantize import plan_requantized
@@ -89,6 +93,8 @@ def carry_out(request: ConversionRequest) -> Path:
         for file in (request.static_prompts, request.calibrate)
     )
     precisions = request.precisions()
+    if request.prior and static is not None:
+        raise IFPError("--prior and --static-prompts exclude each other: both make static scores.")
     if request.dry_run:
         if path.exists():
             raise IFPError(f"{path} already exists. Delete it or name another path.")
@@ -96,15 +102,16 @@ def carry_out(request: ConversionRequest) -> Path:
         return path
     with new_directory(path) as directory, without_path(directory, f"{request.model}"):
         plan = _plan(request, precisions, directory)
+        _set_by_layer(request, plan)
         report = report_of(plan)
         _write(plan, directory, path)
         # Static prompts are used only with a dense model, which always has a tokenizer.
         if static is not None and plan.tokenizer is not None:
             add_static_scores(directory, plan.ifp, plan.tokenizer, static)
+        if request.prior is not False and request.prior != 0:
+            _add_prior(request, plan, directory)
         if calibration is not None:
-            options = {"trust_remote_code": request.trust_remote_code}
-            tokenizer = plan.tokenizer or load_tokenizer_of(open_checkpoint(directory), options)
-            order_channels(directory, tokenizer, calibration)
+            order_channels(directory, _tokenizer(request, plan, directory), calibration)
         # A checkpoint's own report is copied, because it tells where its tensors are from.
         if not (directory / REPORT_FILE).exists():
             (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
@@ -116,6 +123,45 @@ def carry_out(request: ConversionRequest) -> Path:
         base_model = None if Path(request.model).exists() else request.model
         upload_checkpoint(path, request.upload_repo, base_model=base_model)
     return path
+
+
+def _set_by_layer(request: ConversionRequest, plan: Plan) -> None:
+    """Raises IFPError if k cannot differ by layer, but shall."""
+    if request.keep_by_layer is not None:
+        plan.ifp.keep_by_layer = request.keep_by_layer
+    if plan.ifp.keep_by_layer:
+        check_by_layer(per_layer(plan.ifp.k, plan.layers), plan.d_ffn)
+
+
+def _tokenizer(request: ConversionRequest, plan: Plan, directory: Path) -> TokenizerWrapper:
+    options = {"trust_remote_code": request.trust_remote_code}
+    return plan.tokenizer or load_tokenizer_of(open_checkpoint(directory), options)
+
+
+def _add_prior(request: ConversionRequest, plan: Plan, directory: Path) -> None:
+    """Add a prior; one that nobody asked for may fail, and the user is told why."""
+    if request.prior is not None:
+        count = PROMPTS if request.prior is True else request.prior
+        try:
+            note = add_prior(directory, _tokenizer(request, plan, directory), count)
+        except IFPError as error:
+            raise IFPError(f"No prior can be made: {error}") from error
+        plan.notes.append(note)
+        return
+    tokenizer = plan.tokenizer
+    wanted = plan.layout == "dense" and request.static_prompts is None
+    if not wanted or tokenizer is None or not tokenizer.has_chat_template:
+        return
+    try:
+        plan.notes.append(add_prior(directory, tokenizer, PROMPTS, SECONDS))
+    except TooSlow as error:
+        plan.notes.append(
+            f"There is no prior, which would let the selector glass choose better channels: "
+            f"{error} To make it all the same: mlx_ifp.convert --model {request.mlx_path} "
+            f"--mlx-path {request.mlx_path}-prior --prior"
+        )
+    except IFPError as error:
+        plan.notes.append(f"There is no prior for the selector glass: {error}")
 
 
 def _plan(request: ConversionRequest, precisions: Precisions, scratch: Path | None) -> Plan:

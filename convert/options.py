@@ -4,7 +4,13 @@ import argparse
 
 from mlx_ifp.checkpoint.config import TEXT_FORMATS
 from mlx_ifp.choices import DTYPES, LAYOUTS, QUANTIZATION_MODES, RECIPES
-from mlx_ifp.cli.flags import add_trust_option, new_parser, parse_keep
+from mlx_ifp.cli.flags import (
+    add_by_layer_option,
+    add_trust_option,
+    new_parser,
+    parse_count,
+    parse_keep,
+)
 from mlx_ifp.selection.keep import DEFAULT_KEEP
 
 EXAMPLES = """examples:
@@ -43,6 +49,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="FFN channels to keep in each layer (default: what the checkpoint was trained for; "
         f"{DEFAULT_KEEP} for a dense model)",
     )
+    add_by_layer_option(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="Print what would be done; write nothing"
     )
@@ -57,6 +64,19 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--static-prompts",
         metavar="FILE",
         help="Prompts, one a line or jsonl, whose mean scores the 'static' selector uses",
+    )
+    prior = parser.add_mutually_exclusive_group()
+    prior.add_argument(
+        "--prior",
+        nargs="?",
+        type=parse_count,
+        const=True,
+        metavar="N",
+        help="Let the model make up N prompts (default: 64) and answer them, for the scores of the "
+        "selectors 'static' and 'glass' (default: for a dense chat model, if that is quick)",
+    )
+    prior.add_argument(
+        "--no-prior", dest="prior", action="store_const", const=0, help="Make no such scores"
     )
     parser.add_argument(
         "--calibrate",

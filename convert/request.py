@@ -35,6 +35,12 @@ class ConversionRequest:
             has a template.
         static_prompts: a text or jsonl file of prompts; their mean ``activations`` scores become
             the scores of the ``static`` selector.
+        prior: how many prompts the model makes up itself; its answers to them give the scores of
+            the selectors ``static`` and ``glass``, and an untrained checkpoint then uses ``glass``.
+            True takes the usual number, 0 or False makes no prior, and None makes one of a dense
+            model if that is quick.
+        keep_by_layer: let one threshold over all layers say how many channels each keeps, with k as
+            their mean; None keeps what a checkpoint says.
         calibrate: a text or jsonl file of prompts; the channels that the checkpoint's selector
             selects together for them are stored side by side.
         upload_repo: a hub repository to upload the checkpoint to.
@@ -64,6 +70,8 @@ class ConversionRequest:
     predictor_tokenizer: str | None = None
     text_format: str | None = None
     static_prompts: str | Path | None = None
+    prior: bool | int | None = False
+    keep_by_layer: bool | None = None
     calibrate: str | Path | None = None
     upload_repo: str | None = None
     dry_run: bool = False

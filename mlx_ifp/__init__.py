@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from .errors import IFPError
     from .generation.stream import generate, stream_generate
     from .llm.kv_cache import KVSettings
-    from .model import IFPModel, load
+    from .model import IFPModel
+    from .opening import load
     from .selection.selection import Selection
 
 __all__ = [
@@ -27,7 +28,7 @@ _HOMES = {
     "KVSettings": "llm.kv_cache",
     "Selection": "selection.selection",
     "generate": "generation.stream",
-    "load": "model",
+    "load": "opening",
     "stream_generate": "generation.stream",
 }
 

@@ -13,6 +13,11 @@ DTYPES = ("float16", "bfloat16", "float32")
 # The layouts that the converter reads.
 LAYOUTS = ("split", "module", "manifest", "dense")
 
+# What scores channels: a trained predictor, the prompt's activations, stored scores, or these two.
+SELECTORS = ("predictor", "activations", "static", "glass")
+# What of the activations counts; mlx_ifp/dense_pass/statistics.py defines each.
+STATISTICS = ("griffin", "norm", "probe")
+
 # Who reads the prompt: the whole model, or the sub-network that answers.
 PREFILLS = ("dense", "pruned")
 

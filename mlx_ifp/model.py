@@ -2,21 +2,21 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint.directory import Checkpoint, open_checkpoint
-from .checkpoint.locate import resolve
-from .checkpoint.tokenizers import load_tokenizer_of
+from .checkpoint.directory import Checkpoint
 from .checkpoint.weights import load_trunk
 from .dense_pass.prefill import RunDense
-from .device import default_cache_bytes, default_dtype
+from .device import default_cache_bytes
 from .errors import IFPError
+from .llm.context import context_length
 from .llm.kv_cache import Generation, KVSettings
 from .llm.prompt import Text
 from .memory.budget import Estimator, Use
@@ -27,20 +27,29 @@ from .selection.disk_cache import SelectionCache
 from .selection.keep import Keep, compact
 from .selection.selection import Selection
 from .selection.task_library import TaskLibrary
+from .selectors.examples import (
+    MAX_TOKENS,
+    Example,
+    ExampleScores,
+    examples_of,
+    score_examples,
+    with_answers,
+)
 from .selectors.predictor import Predictor
+from .selectors.scoring import Scoring
 from .selectors.selector import Selector, resolved_keep
 from .subnetwork.cache import SubnetworkCache
 from .subnetwork.channels import ChannelReader
 from .subnetwork.parent import Parent
 from .subnetwork.prepared import Chosen, Prepared
-from .subnetwork.reuse import Reuse, check_overlap
+from .subnetwork.reuse import Reuse
 from .subnetwork.store import Loaded, SubnetworkStore
 
 
 class IFPModel:
     """A checkpoint in use: its trunk is in memory, sub-networks are made as texts ask for them.
 
-    :func:`load` makes it. Thread-safe.
+    :func:`~mlx_ifp.opening.load` makes it. Thread-safe.
 
     Attributes:
         checkpoint: what was opened.
@@ -64,6 +73,7 @@ class IFPModel:
         dtype: mx.Dtype | None,
         keep: Keep | None = None,
         selector: str | None = None,
+        scoring: Scoring | None = None,
         cache_bytes: int | None = None,
         selection_cache: SelectionCache | None = None,
         tokenizer_config: dict[str, Any] | None = None,
@@ -92,6 +102,7 @@ class IFPModel:
             tokenizer,
             keep=keep,
             default=default,
+            scoring=scoring,
             on_disk=selection_cache,
             tokenizer_config=tokenizer_config,
             # These are no methods of this object, because a cycle of references would keep its
@@ -160,28 +171,93 @@ class IFPModel:
         """The tokenizer that a selector reads with; None for the default selector."""
         return self.text_selector.tokenizer(selector)
 
-    def scores(self, text: Text, *, selector: str | None = None) -> mx.array:
+    def scores(
+        self, text: Text, *, selector: str | None = None, prior: np.ndarray | None = None
+    ) -> mx.array:
         """Channel scores of a text, float32 [L, d_ffn]: see :meth:`Selector.scores`."""
-        return self.text_selector.scores(text, selector=selector)
+        return self.text_selector.scores(text, selector=selector, prior=prior)
 
     def select(
-        self, text: Text, *, selector: str | None = None, keep: Keep | None = None
+        self,
+        text: Text | None = None,
+        *,
+        examples: Iterable[dict[str, Any]] | ExampleScores | None = None,
+        selector: str | None = None,
+        keep: Keep | None = None,
+        prior: np.ndarray | None = None,
     ) -> Selection:
-        """The selection of a text, from the caches if it was made before.
+        """The selection of a text, from the caches if it was made before, or that of examples.
 
         Args:
             text: a prompt or a task, or token ids of the selector's own tokenizer.
+            examples: of a task, instead of a text: see :meth:`score_examples`, whose result may
+                stand here, too, so that several k need one run.
             selector (str): None for the default.
             keep: channels to keep; None for the checkpoint's k.
+            prior (array): float32 [L, d_ffn], what ``glass`` blends with the text instead of the
+                checkpoint's prior, such as the ``scores`` of examples.
+
+        Raises:
+            IFPError: if both or neither of text and examples are given, or one cannot be used.
         """
-        return self.text_selector.select(text, selector=selector, keep=keep)
+        if (text is None) == (examples is None):
+            raise IFPError("Give either a text or examples to select by.")
+        if examples is not None:
+            if not isinstance(examples, ExampleScores):
+                examples = self.score_examples(examples)
+            return self.text_selector.of_scores(mx.array(examples.scores), keep)
+        assert text is not None
+        return self.text_selector.select(text, selector=selector, keep=keep, prior=prior)
+
+    def score_examples(
+        self,
+        examples: Iterable[dict[str, Any] | Example],
+        *,
+        max_tokens: int = MAX_TOKENS,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> ExampleScores:
+        """Score channels by what the dense model's do while it answers examples of a task.
+
+        Answers that are missing are written by the dense model, greedily. It is in memory for that
+        if there is room; if not, its FFNs are read anew for each token.
+
+        Args:
+            examples: rows as in training data: ``messages``, or ``prompt`` and ``completion``,
+                where the answer may be missing.
+            max_tokens (int): the most tokens of an answer that is written.
+            progress (Callable): called with the number of answers that were written.
+
+        Raises:
+            IFPError: naming the first example that cannot be used, and why.
+        """
+        limit = context_length(self.checkpoint.config)
+        given = examples_of(examples, self.tokenizer, limit)
+        if self.memory is not None:
+            self.memory.before_selecting("activations", max(len(each.tokens) for each in given))
+        roomy = self.memory is None and self.reader.nbytes <= self.networks.max_bytes
+        missing = sum(each.answer[0] == each.answer[1] for each in given)
+        complete = with_answers(
+            self.parent,
+            given,
+            set(self.tokenizer.eos_token_ids),
+            max_tokens=max_tokens,
+            network=self.dense() if missing and roomy else None,
+            progress=progress,
+        )
+        return score_examples(
+            self.parent, complete, self.text_selector.scoring.statistic, written=missing
+        )
 
     def selection_key(
-        self, text: Text, selector: str | None = None, keep: Keep | None = None
+        self,
+        text: Text,
+        selector: str | None = None,
+        keep: Keep | None = None,
+        prior: np.ndarray | None = None,
     ) -> str:
         """What names a text's selection on disk: see :meth:`Selector.key`."""
         ks = None if keep is None else resolved_keep(self.checkpoint, keep)
-        return self.text_selector.key(text, selector, ks)
+        return self.text_selector.key(text, selector, ks, prior)
 
     # Selection -> network.
 
@@ -218,17 +294,20 @@ class IFPModel:
         dense: bool = False,
         selector: str | None = None,
         keep: Keep | None = None,
+        prior: np.ndarray | None = None,
     ) -> Prepared:
         """Select and load: :meth:`choose`, then :meth:`load`.
 
         Args:
-            text, selection, dense, selector, keep: as for :meth:`choose`.
+            text, selection, dense, selector, keep, prior: as for :meth:`choose`.
 
         Raises:
             IFPError: what these two raise.
         """
         return self.load(
-            self.choose(text, selection=selection, dense=dense, selector=selector, keep=keep)
+            self.choose(
+                text, selection=selection, dense=dense, selector=selector, keep=keep, prior=prior
+            )
         )
 
     def choose(
@@ -239,6 +318,7 @@ class IFPModel:
         dense: bool = False,
         selector: str | None = None,
         keep: Keep | None = None,
+        prior: np.ndarray | None = None,
         run_dense: RunDense | None = None,
     ) -> Chosen:
         """Select, but load nothing.
@@ -249,6 +329,7 @@ class IFPModel:
             dense (bool): use all channels.
             selector (str): None for the default.
             keep: channels to keep; None for the checkpoint's k.
+            prior (array): as for :meth:`select`.
             run_dense (Callable): see :meth:`Selector.scores`.
 
         Raises:
@@ -259,7 +340,7 @@ class IFPModel:
         if text is None:
             raise IFPError("Nothing selects: give a text, a selection, or dense=True.")
         start, overlap = time.perf_counter(), None
-        selection, source = self.text_selector.find(text, selector, keep, run_dense)
+        selection, source = self.text_selector.find(text, selector, keep, run_dense, prior=prior)
         seconds = time.perf_counter() - start
         # A selection that is given never has a stand-in.
         if self.reuse is not None:
@@ -315,78 +396,3 @@ class IFPModel:
         """
         with contextlib.nullcontext() if prepared is None else self.using(prepared):
             return self.warm.warm(prepared, tokens, settings, **kwargs)
-
-
-def open_model(
-    path_or_hf_repo: str | Path | None = None,
-    tokenizer_config: dict[str, Any] | None = None,
-    revision: str | None = None,
-) -> tuple[Checkpoint, TokenizerWrapper]:
-    """The first half of :func:`load`: configs, headers and tokenizer, but no weights."""
-    checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
-    return checkpoint, load_tokenizer_of(checkpoint, tokenizer_config)
-
-
-def load(
-    path_or_hf_repo: str | Path | None = None,
-    tokenizer_config: dict[str, Any] | None = None,
-    *,
-    revision: str | None = None,
-    dtype: mx.Dtype | None = None,
-    keep: Keep | None = None,
-    selector: str | None = None,
-    cache: bool = True,
-    cache_dir: str | Path | None = None,
-    cache_bytes: int | None = None,
-    reuse_overlap: float | None = None,
-    memory_limit: int | None = None,
-) -> tuple[IFPModel, TokenizerWrapper]:
-    """Load a checkpoint: its trunk and tokenizer, but no FFN and no predictor yet.
-
-    Args:
-        path_or_hf_repo: a local directory or a hub repository; None takes the package's own model.
-        tokenizer_config (dict): passed to the tokenizer, as in mlx-lm.
-        revision (str): of a hub repository.
-        dtype (mx.Dtype): run in this type. The default is float32 on a CPU, and on a GPU the type
-            of the stored weights.
-        keep: channels to keep in each layer: a count, a list of L counts, or a fraction (float).
-            The default is what the checkpoint says.
-        selector (str): ``predictor``, ``activations`` or ``static``. The default is what the
-            checkpoint says.
-        cache (bool): keep selections on disk.
-        cache_dir: where they are kept, with named tasks beside them. The default is the
-            platform's place for caches.
-        cache_bytes (int): bound of the sub-networks kept in memory. The default is half of the
-            memory that MLX may use.
-        reuse_overlap (float): above 0, at most 1. If a text's selection overlaps that much (mean
-            over layers) with one whose sub-network is in memory, ``prepare`` and ``generate`` use
-            that sub-network and load nothing. ``select`` and ``subnetwork`` stay exact. None turns
-            this off.
-        memory_limit (int): bytes that trunk, predictor, sub-networks, keys and values may take
-            together. Sub-networks get what the rest leaves. The predictor only stays in memory if
-            there is room. One generation at a time is counted.
-
-    Returns:
-        tuple: the model, and the LLM's tokenizer.
-
-    Raises:
-        IFPError: one line that says what is wrong with the checkpoint or an argument, or what
-            does not fit ``memory_limit``.
-    """
-    if reuse_overlap is not None:
-        check_overlap(reuse_overlap)
-    checkpoint, tokenizer = open_model(path_or_hf_repo, tokenizer_config, revision)
-    model = IFPModel(
-        checkpoint,
-        tokenizer,
-        dtype=dtype if dtype is not None else default_dtype(),
-        keep=keep,
-        selector=selector,
-        cache_bytes=cache_bytes,
-        selection_cache=SelectionCache(cache_dir) if cache else None,
-        tokenizer_config=tokenizer_config,
-        task_library=TaskLibrary(checkpoint, cache_dir),
-        reuse_overlap=reuse_overlap,
-        memory_limit=memory_limit,
-    )
-    return model, tokenizer

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, save_config
 from transformers import CONFIG_MAPPING
 
@@ -23,6 +24,7 @@ from mlx_ifp.commands.train.command import train
 from mlx_ifp.commands.train.given import options_of
 from mlx_ifp.convert import convert
 from mlx_ifp.convert.dense import dtype_of
+from mlx_ifp.dense_pass.layers import logits_of, pieces_of, run_layers
 from mlx_ifp.errors import IFPError
 from mlx_ifp.llm.build import build_model, complete
 from mlx_ifp.llm.ffn import find_ffns
@@ -131,6 +133,13 @@ def test_every_architecture_works_or_is_refused_in_a_line(config, tokenizer, row
     source, _ = load_model(dense, model_config=mlx_config(config))
     tokens = mx.array([own.encode(TEXT)])
     assert mx.allclose(model.dense()(tokens), source(tokens), atol=1e-4)
+    # The dense model layer by layer, in two pieces: its logits, and the keys and values it leaves.
+    cache, expected = make_prompt_cache(source), make_prompt_cache(source)
+    last = run_layers(model.parent, pieces_of(tokens[0], cache, tokens.size // 2 + 1)).hidden[-1]
+    wanted = source(tokens, cache=expected)[:, -last.shape[1] :]
+    assert mx.allclose(logits_of(model.parent, last), wanted, atol=1e-4)
+    following = [source(tokens[:, :1], cache=filled) for filled in (cache, expected)]
+    assert mx.allclose(*following, atol=1e-4)
     # The sub-network, the model of its export, and its body with its output layer are one.
     expected = model.subnetwork(model.select(TEXT))(tokens)
     export(checkpoint, own, tmp_path / "export", model.select(TEXT))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..choices import PREFILLS
+from ..choices import PREFILLS, SELECTORS
 from ..errors import one_line
 
 OPERATORS = ("topk", "sigmoid", "capped_exp")
@@ -15,7 +15,6 @@ CONFIG_FILE = "ifp_config.json"
 FORMAT_VERSION = 2
 # Fields that came with version 2 have defaults.
 READABLE_VERSIONS = (1, 2)
-SELECTORS = ("predictor", "activations", "static")
 ACTIVATIONS = ("none", "gelu", "relu", "leaky_relu", "silu")
 FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
@@ -124,6 +123,9 @@ class IFPConfig:
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
             each row is.
+        blend: the weight of the prompt's ranks in ``glass``, 0 to 1; the rest is the prior's.
+        keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
+            ``k`` as their mean.
         prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
             suits the selector.
     """
@@ -135,6 +137,8 @@ class IFPConfig:
     head: HeadConfig | None = None
     predictor_embedding: str = "own"
     channel_order: str = "original"
+    blend: float = 0.5
+    keep_by_layer: bool = False
     prefill: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -196,6 +200,8 @@ class IFPConfig:
             self.head.check()
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
         _one_of("channel_order", self.channel_order, ORDERS)
+        _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
+        _require(isinstance(self.keep_by_layer, bool), "keep_by_layer must be true or false")
         _require(
             self.prefill is None or self.prefill in PREFILLS,
             f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",

@@ -84,7 +84,8 @@ class Checkpoint:
     @property
     def selectors(self) -> list[str]:
         """The selectors this checkpoint can be used with."""
-        return ["predictor"] * bool(self.head) + ["activations"] + ["static"] * bool(self.static)
+        stored = ["static", "glass"] if self.static else []
+        return ["predictor"] * bool(self.head) + ["activations"] + stored
 
     def checked_selector(self, selector: str) -> str:
         """Return the selector, if the checkpoint has it.
@@ -92,6 +93,11 @@ class Checkpoint:
         Raises:
             IFPError: if it does not.
         """
+        if selector == "glass" and not self.static:
+            raise IFPError(
+                f"{self.path} has no prior, which the selector 'glass' needs; convert it with "
+                "--prior, or name a task from examples."
+            )
         if selector not in self.selectors:
             raise IFPError(
                 f"{self.path} has no selector {selector!r}; it has: {', '.join(self.selectors)}."
@@ -136,7 +142,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         predictor_rows = token_rows(backbone)
         _check_head(path, ifp.head, predictor_config, ffns, files.get(HEAD_FILE, {}))
     static = files.get(STATIC_FILE, {})
-    if static or ifp.selector == "static":
+    if static or ifp.selector in ("static", "glass"):
         check_tensors(
             path / STATIC_FILE, static, {"scores": ((len(ffns), ffns[0].d_ffn), ("F32",))}
         )

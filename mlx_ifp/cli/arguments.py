@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -20,11 +22,13 @@ from ..llm.prompt import Text
 from ..memory.advice import check
 from ..memory.budget import Estimator, Use
 from ..memory.table import table
-from ..model import IFPModel, open_model
+from ..model import IFPModel
+from ..opening import open_model
 from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
 from ..selection.selection import Selection
-from ..selection.task_library import Task, TaskLibrary
+from ..selection.task_library import EXAMPLES, Task, TaskLibrary
+from ..selectors.scoring import Scoring, norms_for, select
 from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text, selector_tokens
 
@@ -100,7 +104,8 @@ def use_of(
     if request.selection is not None:
         ks = request.selection.ks
         return Use(ks, generation, networks=networks, dense_prefill=dense_prefill)
-    selector = checkpoint.checked_selector(selector)
+    if request.prior is None:
+        checkpoint.checked_selector(selector)
     if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
     text: Text | None = request.task
@@ -124,16 +129,25 @@ def task_of(args: argparse.Namespace) -> str | None:
     return read_text(args.task_file)
 
 
-def check_given(args: argparse.Namespace) -> None:
+def check_given(args: argparse.Namespace, *, has_prompt: bool = False) -> None:
     """Raises IFPError if options contradict a selection that is given, or none can be saved.
 
     It is to be called before anything is loaded. A command need not have all of these options.
+
+    Args:
+        args: the options.
+        has_prompt (bool): whether there is a prompt, which glass can blend with a named task.
     """
     for given in ("selection", "task_name", "dense"):
-        for name in ("keep", "selector"):
-            # A selection has its channels already, so nothing is scored or counted.
-            if getattr(args, given, None) and getattr(args, name) is not None:
-                raise IFPError(f"--{given.replace('_', '-')} and --{name} exclude each other.")
+        for name in ("keep", "keep_by_layer", "selector"):
+            # A selection has its channels already, so nothing is scored or counted. A task from
+            # examples has scores, too.
+            if not getattr(args, given, None) or getattr(args, name) is None:
+                continue
+            if given == "task_name" and (name != "selector" or _blends_task(args, has_prompt)):
+                continue
+            flags = (f"--{each.replace('_', '-')}" for each in (given, name))
+            raise IFPError(f"{' and '.join(flags)} exclude each other.")
     if getattr(args, "save_selection", None) is not None:
         if getattr(args, "dense", False):
             raise IFPError("--dense selects nothing to save.")
@@ -141,17 +155,92 @@ def check_given(args: argparse.Namespace) -> None:
 
 
 def named_task(args: argparse.Namespace, checkpoint: Checkpoint) -> Task:
-    """The task that ``--task-name`` names."""
-    return TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
+    """The task that ``--task-name`` names, with as many channels as the options ask for.
+
+    Raises:
+        IFPError: if there is none of this name, or it has no scores for another k.
+    """
+    task = TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
+    if args.keep is None and args.keep_by_layer is None:
+        return task
+    ks = task.selection.ks if args.keep is None else resolved_keep(checkpoint, args.keep)
+    by_layer = Scoring.of(checkpoint, by_layer=args.keep_by_layer).by_layer
+    if args.keep is None:
+        # The task's k may differ by layer; the new one has the same mean.
+        ks = [sum(ks) // len(ks)] * len(ks)
+    selection = select(
+        checkpoint,
+        mx.array(_scores_of(task)),
+        ks,
+        by_layer=by_layer,
+        norms=norms_for(checkpoint, "activations", task.statistic),
+    )
+    return replace(task, selection=selection)
+
+
+def _blends_task(args: argparse.Namespace, has_prompt: bool = True) -> bool:
+    """Whether glass blends a named task with the prompt, which selects then."""
+    return has_prompt and args.task_name is not None and args.selector == "glass"
+
+
+def glass_of(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a request blends ``--task-name`` with the prompt; empty without ``--selector glass``.
+
+    Raises:
+        IFPError: if the task has no scores.
+    """
+    if not _blends_task(args):
+        return {}
+    return {
+        "selector": "glass",
+        "keep": args.keep,
+        "prior": _scores_of(TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)),
+    }
+
+
+def note_prefill(args: argparse.Namespace, checkpoint: Checkpoint, prefill: str) -> None:
+    """Tell the user if ``--task-name`` was chosen for answers only, but reads the prompt, too.
+
+    Args:
+        args: the options.
+        checkpoint (Checkpoint): what they name.
+        prefill (str): who reads the prompt, ``dense`` or ``pruned``.
+    """
+    if args.task_name is None or prefill == "dense" or _blends_task(args):
+        return
+    task = TaskLibrary(checkpoint, args.cache_dir).load(args.task_name)
+    if task.selector == EXAMPLES:
+        print(
+            f"[INFO] The channels of the task {task.name!r} were chosen for answers only, and "
+            "here they read the prompt, too; --prefill dense suits them better.",
+            file=sys.stderr,
+        )
+
+
+def _scores_of(task: Task) -> np.ndarray:
+    if task.scores is None:
+        raise IFPError(
+            f"The task {task.name!r} was not made from examples, so it has its channels and no "
+            "scores: --keep, --keep-by-layer and --selector need a task of "
+            "mlx_ifp.tasks add --examples."
+        )
+    return task.scores
 
 
 def given_selection(args: argparse.Namespace, checkpoint: Checkpoint) -> Selection | None:
     """The selection of ``--selection`` or ``--task-name``; None if a text selects."""
+    if _blends_task(args):
+        return None
     if args.task_name is not None:
         return named_task(args, checkpoint).selection
     if args.selection is not None:
         return load_selection(args.selection, checkpoint.digest)
     return None
+
+
+def scoring_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Scoring:
+    """How the options of :func:`~mlx_ifp.cli.flags.add_model_options` let channels be scored."""
+    return Scoring.of(checkpoint, args.statistic, args.blend, args.keep_by_layer)
 
 
 def _tokenizer_config(args: argparse.Namespace) -> dict[str, bool]:
@@ -191,7 +280,9 @@ def load_model(
         tokenizer,
         dtype=dtype,
         keep=args.keep,
-        selector=args.selector,
+        # With a task's scores glass needs no prior of the checkpoint, and the request names it.
+        selector=None if getattr(args, "task_name", None) is not None else args.selector,
+        scoring=scoring_of(args, checkpoint),
         selection_cache=None if args.no_cache else SelectionCache(args.cache_dir),
         tokenizer_config=_tokenizer_config(args),
         task_library=TaskLibrary(checkpoint, args.cache_dir),

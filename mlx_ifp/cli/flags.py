@@ -5,8 +5,8 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from ..checkpoint.config import SELECTORS, TEXT_SOURCES
-from ..choices import DTYPES, PREFILLS, Q_BITS, Q_GROUP_SIZES
+from ..checkpoint.config import TEXT_SOURCES
+from ..choices import DTYPES, PREFILLS, Q_BITS, Q_GROUP_SIZES, SELECTORS, STATISTICS
 from ..selection.keep import Keep
 
 _SIZES = {"": 1, "M": 10**6, "G": 10**9}
@@ -29,6 +29,17 @@ def parse_keep(text: str) -> Keep:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no count such as 768, fraction such as 0.5, or list of counts"
         ) from None
+
+
+def parse_share(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return share
 
 
 def parse_seed(text: str) -> int:
@@ -121,9 +132,34 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="K|FRACTION",
         help="FFN channels to keep in each layer (default: what the checkpoint says)",
     )
+    add_by_layer_option(group)
     group.add_argument("--selector", choices=SELECTORS, help="What scores the channels")
     group.add_argument(
+        "--statistic",
+        choices=STATISTICS,
+        help="What of the activations counts, for activations, glass and tasks from examples "
+        "(default: griffin)",
+    )
+    group.add_argument(
+        "--blend",
+        type=parse_share,
+        metavar="SHARE",
+        help="The prompt's weight in the selector glass, 0 to 1; the rest is the prior's, or that "
+        "of the task from examples (default: what the checkpoint says, usually 0.5)",
+    )
+    group.add_argument(
         "--no-cache", action="store_true", help="Neither read nor write selections on disk"
+    )
+
+
+def add_by_layer_option(group: argparse._ActionsContainer) -> None:
+    """Add the flag that lets one threshold decide how many channels each layer keeps."""
+    group.add_argument(
+        "--keep-by-layer",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Let one threshold over all layers say how many channels each keeps; their mean is "
+        "--keep (default: what the checkpoint says, usually not)",
     )
 
 

@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from ..choices import WAYS
 from ..errors import IFPError
 from ..llm.messages import Message
+from ..lru import LRU
 from ..model import IFPModel
 from ..selection.keep import Keep
 from ..selection.selection import Selection
 from ..selectors.text import selecting_text
+
+_REMEMBERED_SCORES = 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Selections:
         self, model: IFPModel, texts: Mapping[str, str] | None = None, task: str | None = None
     ) -> None:
         self._model, self._texts, self._task = model, dict(texts or {}), task
-        self._made: dict[tuple[str, str | None, str], Selection] = {}
+        self._made: dict[tuple[str, str, str | None, str], Selection] = {}
+        self._scores: LRU[tuple[str, str | None], mx.array] = LRU(_REMEMBERED_SCORES)
 
     def find(
         self, way: Way, keep: Keep | None, messages: list[Message], task: str
@@ -79,7 +85,8 @@ class Selections:
 
         Args:
             way (Way): what selects.
-            keep: channels to keep; None for the checkpoint's k.
+            keep: channels to keep; None for the checkpoint's k, or a saved task's own. A saved task
+                without scores has its own in any case.
             messages (list): the prompt.
             task (str): the name of its task.
 
@@ -98,18 +105,37 @@ class Selections:
         elif way.by == "static":
             # A static selection is the same for every text.
             text, selector = "static", "static"
-        key = (f"{way.name}" if way.by == "named" else text, selector, f"{way.by}{keep}")
+        key = (way.by, way.name or text, selector, f"{keep}")
         if key not in self._made:
-            self._made[key] = (
-                self._named(way, keep)
-                if way.by == "named"
-                else self._model.select(text, selector=selector, keep=keep)
-            )
+            if way.name is not None:
+                self._made[key] = self._named(way.name, keep)
+            else:
+                self._made[key] = self._of_text(text, selector, keep)
         return self._made[key]
 
-    def _named(self, way: Way, keep: Keep | None) -> Selection:
-        assert way.name is not None  # a way by name has one
-        return self._model.tasks.load(way.name).selection
+    def _named(self, name: str, keep: Keep | None) -> Selection:
+        task = self._model.tasks.load(name)
+        if keep is None or task.scores is None:
+            return task.selection
+        return self._model.text_selector.of_scores(mx.array(task.scores), keep)
+
+    def _of_text(self, text: str, selector: str | None, keep: Keep | None) -> Selection:
+        """The selection of a text, as the model gives it; several k need its scores only once."""
+        model, on_disk = self._model, self._model.selections
+        key = model.selection_key(text, selector, keep)
+        if on_disk is not None:
+            found = on_disk.load(model.checkpoint.digest, key)
+            if found is not None:
+                return found
+        scores, _ = self._scores.get_or_make(
+            (text, selector), lambda: (model.scores(text, selector=selector), 1)
+        )
+        name = selector or model.selector
+        selection = model.text_selector.of_scores(scores, keep, name)
+        if on_disk is not None:
+            metadata = {"selector": name, "model": str(model.checkpoint.path), "k": selection.k}
+            on_disk.store(key, selection, metadata)
+        return selection
 
     def description(self, task: str) -> str:
         """The text that describes a task.

@@ -113,6 +113,7 @@ class Conversation:
         chosen_by = (
             text,
             given,
+            None if request.prior is None else request.prior.tobytes(),
             request.dense,
             request.selector,
             request.keep,

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.directory import Checkpoint
@@ -41,8 +42,10 @@ class Request:
             says.
         selection: use this one.
         dense: use the whole model.
-        selector: ``predictor``, ``activations`` or ``static``; None for the default.
+        selector: ``predictor``, ``activations``, ``static`` or ``glass``; None for the default.
         keep: channels to keep in each layer, instead of the checkpoint's k.
+        prior: float32 [L, d_ffn], what ``glass`` blends with the text that selects instead of the
+            checkpoint's prior, such as the ``scores`` of a named task.
         chat_template_kwargs: arguments for the chat template.
         ignore_chat_template: of messages only what the user says first is the prompt, as it is.
         to_be_continued: the last message has no end: a later prompt goes on in it.
@@ -62,6 +65,7 @@ class Request:
     dense: bool = False
     selector: str | None = None
     keep: Keep | None = None
+    prior: np.ndarray | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     ignore_chat_template: bool = False
     to_be_continued: bool = False

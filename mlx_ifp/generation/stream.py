@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -66,6 +67,7 @@ class Answer:
         self._model, self._tokenizer = model, tokenizer
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
+        self._dense_prompt: DensePrompt | None = None
         self._prefilled: Prefilled | None = None
         self.tokens = request.encode(tokenizer)
         check_length(model, tokenizer, request, self.tokens)
@@ -73,14 +75,10 @@ class Answer:
         self.text = request.selecting_text(model, tokenizer)
         self._leave_room()
         self._draft_model = draft_model_of(request, model.trunk, tokenizer)
-        self._dense_prompt = self._begin_dense()
         self._prompt_cache = self._load_prompt_cache()
-
-    def _begin_dense(self) -> DensePrompt | None:
-        if self.prefill != "dense":
-            return None
-        tokens = prompt_ids(self._tokenizer, self.tokens)
-        return DensePrompt(self._model, self.request, tokens, self._most_positions())
+        if self.prefill == "dense":
+            ids = prompt_ids(tokenizer, self.tokens)
+            self._dense_prompt = DensePrompt(model, request, ids, self._most_positions())
 
     @cached_property
     def _chosen(self) -> Chosen:
@@ -91,6 +89,7 @@ class Answer:
             dense=request.dense,
             selector=request.selector,
             keep=request.keep,
+            prior=request.prior,
             run_dense=None if dense_prompt is None else dense_prompt.run_dense,
         )
         # If that has read the prompt, it is the prefill's time.
@@ -299,6 +298,7 @@ def stream_generate(
     dense: bool = False,
     selector: str | None = None,
     keep: Keep | None = None,
+    prior: np.ndarray | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     ignore_chat_template: bool = False,
     warm: bool = False,
@@ -319,8 +319,10 @@ def stream_generate(
         task_from (str): ``"system"``: the system message is the task.
         selection (Selection): use this one.
         dense (bool): use the whole model.
-        selector (str): ``predictor``, ``activations`` or ``static``.
+        selector (str): ``predictor``, ``activations``, ``static`` or ``glass``.
         keep: channels to keep in each layer, instead of the checkpoint's k.
+        prior (array): float32 [L, d_ffn], what ``glass`` blends with the text that selects instead
+            of the checkpoint's prior, such as ``model.tasks.load("python").scores``.
         chat_template_kwargs (dict): arguments for the chat template.
         ignore_chat_template (bool): of messages only what the user says first is the prompt.
         warm (bool): keep the keys and values of what stands before the first user message, in
@@ -348,6 +350,7 @@ def stream_generate(
         dense,
         selector,
         keep,
+        prior,
         chat_template_kwargs or {},
         ignore_chat_template,
         warm=warm,

@@ -34,13 +34,13 @@ def build_model(config: dict[str, Any], quantized: set[str] | frozenset[str] = f
     try:
         with one_line(f"mlx-lm cannot build a model of type {model_type!r}"):
             model_class, args_class = _get_classes(config)
-            with _untouched_random_state():
+            with untouched_random_state():
                 # Some of mlx-lm's models change the config that they are given, so they get a copy.
                 model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except SystemExit as error:  # mlx-lm's olmo exits if its package is missing
         raise IFPError(f"mlx-lm cannot build a model of type {model_type!r} here.") from error
     if quantized:
-        with _untouched_random_state():
+        with untouched_random_state():
             nn.quantize(
                 model,
                 class_predicate=lambda path, _: (
@@ -94,7 +94,7 @@ def settle(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 @contextlib.contextmanager
-def _untouched_random_state() -> Iterator[None]:
+def untouched_random_state() -> Iterator[None]:
     """A new module draws random weights; the user's random state stays as it was."""
     state = random_state()
     try:

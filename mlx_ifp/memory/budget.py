@@ -52,7 +52,8 @@ class Budget:
     Attributes:
         trunk: all of the LLM but its FFN channels; always there.
         selector: what selects, or None.
-        selector_weights: bytes of the predictor, or of the one FFN that ``activations`` holds.
+        selector_weights: bytes of the predictor, or of the one FFN that the dense LLM holds while
+            it reads what selects.
         selector_kv: bytes of the selector's own keys and values.
         network: bytes of one sub-network's channels.
         networks: how many sub-networks are counted.
@@ -204,17 +205,19 @@ class Estimator:
         """Bytes that a selector needs while it runs: its weights, its keys and values.
 
         Args:
-            selector (str): ``predictor``, ``activations``, ``static``, or None for none.
+            selector (str): a name of :data:`~mlx_ifp.choices.SELECTORS`, or None for none.
             tokens (int): the number of tokens of the text that selects.
         """
         if selector is None:
             return 0, 0
+        stored = sum(map(self._nbytes, self.checkpoint.static.values()))
         if selector == "static":
-            return sum(map(self._nbytes, self.checkpoint.static.values())), 0
+            return stored, 0
         generation = Generation(tokens, prefill_step_size=PREFILL_STEP_SIZE)
         if selector == "predictor":
             return self.predictor, self.kv(generation, backbone=True, selector=True)
-        return self.largest_ffn, self.kv(generation, selector=True)
+        scores = stored if selector == "glass" else 0
+        return self.largest_ffn + scores, self.kv(generation, selector=True)
 
     @cached_property
     def largest_ffn(self) -> int:

@@ -17,7 +17,11 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
         what = "backbone and head" + ", embedding in the trunk" * shared
         rows.append(("predictor", what, budget.selector_weights))
     elif use.selector is not None:
-        what = {"activations": "one layer's FFN at a time", "static": "scores"}[use.selector]
+        what = {
+            "activations": "one layer's FFN at a time",
+            "static": "scores",
+            "glass": "one layer's FFN at a time, and scores",
+        }[use.selector]
         rows.append((use.selector, what, budget.selector_weights))
     if budget.selector_kv:
         what = f"its keys and values, {use.selector_tokens} positions"

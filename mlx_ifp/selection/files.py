@@ -18,11 +18,13 @@ def save_selection(
     selection: Selection,
     metadata: dict[str, str] | None = None,
     *,
+    scores: np.ndarray | None = None,
     overwrite: bool = True,
 ) -> None:
     """Write a selection to a safetensors file: one bit a channel, and the soft values.
 
-    The file is complete or not there at all. A file that exists is replaced.
+    The file is complete or not there at all. A file that exists is replaced. ``scores``, float32
+    [L, F], are kept beside the selection if they are given; :func:`load_selection` skips them.
 
     Raises:
         FileExistsError: if it exists and ``overwrite`` is false.
@@ -31,6 +33,8 @@ def save_selection(
     tensors = {"mask": np.packbits(selection.mask, axis=-1)}
     if selection.soft_values is not None:
         tensors["soft_values"] = np.concatenate(selection.soft_values).astype(np.float32)
+    if scores is not None:
+        tensors["scores"] = scores.astype(np.float32)
     metadata = {
         "format": "mlx_ifp.selection",
         "version": SELECTION_VERSION,

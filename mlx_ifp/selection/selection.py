@@ -129,10 +129,7 @@ def select_channels(
     Raises:
         IFPError: if a score is not finite or k is out of range.
     """
-    finite = mx.isfinite(scores).all(axis=-1)
-    if not finite.all():
-        layer = int(mx.argmin(finite))
-        raise not_finite(f"The scores of layer {layer} are not finite", computed_in)
+    check_finite(scores, computed_in)
     # lambda grows with the score. So the top scores are the top lambdas, without their rounding.
     mask = np.array(topk_mask(scores, k))
     layers = tuple(np.flatnonzero(row).astype(np.int32) for row in mask)
@@ -141,6 +138,14 @@ def select_channels(
         soft = np.array(soft_topk(scores, k, operator=operator, temperature=temperature))
         soft_values = tuple(row[channels] for row, channels in zip(soft, layers, strict=True))
     return Selection(layers, soft_values, scores.shape[-1], checkpoint)
+
+
+def check_finite(scores: mx.array, computed_in: mx.Dtype | None) -> None:
+    """Raises IFPError if a score of [L, F] is not finite; see :func:`select_channels`."""
+    finite = mx.isfinite(scores).all(axis=-1)
+    if not finite.all():
+        layer = int(mx.argmin(finite))
+        raise not_finite(f"The scores of layer {layer} are not finite", computed_in)
 
 
 def check_selection(selection: Selection, ffns: list[FFN]) -> None:

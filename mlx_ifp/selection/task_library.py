@@ -2,6 +2,7 @@
 
 A task is one file of :func:`~mlx_ifp.selection.files.save_selection` with four more entries of
 metadata: the task's name, the text that selected, the selector, and a digest of the whole content.
+A task that examples show also has their scores, with a digest of their own.
 The library is no cache: a task is only deleted by ``mlx_ifp.tasks rm``.
 """
 
@@ -12,6 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from safetensors import safe_open
 
 from ..checkpoint.directory import Checkpoint
@@ -20,6 +22,8 @@ from ..errors import IFPError, one_line
 from .files import load_selection, save_selection
 from .selection import Selection, check_selection
 
+# The selector of a task that examples show.
+EXAMPLES = "examples"
 _SUFFIX = ".safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -30,15 +34,19 @@ class Task:
 
     Attributes:
         name: see :func:`check_name`.
-        text: the description of the task that selected.
-        selector: what scored the channels.
+        text: the description of the task, which selected unless examples did.
+        selector: what scored the channels; :data:`EXAMPLES` if examples did.
         selection: the channels.
+        scores: float32 [L, F], of the examples, so that another k can be selected; None without.
+        statistic: which statistic the scores are.
     """
 
     name: str
     text: str
     selector: str
     selection: Selection
+    scores: np.ndarray | None = None
+    statistic: str = ""
 
 
 def check_name(name: str) -> str:
@@ -61,6 +69,10 @@ def _content_digest(selection: Selection, metadata: dict[str, str]) -> str:
     return hashlib.sha256(f"{selection.digest}:{said}".encode()).hexdigest()
 
 
+def _scores_digest(scores: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(scores, np.float32).tobytes()).hexdigest()
+
+
 def write_task(path: str | Path, task: Task, *, force: bool = False) -> None:
     """Write a task to a file, which is complete or not there at all.
 
@@ -75,7 +87,9 @@ def write_task(path: str | Path, task: Task, *, force: bool = False) -> None:
     """
     metadata = {"name": task.name, "task": task.text, "selector": task.selector}
     metadata["content"] = _content_digest(task.selection, metadata)
-    save_selection(path, task.selection, metadata, overwrite=force)
+    if task.scores is not None:
+        metadata |= {"statistic": task.statistic, "scores": _scores_digest(task.scores)}
+    save_selection(path, task.selection, metadata, scores=task.scores, overwrite=force)
 
 
 def read_task(path: str | Path, checkpoint: Checkpoint) -> Task:
@@ -94,10 +108,16 @@ def read_task(path: str | Path, checkpoint: Checkpoint) -> Task:
     selection = load_selection(path)
     with one_line(f"{path} is damaged"), safe_open(path, "np") as file:
         metadata = file.metadata() or {}
+        # Files of earlier versions have no scores.
+        scores = file.get_tensor("scores") if "scores" in metadata else None
     if "content" not in metadata:
         raise IFPError(f"{path} is a selection without a name; use it with --selection.")
     if metadata["content"] != _content_digest(selection, metadata):
         raise IFPError(f"{path} was changed after it was written: its content digest is another.")
+    if scores is not None and (
+        metadata["scores"] != _scores_digest(scores) or scores.shape != selection.mask.shape
+    ):
+        raise IFPError(f"{path} was changed after it was written: its scores are others.")
     if selection.checkpoint != checkpoint.digest:
         raise IFPError(
             f"{path} was made with another checkpoint than {checkpoint.path}; "
@@ -112,6 +132,8 @@ def read_task(path: str | Path, checkpoint: Checkpoint) -> Task:
         metadata.get("task", ""),
         metadata.get("selector", ""),
         selection,
+        scores,
+        metadata.get("statistic", ""),
     )
 
 

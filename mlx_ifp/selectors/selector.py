@@ -4,10 +4,11 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import cache, cached_property
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.directory import Checkpoint
@@ -17,12 +18,15 @@ from ..dense_pass.prefill import RunDense
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
+from ..selection.by_layer import check_by_layer
 from ..selection.disk_cache import SelectionCache
 from ..selection.keep import Keep, compact, per_layer, resolve_keep
-from ..selection.selection import Selection, select_channels
+from ..selection.ranks import blended
+from ..selection.selection import Selection, check_finite
 from ..subnetwork.parent import Parent
 from .activations import activation_scores
 from .predictor import Predictor, load_predictor
+from .scoring import Scoring, norms_for, select
 from .text import selector_tokens
 
 _REMEMBERED_SELECTIONS = 256
@@ -40,6 +44,8 @@ class Selector:
         keep: channels to keep in each layer; None for what the checkpoint says.
         default (str): the selector that is used unless a call names one; None for what the
             checkpoint says.
+        scoring (Scoring): how channels are scored without training; None for what the checkpoint
+            says.
         on_disk (SelectionCache): where selections are kept for the next process, or None.
         tokenizer_config (dict): passed to tokenizers that are loaded, as in mlx-lm.
         make_room (Callable): called with the selector's name and its number of tokens before it
@@ -47,7 +53,7 @@ class Selector:
         keeps_predictor (Callable): says whether the predictor may stay in memory after it ran.
 
     Attributes:
-        checkpoint, parent, default, on_disk: as above.
+        checkpoint, parent, default, scoring, on_disk: as above.
         ks: channels kept in each of L layers, unless a call says otherwise.
         predictor_loads: how often the predictor was loaded.
         runs: how often a selector computed scores.
@@ -61,6 +67,7 @@ class Selector:
         *,
         keep: Keep | None = None,
         default: str | None = None,
+        scoring: Scoring | None = None,
         on_disk: SelectionCache | None = None,
         tokenizer_config: dict[str, Any] | None = None,
         make_room: Callable[[str, int], None] | None = None,
@@ -70,6 +77,9 @@ class Selector:
         self.parent = parent
         self.ks = resolved_keep(checkpoint, keep)
         self.default = checkpoint.checked_selector(default or checkpoint.ifp.selector)
+        self.scoring = scoring or Scoring.of(checkpoint)
+        if self.scoring.by_layer:
+            check_by_layer(self.ks, checkpoint.d_ffn)
         self.on_disk = on_disk
         self.predictor_loads = self.runs = 0
         self._make_room = make_room
@@ -80,24 +90,36 @@ class Selector:
         self._tokenizer_lock = threading.Lock()
         # Selections, and where each came from.
         self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
+        self._norms: Callable[[], mx.array] | None = None
         self._predictor: Predictor | None = None
         self._tokenizer = tokenizer
         self._predictor_tokenizer: TokenizerWrapper | None = None
 
-    def _checked(self, selector: str | None) -> str:
-        return self.checkpoint.checked_selector(selector or self.default)
+    def _checked(self, selector: str | None, prior: np.ndarray | None = None) -> str:
+        selector = selector or self.default
+        if selector == "glass" and prior is not None:
+            return selector
+        return self.checkpoint.checked_selector(selector)
 
     def _ks(self, keep: Keep | None) -> list[int]:
         return self.ks if keep is None else resolved_keep(self.checkpoint, keep)
 
     def scores(
-        self, text: Text, *, selector: str | None = None, run_dense: RunDense | None = None
+        self,
+        text: Text,
+        *,
+        selector: str | None = None,
+        prior: np.ndarray | None = None,
+        run_dense: RunDense | None = None,
     ) -> mx.array:
         """Channel scores of a text, before the mask.
 
         Args:
             text: a prompt or a task, or token ids of the selector's own tokenizer.
-            selector (str): ``predictor``, ``activations`` or ``static``; None for the default.
+            selector (str): ``predictor``, ``activations``, ``static`` or ``glass``; None for the
+                default.
+            prior (array): float32 [L, d_ffn], what ``glass`` blends with the prompt instead of the
+                checkpoint's prior, such as the scores of a task from examples.
             run_dense (Callable): runs the dense LLM for selectors that need it.
 
         Returns:
@@ -106,21 +128,33 @@ class Selector:
         Raises:
             IFPError: if the text is empty or longer than the checkpoint's selectors take.
         """
-        selector = self._checked(selector)
+        selector = self._checked(selector, prior)
         with self._selector_lock:
             tokens = selector_tokens(self.tokenizer(selector), text, self.checkpoint.ifp.text)
             self.runs += 1
             if self._make_room is not None:
                 self._make_room(selector, len(tokens))
             if selector == "static":
-                scores = load_tensors(self.checkpoint.static, None)["scores"]
-                mx.eval(scores)
-                return scores
+                return self._stored_scores
             if selector == "predictor":
                 scores = self.predictor.scores(tokens)
                 self.release_if_tight()
                 return scores
-            return activation_scores(self.parent, tokens, run_dense=run_dense)
+            scores = activation_scores(
+                self.parent, tokens, statistic=self.scoring.statistic, run_dense=run_dense
+            )
+            if selector == "activations":
+                return scores
+            # Ranks would hide numbers that are not finite.
+            check_finite(scores, self._computed_in(selector))
+            prior = np.array(self._stored_scores) if prior is None else prior
+            return mx.array(blended(np.array(scores), prior, self.scoring.blend))
+
+    @cached_property
+    def _stored_scores(self) -> mx.array:
+        scores = load_tensors(self.checkpoint.static, None)["scores"]
+        mx.eval(scores)
+        return scores
 
     @property
     def predictor(self) -> Predictor:
@@ -146,7 +180,8 @@ class Selector:
     def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with; None for the default selector."""
         shared = self.checkpoint.ifp.predictor_embedding == "llm"
-        own = self._checked(selector) == "predictor" and not shared
+        # glass is no predictor, and a prior of its own may stand in for the checkpoint's.
+        own = selector != "glass" and self._checked(selector) == "predictor" and not shared
         with self._tokenizer_lock:
             if own and self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
@@ -158,7 +193,12 @@ class Selector:
             return cast(TokenizerWrapper, self._predictor_tokenizer if own else self._tokenizer)
 
     def select(
-        self, text: Text, *, selector: str | None = None, keep: Keep | None = None
+        self,
+        text: Text,
+        *,
+        selector: str | None = None,
+        keep: Keep | None = None,
+        prior: np.ndarray | None = None,
     ) -> Selection:
         """The selection of a text, from the caches if it was made before.
 
@@ -166,8 +206,9 @@ class Selector:
             text: a prompt or a task, or token ids of the selector's own tokenizer.
             selector (str): None for the default.
             keep: channels to keep; None for ``ks``.
+            prior (array): as for :meth:`scores`.
         """
-        return self.find(text, selector, keep)[0]
+        return self.find(text, selector, keep, prior=prior)[0]
 
     def find(
         self,
@@ -175,20 +216,26 @@ class Selector:
         selector: str | None = None,
         keep: Keep | None = None,
         run_dense: RunDense | None = None,
+        *,
+        prior: np.ndarray | None = None,
     ) -> tuple[Selection, str]:
         """As :meth:`select`, with where it came from: ``memory``, ``disk`` or the selector.
 
         ``run_dense`` is that of :meth:`scores`; it is not called if the selection is known.
         """
-        selector, ks = self._checked(selector), self._ks(keep)
-        key = self.key(text, selector, ks)
+        selector, ks = self._checked(selector, prior), self._ks(keep)
+        key = self.key(text, selector, ks, prior)
+
+        def scored() -> mx.array:
+            return self.scores(text, selector=selector, prior=prior, run_dense=run_dense)
+
         (selection, source), made = self._remembered.get_or_make(
-            key, lambda: (self._make(key, text, selector, ks, run_dense), 1)
+            key, lambda: (self._make(key, selector, ks, scored), 1)
         )
         return selection, source if made else "memory"
 
     def _make(
-        self, key: str, text: Text, selector: str, ks: list[int], run_dense: RunDense | None
+        self, key: str, selector: str, ks: list[int], scored: Callable[[], mx.array]
     ) -> tuple[Selection, str]:
         """The selection from the disk, or from new scores, and where it came from."""
         checkpoint, on_disk = self.checkpoint, self.on_disk
@@ -196,19 +243,38 @@ class Selector:
             selection = on_disk.load(checkpoint.digest, key)
             if selection is not None:
                 return selection, "disk"
-        mask = asdict(checkpoint.ifp.mask)
-        scores = self.scores(text, selector=selector, run_dense=run_dense)
-        selection = select_channels(
-            scores,
-            ks,
-            checkpoint=checkpoint.digest,
-            computed_in=self._computed_in(selector),
-            **mask,
-        )
+        selection = self.of_scores(scored(), ks, selector)
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)
         return selection, selector
+
+    def of_scores(
+        self, scores: mx.array, keep: Keep | None = None, selector: str = "activations"
+    ) -> Selection:
+        """The selection of scores [L, d_ffn], such as those of a task's examples.
+
+        Args:
+            scores (mx.array): float32 [L, d_ffn].
+            keep: channels to keep; None for ``ks``.
+            selector (str): what made the scores.
+        """
+        return select(
+            self.checkpoint,
+            scores,
+            self._ks(keep),
+            by_layer=self.scoring.by_layer,
+            norms=self._norms_for(selector),
+            computed_in=self._computed_in(selector),
+        )
+
+    def _norms_for(self, selector: str) -> Callable[[], mx.array] | None:
+        """What scores are multiplied by between layers; it is read from disk once."""
+        reader, statistic = self.parent.reader, self.scoring.statistic
+        read = norms_for(self.checkpoint, selector, statistic, reader)
+        if read is not None and self._norms is None:
+            self._norms = cache(read)
+        return None if read is None else self._norms
 
     def _computed_in(self, selector: str) -> mx.Dtype | None:
         """The type that a selector computes in; None if it only reads scores."""
@@ -218,22 +284,35 @@ class Selector:
         weights = checkpoint.predictor if selector == "predictor" else checkpoint.trunk
         return computing_type(self.parent.dtype, weights.values())
 
-    def key(self, text: Text, selector: str | None = None, ks: list[int] | None = None) -> str:
+    def key(
+        self,
+        text: Text,
+        selector: str | None = None,
+        ks: list[int] | None = None,
+        prior: np.ndarray | None = None,
+    ) -> str:
         """What names a selection on disk: the hash of all that determines it.
 
         The mask, the text's format and the weights are part of the checkpoint's digest.
         """
         if not isinstance(text, str):
             text = token_ids(text)
-        selector = self._checked(selector)
-        settings = {
+        selector = self._checked(selector, prior)
+        settings: dict[str, Any] = {
             "checkpoint": self.checkpoint.digest,
             "selector": selector,
             "k": compact(self.ks if ks is None else ks),
             "dtype": str(self.parent.dtype),
             # A static selection is the same for every text.
             "text": text if selector != "static" else "",
+            "by_layer": self.scoring.by_layer,
         }
+        if selector in ("activations", "glass"):
+            settings["statistic"] = self.scoring.statistic
+        if selector == "glass":
+            settings["blend"] = self.scoring.blend
+            given = b"" if prior is None else np.ascontiguousarray(prior, np.float32).tobytes()
+            settings["prior"] = hashlib.sha256(given).hexdigest()
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

@@ -136,13 +136,16 @@ class Synthesis:
             for _ in self._answers(new[start : start + self._round]):
                 pass
 
-    def write(self) -> None:
+    def write(self, enough: Callable[[], bool] = lambda: False) -> None:
         """Write prompts and answer them until the file has ``count`` rows of this kind.
+
+        Args:
+            enough (Callable): says before each round whether it shall be the last one's end.
 
         Raises:
             IFPError: if hardly any prompt is of use.
         """
-        while self.own < self.args.count:
+        while self.own < self.args.count and not enough():
             self._check_hope()
             size = min(self.args.count - self.own, self._round)
             prompts = self._prompts(size)

@@ -17,12 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..dense_pass.statistics import total
 from ..errors import IFPError
 from ..files.atomic import new_file
 from ..llm.ffn import FFN
 from ..llm.modules import get_module, share
 from ..llm.output import hidden_states, output_layer
-from ..selectors.activations import ActivationRecorder
 from .batches import Batch, make_batch
 from .data import Example
 
@@ -32,6 +32,28 @@ _BLOCK = 512
 _SELECTED_AT_ONCE = 64
 # This number is raised when the content of the arrays changes.
 _VERSION = 3
+
+
+class _Recorder(nn.Module):
+    """Stands in for a down projection, and keeps what GRIFFIN's statistic adds up of it.
+
+    Args:
+        down_proj (nn.Module): the projection.
+        weights (mx.array): float32 [B, S], what each token counts for.
+
+    Attributes:
+        total: float32 [B, d_ffn].
+    """
+
+    def __init__(self, down_proj: nn.Module, weights: mx.array) -> None:
+        super().__init__()
+        self._down_proj = down_proj
+        self._weights = weights
+        self.total = mx.zeros(())
+
+    def __call__(self, z: mx.array) -> mx.array:
+        self.total = total("griffin", z, self._weights)
+        return self._down_proj(z)
 
 
 class DenseTargets:
@@ -112,7 +134,7 @@ class DenseTargets:
             weights = _halves(batch)
             for ffn in self.ffns:
                 module = get_module(model, ffn.path)
-                recorders.append(ActivationRecorder(module.down_proj, weights))
+                recorders.append(_Recorder(module.down_proj, weights))
                 module.down_proj = recorders[-1]
         hidden = hidden_states(model, batch.tokens[:, :-1])
         totals = [recorder.total for recorder in recorders]

@@ -29,7 +29,8 @@ TOKENS = mx.array([[5, 77, 130, 9, 42, 200, 301, 17]])
 
 def test_the_command_makes_a_checkpoint_that_generates(dense_llama, tmp_path):
     out = tmp_path / "out"
-    done = run_command("convert", "--model", dense_llama, "--mlx-path", out, "--keep", "0.5")
+    options = ("--keep", "0.5", "--no-prior")
+    done = run_command("convert", "--model", dense_llama, "--mlx-path", out, *options)
     assert done.returncode == 0, done.stderr
     assert "3 layers of 160 channels, k = 64" in done.stdout
     assert "100%" in done.stderr

@@ -42,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 
 def test_all_arms_are_trained_and_compared(dense_llama, data, tmp_path):
     source, runs, output = tmp_path / "float", tmp_path / "runs", tmp_path / "results.json"
-    done = run_command("convert", "--model", dense_llama, "--mlx-path", source)
+    done = run_command("convert", "--model", dense_llama, "--mlx-path", source, "--no-prior")
     assert done.returncode == 0, done.stderr
     common = ("--data", data, "--runs", runs, "--keep", 64)
     short = ("--iters", 2, "--warm-start-iters", 2)

@@ -50,6 +50,7 @@ REQUESTS = {
         {"chat_template_kwargs": TEMPLATE},
     ),
     "rotating": (("--max-kv-size", 16), {"max_kv_size": 16}),
+    "pruned": (("--prefill", "pruned"), {"prefill": "pruned"}),
     "warm": (("--warm-system-prompt",), {"warm": True, "warm_on_disk": True}),
 }
 
@@ -139,17 +140,18 @@ def test_figures_are_there_from_python_too(tiny_checkpoint):
 def stored(run, tmp_path):
     file = tmp_path / "text.safetensors"
     flags = ("-p", "Text:", "--task", "A poet.", "--prompt-cache-file", file)
-    assert run(*flags, main=cache_prompt)[0] == 0
+    assert run(*flags, "--prefill", "pruned", main=cache_prompt)[0] == 0
     return file
 
 
 def test_a_stored_prompt_is_continued_from_python_too(run, tiny_checkpoint, stored):
     flags = ("-p", " So?", "-m", 8, "--task", "A poet.", "--prompt-cache-file", stored)
-    code, text, line = run(*flags)
+    code, text, line = run(*flags, "--prefill", "pruned")
     assert code == 0, line
     model, tokenizer = load(tiny_checkpoint)
     chat = [{"role": "user", "content": " So?"}]
     kwargs = {"task": "A poet.", "prompt_cache_file": stored, "max_tokens": 8}
+    kwargs["prefill"] = "pruned"
     assert text == generate(model, tokenizer, chat, **kwargs) + "\n"
 
 
@@ -157,19 +159,40 @@ def test_a_stored_prompt_is_continued_from_python_too(run, tiny_checkpoint, stor
     ("loading", "kwargs", "message"),
     [
         ({}, {"task": "A cook."}, "another selection"),
+        ({}, {"task": "A poet.", "prefill": "dense"}, "by a sub-network.*give --prefill pruned"),
         ({"dtype": mx.bfloat16}, {"task": "A poet."}, "another selection|another dtype"),
         ({}, {"task": "A poet.", "max_kv_size": 64}, "another kv-settings"),
     ],
 )
 def test_what_a_stored_prompt_is_not_right_for(tiny_checkpoint, stored, loading, kwargs, message):
     model, tokenizer = load(tiny_checkpoint, **loading)
+    kwargs = {"prompt_cache_file": stored, "prefill": "pruned", "max_tokens": 2} | kwargs
     with pytest.raises(IFPError, match=message):
-        generate(model, tokenizer, CHAT[1:], prompt_cache_file=stored, max_tokens=2, **kwargs)
+        generate(model, tokenizer, CHAT[1:], **kwargs)
+
+
+def test_what_the_whole_model_has_read_serves_every_task(run, tiny_checkpoint, tmp_path):
+    file = tmp_path / "text.safetensors"
+    code, _, line = run("-p", "Text:", "--prompt-cache-file", file, main=cache_prompt)
+    assert code == 0, line
+    model, tokenizer = load(tiny_checkpoint)
+    chat = [{"role": "user", "content": " So?"}]
+    for task in ("A poet.", "A cook."):
+        flags = ("-p", " So?", "-m", 8, "--task", task, "--prompt-cache-file", file)
+        code, text, _ = run(*flags, "--prefill", "dense")
+        kwargs = {"task": task, "prompt_cache_file": file, "max_tokens": 8}
+        assert (code, text) == (0, generate(model, tokenizer, chat, **kwargs) + "\n")
+        # It is what one prompt gives.
+        whole = [{"role": "user", "content": "Text: So?"}]
+        assert text == generate(model, tokenizer, whole, task, max_tokens=8) + "\n"
+    code, _, line = run(*flags, "--prefill", "pruned")
+    assert code == 1 and "was read by the whole model" in line and "--prefill dense" in line
 
 
 def test_another_version_of_mlx_lm_computes_others(tiny_checkpoint, stored, monkeypatch):
     monkeypatch.setattr("mlx_ifp.prompt_cache.key.mlx_lm_version", "9.9")
     model, tokenizer = load(tiny_checkpoint)
     kwargs = {"task": "A poet.", "prompt_cache_file": stored, "max_tokens": 2}
+    kwargs["prefill"] = "pruned"
     with pytest.raises(IFPError, match=r"another mlx-lm \(.*\) than this one \(9.9\); make it ag"):
         generate(model, tokenizer, CHAT[1:], **kwargs)

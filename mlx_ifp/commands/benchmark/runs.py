@@ -21,6 +21,7 @@ from ...selection.task_library import Task
 from ...subnetwork.prepared import Prepared
 from .experts import experts_model
 from .loading import ColdFiles, cold_seconds, copy_seconds
+from .prefill import prefill_seconds
 from .same_size import arrays_of, float_dtype, memory_of, same_size_model
 from .settings import Settings
 
@@ -101,6 +102,13 @@ class Bench:
         ready[SWITCH] = self.again()
         ready[REPEAT] = self.again()
         return {row: ready.get(row) or self.prepare(row) for row in self.rows}
+
+    @property
+    def reads_densely(self) -> bool:
+        """Whether the whole model reads prompts by default, and can select by this prompt."""
+        ifp = self.model.checkpoint.ifp
+        fits = self.prompt.size <= ifp.text.max_tokens
+        return fits and ifp.prefill_with(self.model.selector) == "dense"
 
     @property
     def rows(self) -> list[str]:
@@ -198,7 +206,8 @@ class Measured:
         predictor_bytes: what it takes in memory besides the trunk; 0 if another selector ran.
         dtype: what the networks compute in.
         trials: each has ``rows``: row -> run; ``overlap`` of the two tasks' selections;
-            ``copy_seconds``; and, if asked for, what :func:`cold_seconds` gives.
+            ``copy_seconds``; ``prefill``, what :func:`prefill_seconds` gives, if prompts are read
+            by the whole model; and, if asked for, what :func:`cold_seconds` gives.
         notes: what could not be alike.
     """
 
@@ -311,6 +320,9 @@ def _trial(bench: Bench, number: int, files: ColdFiles | None) -> Trial:
     rows = list(ready)
     turn = number % len(rows)
     trial["rows"] = bench.run({row: ready[row] for row in rows[turn:] + rows[:turn]})
+    if bench.reads_densely:
+        step = bench.settings.prefill_step_size
+        trial["prefill"] = prefill_seconds(bench.model, bench.prompt.size, step)
     if files is not None:
         trial |= cold_seconds(bench.model, selection_of(first), first.bytes_read, files)
     return trial

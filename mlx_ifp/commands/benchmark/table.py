@@ -63,6 +63,12 @@ def summary(measured: Measured) -> dict[str, Any]:
     def loading_to(trial: Trial, name: str) -> float:
         return trial["rows"][FIRST]["load_seconds"] / trial[name]
 
+    def dense_to_pruned(known: str) -> dict[str, float] | None:
+        if "prefill" not in trials[0]:
+            return None
+        names = [f"{known}_{prefill}_seconds" for prefill in ("dense", "pruned")]
+        return over(lambda t: t["prefill"][names[0]] / t["prefill"][names[1]])
+
     cold = "cold_load_seconds" in trials[0]
     bytes_ratio = memory[FULL]["bytes_per_token"] / memory[REPEAT]["bytes_per_token"]
     weights = memory[FIRST]["weights_bytes"] + measured.predictor_bytes
@@ -80,6 +86,8 @@ def summary(measured: Measured) -> dict[str, Any]:
             "first_prompt_to_prefill": over(
                 lambda t: to_use(t, FIRST) / t["rows"][FIRST]["prefill_seconds"]
             ),
+            "first_prompt_dense_to_pruned": dense_to_pruned("first"),
+            "known_task_dense_to_pruned": dense_to_pruned("known"),
             "loading_to_copy": over(lambda t: loading_to(t, "copy_seconds")),
             "cold_loading_to_read": over(
                 lambda t: t["cold_load_seconds"] / t["sequential_read_seconds"]
@@ -175,6 +183,14 @@ def _ratios(one: dict[str, Any]) -> list[str]:
         ),
         ("decode, sub-network / mixture of experts", ratios["decode_to_experts"]),
         ("(selection + loading) / prefill", ratios["first_prompt_to_prefill"]),
+        (
+            "first prompt, dense prefill / pruned",
+            _first_tokens(one, "first_prompt_dense_to_pruned", "first"),
+        ),
+        (
+            "known task, dense prefill / pruned",
+            _first_tokens(one, "known_task_dense_to_pruned", "known"),
+        ),
         ("loading, warm / copy in memory", ratios["loading_to_copy"]),
         ("loading, cold / sequential read", ratios["cold_loading_to_read"]),
         (
@@ -201,6 +217,18 @@ def _ratios(one: dict[str, Any]) -> list[str]:
         for name, value in said
         if value is not None
     ]
+
+
+def _first_tokens(one: dict[str, Any], ratio: str, known: str) -> str | None:
+    """A ratio of times to the first token, and the medians of these; None if not measured."""
+    if one["ratios"][ratio] is None:
+        return None
+    seconds = [
+        statistics.median(trial["prefill"][f"{known}_{prefill}_seconds"] for trial in one["trials"])
+        for prefill in ("dense", "pruned")
+    ]
+    text = _text(one["ratios"][ratio])
+    return f"{text}; {seconds[0]:.4f} and {seconds[1]:.4f} s to the first token"
 
 
 def _text(figure: dict[str, float], factor: float = 1) -> str:

@@ -12,8 +12,10 @@ from ...checkpoint.directory import Checkpoint
 from ...cli.arguments import (
     check_given,
     given_selection,
+    glass_of,
     kv_options,
     load_model,
+    note_prefill,
     read_prompt,
     task_of,
     use_of,
@@ -36,6 +38,7 @@ def _request(
         task_of(args),
         args.task_from,
         given_selection(args, checkpoint),
+        **glass_of(args, checkpoint),
         ignore_chat_template=not tokenizer.has_chat_template,
         to_be_continued=True,
         prefill=args.prefill,
@@ -52,7 +55,7 @@ def _plan(
 
 def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.cache_prompt``."""
-    check_given(args)
+    check_given(args, has_prompt=True)
     prompt = read_prompt(args.prompt)
     path = Path(args.prompt_cache_file)
     if path.suffix != ".safetensors":
@@ -61,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable(path)
     model, tokenizer = load_model(args, partial(_plan, args, prompt))
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
+    note_prefill(args, model.checkpoint, answer.prefill)
     # Where the whole model reads, nothing is selected unless it is asked for.
     if args.save_selection is not None and answer.selection is not None:
         save_selection(args.save_selection, answer.selection)

@@ -11,6 +11,7 @@ from ...cli.arguments import (
     check_given,
     check_max_tokens,
     given_selection,
+    glass_of,
     kv_options,
     load_model,
     sampler_of,
@@ -43,6 +44,7 @@ def _request(
         args.task_from,
         given_selection(args, checkpoint),
         args.dense,
+        **glass_of(args, checkpoint),
         chat_template_kwargs=template_kwargs(args),
         prefill=args.prefill,
         options={
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("selection", "task_name", "prefill"):
         if args.dense and getattr(args, name):
             raise IFPError(f"--dense and --{name.replace('_', '-')} exclude each other.")
-    check_given(args)
+    check_given(args, has_prompt=True)
     model, tokenizer = load_model(args, partial(_plan, args))
     request = _request(args, model.checkpoint, tokenizer)
     conversation = Conversation(model, tokenizer, request, args.system_prompt)

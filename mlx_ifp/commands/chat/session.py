@@ -17,7 +17,7 @@ from ...files.text import write_text
 from ...generation.conversation import Conversation
 from ...generation.stats import Stats
 from ...model import IFPModel
-from ...selection.keep import compact
+from ...selection.keep import Keep, compact
 from ...selection.selection import Selection
 from ...selectors.selector import resolved_keep
 from .terminal import stopping
@@ -138,7 +138,7 @@ class Session:
     def _select_by(
         self, *, task: str | None = None, named: str | None = None, dense: bool = False
     ) -> None:
-        selection = None if named is None else self.model.tasks.load(named).selection
+        selection = None if named is None else self._of_task(named, self.conversation.request.keep)
         self.task = named
         self.conversation.request = replace(
             self.conversation.request,
@@ -147,7 +147,16 @@ class Session:
             dense=dense,
             # The whole model reads what it answers.
             prefill=None if dense else self._first.prefill,
+            selector=None,
+            prior=None,
         )
+
+    def _of_task(self, name: str, keep: Keep | None) -> Selection:
+        """A saved task's channels; one from examples has scores, so that it may keep others."""
+        task = self.model.tasks.load(name)
+        if keep is None or task.scores is None:
+            return task.selection
+        return self.model.text_selector.of_scores(mx.array(task.scores), keep)
 
     def _task(self, argument: str) -> None:
         if not argument:
@@ -180,8 +189,9 @@ class Session:
         say("The whole model answers.")
 
     def _keep(self, argument: str) -> None:
-        request = self.conversation.request
-        if request.dense or request.selection is not None:
+        request, selection = self.conversation.request, None
+        scored = self.task is not None and self.model.tasks.load(self.task).scores is not None
+        if request.dense or (request.selection is not None and not scored):
             raise IFPError("The channels are given; /task TEXT lets a text select some anew.")
         try:
             keep = parse_keep(argument) if argument else self._first.keep
@@ -190,7 +200,10 @@ class Session:
         ks = self.model.text_selector.ks
         if keep is not None:
             ks = resolved_keep(self.model.checkpoint, keep)
-        self.conversation.request = replace(request, keep=keep)
+        if self.task is not None and request.selection is not None:
+            selection = self._of_task(self.task, keep)
+            ks = selection.ks
+        self.conversation.request = replace(request, keep=keep, selection=selection)
         say(f"k = {_counts(ks)} of {self.model.checkpoint.ffns[0].d_ffn:,}.")
 
     def _system(self, argument: str) -> None:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         store_of(args, model, "scores"),
         dense_prefill=lambda way: reads_densely(args, model, way),
     )
-    runs = runs_of(ways, args.keep)
+    runs = runs_of(model, ways, args.keep)
     try:
         with tqdm(total=len(rows), desc="Prompts", unit="prompt", disable=None, leave=False) as bar:
             losses = evaluation.losses(runs, speed_tokens=args.speed_tokens, progress=bar.update)
@@ -92,7 +92,7 @@ def _check(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> IFPModel:
     """The model; each run says how many channels it keeps."""
     keeps = args.keep or [None]
-    first = argparse.Namespace(**{**vars(args), "keep": keeps[0]})
+    first = argparse.Namespace(**{**vars(args), "keep": keeps[0], "task_name": None})
     return load_model(first)[0]
 
 
@@ -111,11 +111,13 @@ def read_task_texts(path: str | None) -> dict[str, str]:
     return {str(name): text for name, text in texts.items()}
 
 
-def runs_of(ways: list[Way], keeps: list[Any] | None) -> list[Run]:
-    """Each way with each k; the dense model and saved tasks have their own."""
+def runs_of(model: IFPModel, ways: list[Way], keeps: list[Any] | None) -> list[Run]:
+    """Each way with each k. The dense model, and saved tasks without scores, have their own."""
     runs = []
     for way in ways:
-        own = way.by in ("dense", "named")
+        own = way.by == "dense"
+        if way.name is not None:
+            own = model.tasks.load(way.name).scores is None
         runs += [Run(way, keep) for keep in ([None] if own or not keeps else keeps)]
     return runs
 

@@ -14,8 +14,10 @@ from ...cli.arguments import (
     check_given,
     check_max_tokens,
     given_selection,
+    glass_of,
     kv_options,
     load_model,
+    note_prefill,
     read_prompt,
     sampler_of,
     task_of,
@@ -26,7 +28,6 @@ from ...files.atomic import check_writable, new_file
 from ...files.text import write_text
 from ...generation.request import Request
 from ...generation.stream import Answer
-from ...llm.prompt import Text
 from ...memory.budget import Use
 from ...model import IFPModel
 from ...selection.files import save_selection
@@ -50,6 +51,7 @@ def _request(
         args.task_from,
         given_selection(args, checkpoint),
         args.dense,
+        **glass_of(args, checkpoint),
         chat_template_kwargs=template_kwargs(args),
         ignore_chat_template=args.ignore_chat_template or not tokenizer.has_chat_template,
         warm=args.warm_system_prompt,
@@ -78,13 +80,14 @@ def run(args: argparse.Namespace) -> None:
         with one_line("--extra-eos-token"):
             tokenizer.add_eos_token(token)
     answer = Answer(model, tokenizer, _request(args, prompt, model.checkpoint, tokenizer))
+    note_prefill(args, model.checkpoint, answer.prefill)
     # The network is made now, as making it must not move the sampler's random state.
     selection = answer.ready.selection
     # --dense has none, and excludes both flags.
     if args.save_selection is not None and selection is not None:
         save_selection(args.save_selection, selection)
     if args.show_selection and selection is not None:
-        _show_selection(model, selection, answer.text)
+        _show_selection(model, selection, answer)
     if args.seed is not None:
         mx.random.seed(args.seed)
     try:
@@ -103,10 +106,13 @@ def run(args: argparse.Namespace) -> None:
             write_text(file, json.dumps(stats.to_dict(), indent=2) + "\n")
 
 
-def _show_selection(model: IFPModel, selection: Selection, text: Text | None) -> None:
+def _show_selection(model: IFPModel, selection: Selection, answer: Answer) -> None:
     previous = None
     if model.selections is not None:
-        key = model.selection_key(text) if text is not None else ""
+        text, request = answer.text, answer.request
+        key = ""
+        if text is not None:
+            key = model.selection_key(text, request.selector, request.keep, request.prior)
         previous = model.selections.previous(selection.checkpoint, key)
     mean, by_layer = selection.overlap(previous) if previous is not None else (None, None)
     lines = ["layer  kept   share  overlap with the previous task"]
@@ -147,7 +153,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and args.show_selection:
         raise IFPError("--dense selects nothing to show.")
-    check_given(args)
+    check_given(args, has_prompt=True)
     if args.prompt_cache_file is not None:
         if args.draft_model is not None:
             raise IFPError("--prompt-cache-file and --draft-model exclude each other.")

@@ -16,7 +16,7 @@ from ...checkpoint.locate import resolve
 from ...device import default_dtype
 from ...errors import IFPError, one_line
 from ...files.atomic import check_writable
-from ...model import load
+from ...opening import load
 from ...synthesis.files import earlier_rows, read_prompts, read_tasks
 from ...synthesis.writer import Prompt, Synthesis, SynthesisArgs, Tasks
 

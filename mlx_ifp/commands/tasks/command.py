@@ -1,15 +1,20 @@
 """``mlx_ifp.tasks``: selections with a name, made once and used by every command."""
 
 import argparse
+import sys
 
 from mlx_lm.manage import tabulate
+from tqdm import tqdm
 
 from ...checkpoint.directory import open_checkpoint
 from ...checkpoint.locate import resolve
 from ...cli.arguments import load_model, task_of
 from ...errors import IFPError
+from ...llm.context import context_length
+from ...model import IFPModel
 from ...selection.overlap import overlap_matrix
-from ...selection.task_library import Task, TaskLibrary, check_name
+from ...selection.task_library import EXAMPLES, Task, TaskLibrary, check_name
+from ...selectors.examples import read_examples
 
 
 def _library(args: argparse.Namespace) -> TaskLibrary:
@@ -18,15 +23,35 @@ def _library(args: argparse.Namespace) -> TaskLibrary:
 
 def _add(args: argparse.Namespace) -> None:
     text = task_of(args)
-    assert text is not None, "the parser requires one of --task and --task-file"
+    if text is None and args.examples is None:
+        raise IFPError("Name what selects: --task, --task-file or --examples.")
+    if args.examples is not None and args.selector is not None:
+        raise IFPError("--examples and --selector exclude each other: the examples select.")
     # What is wrong with the name is found out before seconds are spent on selecting.
     check_name(args.name)
     _library(args).check_new(args.name, force=args.force)
     model, _ = load_model(args)
-    task = Task(args.name, text, model.selector, model.select(text))
+    if args.examples is not None:
+        task = _by_examples(args, model, text or "")
+    else:
+        task = Task(args.name, text or "", model.selector, model.select(text))
     path = model.tasks.add(task, force=args.force)
     size = f"{path.stat().st_size:,} bytes"
     print(f"{task.name}: k = {_of_layers(task.selection.k)}, {size} in {path}")
+
+
+def _by_examples(args: argparse.Namespace, model: IFPModel, text: str) -> Task:
+    """The task that the examples of a file show; the user is told what is odd about them."""
+    limit = context_length(model.checkpoint.config)
+    examples = read_examples(args.examples, model.tokenizer, limit)
+    missing = sum(each.answer[0] == each.answer[1] for each in examples)
+    with tqdm(total=missing, desc="Answers", disable=not missing) as bar:
+        found = model.score_examples(examples, max_tokens=args.max_tokens, progress=bar.update)
+    for note in found.notes:
+        print(f"[INFO] {note}", file=sys.stderr)
+    statistic = model.text_selector.scoring.statistic
+    selection = model.select(examples=found)
+    return Task(args.name, text, EXAMPLES, selection, found.scores, statistic)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -78,6 +103,7 @@ def _show(args: argparse.Namespace) -> None:
         ("selector", task.selector),
         ("layers", len(selection.layers)),
         ("k", f"{_of_layers(selection.k)} of {selection.d_ffn}"),
+        ("other k", "no" if task.scores is None else "yes, --keep selects from stored scores"),
         ("soft values", "no" if selection.soft_values is None else "yes"),
         ("file", path),
         ("bytes", f"{path.stat().st_size:,}"),

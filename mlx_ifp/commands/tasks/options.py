@@ -2,11 +2,12 @@
 
 import argparse
 
-from ...cli.flags import add_checkpoint_options, add_model_options, new_parser
+from ...cli.flags import add_checkpoint_options, add_model_options, new_parser, parse_count
 
 EXAMPLES = """examples:
   mlx_ifp.tasks add python --model smollm2-ifp --task "You are an expert Python programmer."
   mlx_ifp.generate --model smollm2-ifp --task-name python --prompt "Sort a list."
+  mlx_ifp.tasks add letters --model smollm2-ifp --examples letters.jsonl
   mlx_ifp.tasks list --model smollm2-ifp
   mlx_ifp.tasks export python python.safetensors --model smollm2-ifp
 """
@@ -22,9 +23,26 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
     add = action("add", "Select by a description of a task, and keep the selection")
     add.add_argument("name", metavar="NAME")
-    text = add.add_mutually_exclusive_group(required=True)
-    text.add_argument("--task", metavar="TEXT", help="A description of the task, which selects")
+    text = add.add_mutually_exclusive_group()
+    text.add_argument(
+        "--task",
+        metavar="TEXT",
+        help="A description of the task, which selects; with --examples it is only kept",
+    )
     text.add_argument("--task-file", metavar="FILE", help="A file with such a description")
+    add.add_argument(
+        "--examples",
+        metavar="FILE",
+        help="Examples of the task, 8 to 64 rows of jsonl as for training, which select: messages, "
+        "or prompt and completion. The dense model writes answers that are missing",
+    )
+    add.add_argument(
+        "--max-tokens",
+        "-m",
+        type=parse_count,
+        default=128,
+        help="Tokens of an answer that the dense model writes (default: 128)",
+    )
     add.add_argument("--force", action="store_true", help="Replace a task of this name")
     add_model_options(add)
 

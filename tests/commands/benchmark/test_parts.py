@@ -11,6 +11,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_ifp import load
 from mlx_ifp.commands.benchmark.experts import experts_model
 from mlx_ifp.commands.benchmark.loading import ColdFiles, _in_memory
+from mlx_ifp.commands.benchmark.prefill import prefill_seconds
 from mlx_ifp.commands.benchmark.shapes import describe, paper_shapes, write_shapes
 from mlx_ifp.convert import convert
 from mlx_ifp.errors import IFPError
@@ -210,3 +211,15 @@ def test_as_many_bytes_are_read_as_are_asked_for(tmp_path):
     # Reading makes warm what dropping may have made cold.
     files.read()
     assert all(_in_memory(paths[0]) + _in_memory(paths[1]))
+
+
+def test_a_prompt_is_read_by_the_whole_model_or_by_the_sub_network(tiny_checkpoint):
+    model = load(tiny_checkpoint, cache=False)[0]
+    seconds = prefill_seconds(model, 12, 2048)
+    ways = [f"{known}_{by}_seconds" for by in ("dense", "pruned") for known in ("first", "known")]
+    assert list(seconds) == ways and min(seconds.values()) > 0
+    # Two prompts select. Two more passes over the FFNs would be one too many: the first prompt
+    # that is read densely shares the selector's.
+    assert model.selector_runs == 2
+    channels = 64 * 3 * 3 * 64 * 4
+    assert model.reader.bytes_read == 3 * model.reader.nbytes + 2 * channels
