@@ -23,7 +23,7 @@ from ..selectors.selector import resolved_keep
 from .rows import Row
 from .scoring import ReadPrompt, Score, answer_logprobs, read_prompt, score
 from .store import Store, key_of
-from .ways import Selections, Way
+from .ways import Selects, Way
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Evaluation:
     Args:
         model (IFPModel): what is measured.
         rows (list): prompts with answers.
-        selections (Selections): what selects.
+        selections (Selects): what selects.
         store (Store): where scores are kept.
         dense_prefill (Callable): says whether the dense model reads the prompts of a way.
         prefill_step_size (int): tokens of a prompt that run at a time.
@@ -137,7 +137,7 @@ class Evaluation:
         self,
         model: IFPModel,
         rows: list[Row],
-        selections: Selections,
+        selections: Selects,
         store: Store,
         *,
         dense_prefill: Callable[[Way], bool],

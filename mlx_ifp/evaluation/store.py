@@ -8,10 +8,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.directory import Checkpoint
+from ..device import default_cache_dir
+
 
 def key_of(*parts: Any) -> str:
     """SHA-256 of what determines a result."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def folder_of(checkpoint: Checkpoint, directory: str | Path | None = None) -> Path:
+    """Where results of a checkpoint are kept.
+
+    Args:
+        checkpoint (Checkpoint): an opened one.
+        directory (Path): that of all caches; None for
+            :func:`~mlx_ifp.device.default_cache_dir`.
+    """
+    root = default_cache_dir() if directory is None else Path(directory)
+    return root / "evaluation" / checkpoint.digest[:32]
+
+
+def store_in(folder: Path | None, name: str) -> "Store":
+    """The results of a name, as far as there are any; without a folder they are not kept."""
+    return Store(None if folder is None else folder / f"{name}.jsonl")
 
 
 class Store:

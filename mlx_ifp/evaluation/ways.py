@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -59,6 +60,15 @@ class Way:
             model.checkpoint.checked_selector(self.selector)
         elif self.name is not None:
             model.tasks.load(self.name)
+
+
+class Selects(Protocol):
+    """What finds the selection for a prompt: see :meth:`Selections.find`."""
+
+    def find(
+        self, way: Way, keep: Keep | None, messages: list[Message], task: str
+    ) -> Selection | None:
+        """The selection; None is the dense model."""
 
 
 class Selections:

@@ -9,6 +9,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ifp import load
 from mlx_ifp.commands.evaluate import main
+from mlx_ifp.commands.tasks import main as tasks
+from mlx_ifp.evaluation import losses as losses_module
+from mlx_ifp.evaluation import own_answers as answers_module
 from mlx_ifp.llm.prompt import template_tokens
 from mlx_ifp.selection.task_library import Task
 
@@ -123,3 +126,109 @@ def own_answer(model, prompt):
             break
         tokens = [token]
     return answer
+
+
+def test_saved_tasks_static_scores_and_the_smallest_k(run, loaded, tmp_path):
+    model, _ = loaded
+    flags = ("--keep", 32, 64, 96, 128, "--task-name", "water", "--select-by", "prompt")
+    code, losses, out, _ = run(*flags, "--max-kl", 0.05, "--plot", tmp_path / "losses.png")
+    assert code == 0 and (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    # A saved task without scores has its own k.
+    assert [(loss["way"], loss["ks"][0]) for loss in losses] == [
+        *(("prompt", k) for k in (32, 64, 96, 128)), ("task water", 64)
+    ]  # fmt: skip
+    by_k = {loss["ks"][0]: loss for loss in losses[:4]}
+    for task in ("water", "math"):
+        fits = [k for k, loss in by_k.items() if loss["tasks"][task]["kl"] <= 0.05]
+        row = next(line for line in out.splitlines()[::-1] if line.startswith("prompt"))
+        column = ["water", "math"].index(task) + 1
+        assert row.split()[column] == (str(min(fits)) if fits else "-")
+    overlap = losses[-1]["overlap"]
+    assert overlap["within"] == overlap["between"] == 1
+    assert losses[0]["overlap"]["within"] < 1
+    # Bytes of channels grow as k does, and the trunk comes on top.
+    assert losses[1]["ffn_bytes"] == 2 * losses[0]["ffn_bytes"]
+    trunks = {loss["memory_bytes"] - loss["ffn_bytes"] for loss in losses}
+    assert len(trunks) == 1
+
+
+def test_given_answers_and_the_speed(run, loaded):
+    rows = [row for row in PROMPTS if "completion" in row]
+    _, losses, _, _ = run("--given-answers", "--select-by", "dense", "--limit", 1, rows=rows)
+    assert losses[0]["tasks"]["math"]["answers"] == 1 and losses[0]["kl"] == 0
+    assert losses[0]["tokens_per_second"] is None and losses[0]["exact"] == 0
+    _, losses, out, _ = run("--select-by", "dense", "--speed-tokens", 2, rows=rows)
+    assert losses[0]["tokens_per_second"] > 0 and losses[0]["exact"] == 1
+
+
+def test_a_run_that_was_killed_goes_on(run, monkeypatch):
+    rows = [{"prompt": f"What is {i}?"} for i in range(6)]
+    own, calls = losses_module.score, []
+
+    def score(*args):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return own(*args)
+
+    monkeypatch.setattr(losses_module, "score", score)
+    assert run("--keep", 32, 64, rows=rows)[0] == 130
+    monkeypatch.setattr(losses_module, "score", lambda *args: calls.append(args) or own(*args))
+    monkeypatch.setattr(answers_module, "sample_texts", None)
+    code, losses, _, _ = run("--keep", 32, 64, rows=rows)
+    assert code == 0 and len(calls) == 12, "nothing is measured or written twice"
+    assert run("--keep", 32, 64, rows=rows)[1] == losses and len(calls) == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "said"),
+    [
+        ((), [], "there are no prompts"),
+        ((), [{"answer": 1}], "line 1: a row has messages"),
+        (("--given-answers",), PROMPTS, "line 1: has no answer; leave out --given-answers"),
+        ((), [{"prompt": "word " * 5000}], "line 1: has"),
+        (("--select-by", "task"), PROMPTS, "line 3: Nothing describes the task math: give --task"),
+        (("--select-by", "static"), PROMPTS, "has no selector 'static'"),
+        (("--select-by", "prompt:predictor"), PROMPTS, "has no selector 'predictor'"),
+        (("--task-name", "nobody"), PROMPTS, "There is no task 'nobody'"),
+        (("--max-kl", "-1"), PROMPTS, "--max-kl must be 0 or more"),
+        (("--plot", "x.jpg"), PROMPTS, "the name must end in .png"),
+        (("--task-texts", "/nowhere.yaml"), PROMPTS, "/nowhere.yaml cannot be read"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_line(run, flags, rows, said):
+    code, losses, out, err = run(*flags, rows=rows)
+    assert (code, losses, out) == (1, [], "")
+    assert said in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_task_is_saved_with_the_smallest_k_that_suffices(
+    loaded, tiny_checkpoint, folder, tmp_path, monkeypatch, capsys
+):
+    model, _ = loaded
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in PROMPTS[2:]))
+
+    def add(name, *flags):
+        argv = ["mlx_ifp.tasks", "add", name, "--task", "Sums.", "--model", str(tiny_checkpoint)]
+        argv += ["--cache-dir", str(folder), "--prompts", str(file), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            tasks()
+        except SystemExit as end:
+            assert end.code == 1
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    # Every number of channels loses something, and 64 is the least that is tried.
+    out, _ = add("sums", "--max-kl", "100")
+    assert out.startswith("sums: k = 64 (KL ")
+    assert model.tasks.load("sums").selection.digest == model.select("Sums.", keep=64).digest
+    kl = float(out.split("KL ")[1].split(")")[0])
+    out, _ = add("more", "--max-kl", str(kl / 2))
+    assert out.startswith("more: k = 128 (KL ") and "more" in model.tasks.names()
+    _, err = add("most", "--max-kl", "0")
+    assert "above 0: give a larger --max-kl" in err and "most" not in model.tasks.names()
+    for flags, said in (((), "go together"), (("--max-kl", "1", "--keep", "64"), "finds k")):
+        assert said in add("none", *flags)[1]
