@@ -129,7 +129,6 @@ def own_answer(model, prompt):
 
 
 def test_saved_tasks_static_scores_and_the_smallest_k(run, loaded, tmp_path):
-    model, _ = loaded
     flags = ("--keep", 32, 64, 96, 128, "--task-name", "water", "--select-by", "prompt")
     code, losses, out, _ = run(*flags, "--max-kl", 0.05, "--plot", tmp_path / "losses.png")
     assert code == 0 and (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -157,7 +156,7 @@ def test_given_answers_and_the_speed(run, loaded):
     _, losses, _, _ = run("--given-answers", "--select-by", "dense", "--limit", 1, rows=rows)
     assert losses[0]["tasks"]["math"]["answers"] == 1 and losses[0]["kl"] == 0
     assert losses[0]["tokens_per_second"] is None and losses[0]["exact"] == 0
-    _, losses, out, _ = run("--select-by", "dense", "--speed-tokens", 2, rows=rows)
+    _, losses, _, _ = run("--select-by", "dense", "--speed-tokens", 2, rows=rows)
     assert losses[0]["tokens_per_second"] > 0 and losses[0]["exact"] == 1
 
 
