@@ -130,6 +130,8 @@ class Evaluation:
         selections (Selects): what selects.
         store (Store): where scores are kept.
         dense_prefill (Callable): says whether the dense model reads the prompts of a way.
+        reference (IFPModel): whose dense model is compared with; None for the model's own. After
+            training, that is the model before it.
         prefill_step_size (int): tokens of a prompt that run at a time.
     """
 
@@ -141,10 +143,11 @@ class Evaluation:
         store: Store,
         *,
         dense_prefill: Callable[[Way], bool],
+        reference: IFPModel | None = None,
         prefill_step_size: int = PREFILL_STEP_SIZE,
     ) -> None:
         self.model, self.rows, self.selections = model, rows, selections
-        self.store = store
+        self.store, self.reference = store, reference or model
         self._dense_prefill, self._step = dense_prefill, prefill_step_size
 
     def scores(
@@ -161,13 +164,11 @@ class Evaluation:
         """
         found: list[list[Score]] = [[] for _ in runs]
         with ExitStack() as stack:
-            # The dense model stays in memory from its first use on.
-            dense = cache(
-                lambda: stack.enter_context(self.model.using(self.model.prepare(dense=True)))
-            )
+            # A dense model stays in memory from its first use on.
+            load = cache(lambda of: stack.enter_context(of.using(of.prepare(dense=True))))
             for row in self.rows:
                 try:
-                    for scores, one in zip(found, self._row(row, runs, dense), strict=True):
+                    for scores, one in zip(found, self._row(row, runs, load), strict=True):
                         scores.append(one)
                 except IFPError as error:
                     raise IFPError(f"line {row.line}: {error}") from error
@@ -178,17 +179,19 @@ class Evaluation:
         return self.selections.find(run.way, run.keep, row.messages, row.task)
 
     def _row(
-        self, row: Row, runs: Sequence[Run], load_dense: Callable[[], nn.Module]
+        self, row: Row, runs: Sequence[Run], load_dense: Callable[[IFPModel], nn.Module]
     ) -> list[Score]:
-        """The scores of one row. The dense model is only loaded if one of them is missing."""
+        """The scores of one row. Dense models are only loaded if one of them is missing."""
         selected = [self._select(run, row) for run in runs]
         dense_prefill = [self._dense_prefill(run.way) for run in runs]
         keys = [self._key(row, *each) for each in zip(selected, dense_prefill, strict=True)]
         if self.store.missing(keys):
-            dense = load_dense()
+            dense = load_dense(self.reference)
             read = read_prompt(dense, row.tokens, self._step)
             reference = answer_logprobs(dense, read, row.answer)
             mx.eval(reference)
+            if self.reference is not self.model and any(dense_prefill):
+                read = read_prompt(load_dense(self.model), row.tokens, self._step)
             for selection, densely, key in zip(selected, dense_prefill, keys, strict=True):
                 if key not in self.store:
                     logprobs = self._answer(row, selection, read if densely else None)
@@ -211,6 +214,7 @@ class Evaluation:
         return key_of(
             "score",
             self.model.checkpoint.digest,
+            self.reference.checkpoint.digest,
             str(self.model.dtype),
             row.tokens,
             row.answer,

@@ -1,8 +1,13 @@
 """mlx_ifp.evaluate --tasks: lm-evaluation-harness on sub-networks."""
 
 import json
+import os
 import re
+import runpy
+import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -162,6 +167,48 @@ def test_a_sub_network_has_the_results_of_a_loop_by_hand(run, tiny_checkpoint, r
             assert answer == expected
         else:
             assert answer == (pytest.approx(expected[0], abs=5e-5), expected[1])
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "evaluate_tables.py"
+
+
+def rows_of(table):
+    """The names of a Markdown table's rows, whose cells are percentages."""
+    lines = table.splitlines()
+    assert lines[0] == "| | choose | write |"
+    assert all(re.search(r"\| \d+\.\d \| \d+\.\d \|$", line) for line in lines[2:])
+    return [line.split("|")[1].strip() for line in lines[2:]]
+
+
+def test_the_tables_of_the_paper(run, tmp_path):
+    texts, figures = tmp_path / "texts.yaml", tmp_path / "figures.json"
+    texts.write_text("choose: Answer questions.\nwrite: Name things.\n")
+    code, _, _, err = run("--tasks", "choose", "write", "--select-by", "prompt", "task", "dense",
+                          "--task-texts", texts, "--json", figures)  # fmt: skip
+    assert code == 0, err
+    table = runpy.run_path(str(EXAMPLE))["table"]
+    assert rows_of(table(["choose", "write"], json.loads(figures.read_text()))) == [
+        "per input, k = 64", "per task, k = 64", "dense, k = 160",
+    ]  # fmt: skip
+    runs = [{"way": "dense", "ks": [160], "results": {"gsm8k": {"exact_match,strict-match": 0.5}}}]
+    assert "| paper: IFPruning 9B -> 3B | 72.0 |" in table(["gsm8k"], runs)
+    assert "| dense, k = 160 | 50.0 |" in table(["gsm8k"], runs)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_tables_runs(tiny_checkpoint, folder, tmp_path):
+    texts = tmp_path / "texts.yaml"
+    texts.write_text("choose: Answer questions.\nwrite: Name things.\n")
+    flags = ("--model", tiny_checkpoint, "--task-texts", texts, "--output-dir", tmp_path)
+    command = [sys.executable, EXAMPLE, *flags, "--include-path", folder / "tasks", "--tasks"]
+    env = os.environ | {"HF_HOME": str(folder / "hf")}
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=300, env=env)
+    done = run([*map(str, command), "choose", "write"])
+    assert done.returncode == 0, done.stderr
+    # The checkpoint has no static scores, and the paper did not have these tasks.
+    assert rows_of(done.stdout) == ["per input, k = 64", "per task, k = 64", "dense, k = 160"]
+    done = run([*map(str, command), "nothing"])
+    assert done.returncode == 1 and "Describe nothing in a file" in done.stderr
 
 
 def test_a_run_that_was_killed_goes_on(run, recorded, monkeypatch):

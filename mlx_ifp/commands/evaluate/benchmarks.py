@@ -16,7 +16,7 @@ from ...errors import IFPError, one_line
 from ...evaluation.losses import Run
 from ...evaluation.store import key_of
 from ...evaluation.ways import Selections
-from ...files.atomic import new_file
+from ...files.atomic import check_writable, new_file
 from ...files.text import write_text
 from ...model import IFPModel
 from ...selectors.selector import resolved_keep
@@ -49,13 +49,22 @@ def run_benchmarks(args: argparse.Namespace) -> None:
         _write(args, directory, run, results)
         tables.append((run, results))
     print(_table(model, tables))
+    if args.json is not None:
+        found = [
+            {"way": run.way.label, "ks": _ks(model, run), "results": results}
+            for run, results in tables
+        ]
+        with new_file(args.json) as file:
+            write_text(file, json.dumps(found, indent=2) + "\n")
 
 
 def _check(args: argparse.Namespace) -> None:
-    given = ("given_answers", "max_kl", "json", "plot")
+    given = ("given_answers", "reference", "max_kl", "plot")
     for name in given:
         if getattr(args, name):
             raise IFPError(f"--{name.replace('_', '-')} is for --prompts.")
+    if args.json is not None:
+        check_writable(args.json)
     if args.include_path is not None and not Path(args.include_path).is_dir():
         raise IFPError(f"--include-path {args.include_path}: there is no such directory.")
 
@@ -168,14 +177,18 @@ def _write(args: argparse.Namespace, directory: Path, run: Run, results: dict[st
         write_text(file, json.dumps(results, indent=4))
 
 
+def _ks(model: IFPModel, run: Run) -> list[int]:
+    """Channels that a run keeps in each layer; their mean if a threshold decides for each."""
+    if run.way.name is not None and run.keep is None:
+        return model.tasks.load(run.way.name).selection.ks
+    if run.way.by == "dense":
+        return resolved_keep(model.checkpoint, 1.0)
+    return model.text_selector.ks if run.keep is None else resolved_keep(model.checkpoint, run.keep)
+
+
 def _table(model: IFPModel, tables: list[tuple[Run, dict[str, Any]]]) -> str:
     """Each task's metrics, one column a run."""
-    labels = []
-    for run, _ in tables:
-        ks = resolved_keep(model.checkpoint, 1.0 if run.way.by == "dense" else run.keep)
-        if run.way.name is not None and run.keep is None:
-            ks = model.tasks.load(run.way.name).selection.ks
-        labels.append(f"{run.way.label} {width(ks)}")
+    labels = [f"{run.way.label} {width(_ks(model, run))}" for run, _ in tables]
     rows: list[list[str | int]] = []
     for task, metrics in tables[0][1].items():
         for metric, value in metrics.items():

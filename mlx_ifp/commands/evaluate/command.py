@@ -19,7 +19,15 @@ from ...llm.context import context_length
 from ..plot.figures import DPI, check_matplotlib, check_output
 from .benchmarks import run_benchmarks
 from .report import enough, losses_figure, table
-from .runs import load_for, read_task_texts, reads_densely, results_folder, runs_of, ways_of
+from .runs import (
+    load_for,
+    load_reference,
+    read_task_texts,
+    reads_densely,
+    results_folder,
+    runs_of,
+    ways_of,
+)
 
 MAX_TOKENS = 64
 
@@ -32,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     ways, texts = ways_of(args), read_task_texts(args.task_texts)
     model = load_for(args, ways)
+    reference = model if args.reference is None else load_reference(args, model)
     folder = results_folder(args, model)
     longest = context_length(model.checkpoint.config)
     rows = read_rows(
@@ -43,13 +52,14 @@ def run(args: argparse.Namespace) -> None:
     )
     most = args.max_tokens or MAX_TOKENS
     with tqdm(total=len(rows), desc="Answers", unit="prompt", disable=None, leave=False) as bar:
-        rows = with_own_answers(model, rows, most, store_in(folder, "answers"), bar.update)
+        rows = with_own_answers(reference, rows, most, store_in(folder, "answers"), bar.update)
     evaluation = Evaluation(
         model,
         rows,
         Selections(model, texts, args.task),
         store_in(folder, "scores"),
         dense_prefill=lambda way: reads_densely(args, model, way),
+        reference=reference,
     )
     runs = runs_of(model, ways, args.keep)
     try:

@@ -107,6 +107,12 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help="Measure on the answers of the file (default: on the dense model's own)",
     )
     own.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="A checkpoint whose dense model is compared with, such as that of the model before "
+        "training (default: the model's own)",
+    )
+    own.add_argument(
         "--max-kl",
         type=float,
         metavar="NATS",

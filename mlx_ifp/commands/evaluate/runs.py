@@ -32,6 +32,20 @@ def load_for(args: argparse.Namespace, ways: list[Way]) -> IFPModel:
     return model
 
 
+def load_reference(args: argparse.Namespace, model: IFPModel) -> IFPModel:
+    """The model of ``--reference``.
+
+    Raises:
+        IFPError: if its tokens are others.
+    """
+    other = {"model": args.reference, "revision": None, "keep": None, "task_name": None}
+    other |= {"selector": None, "keep_by_layer": None, "blend": None}
+    reference, _ = load_model(argparse.Namespace(**{**vars(args), **other}))
+    if reference.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise IFPError(f"--reference {args.reference}: its tokens are not those of the model.")
+    return reference
+
+
 def read_task_texts(path: str | None) -> dict[str, str]:
     """The descriptions of tasks, by their names.
 
