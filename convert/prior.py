@@ -23,7 +23,12 @@ from mlx_ifp.selectors.examples import Example, score_examples
 from mlx_ifp.subnetwork.build import assemble
 from mlx_ifp.subnetwork.parent import Parent
 from mlx_ifp.subnetwork.rows import read_ffn
-from mlx_ifp.synthesis.sampling import Request, sample_texts
+from mlx_ifp.synthesis.sampling import (
+    Request,
+    check_batchable,
+    safe_batch_size,
+    sample_texts,
+)
 from mlx_ifp.synthesis.user_turn import UserTurn
 from mlx_ifp.synthesis.writer import Synthesis, SynthesisArgs
 
@@ -72,10 +77,12 @@ def add_prior(
     network = assemble(
         parent, [read_ffn(parent.reader, ffn, None, dtype=parent.dtype) for ffn in parent.ffns]
     )
+    check_batchable(network)
     with untouched_random_state():
+        batch = safe_batch_size(network, turn.beginning([]), min(prompts, _BATCH_SIZE))
         if math.isfinite(seconds):
-            _check_time(network, turn, tokenizer, prompts, seconds)
-        rows = _rows(network, tokenizer, prompts, start + seconds)
+            _check_time(network, turn, prompts, batch, seconds)
+        rows = _rows(network, tokenizer, prompts, batch, start + seconds)
     examples = [_example(turn, tokenizer, row["messages"]) for row in rows]
     # The statistic is measured layer by layer, and the memory is wanted for that.
     del network
@@ -102,14 +109,9 @@ def add_prior(
 
 
 def _check_time(
-    network: nn.Module,
-    turn: UserTurn,
-    tokenizer: TokenizerWrapper,
-    prompts: int,
-    seconds: float,
+    network: nn.Module, turn: UserTurn, prompts: int, batch: int, seconds: float
 ) -> None:
     """Raises TooSlow if a few tokens say that a prior takes too long."""
-    batch = min(prompts, _BATCH_SIZE)
     request = Request(turn.beginning([]), _TRIAL_TOKENS, 1.0)
 
     def trial() -> float:
@@ -128,12 +130,12 @@ def _check_time(
 
 
 def _rows(
-    network: nn.Module, tokenizer: TokenizerWrapper, prompts: int, deadline: float
+    network: nn.Module, tokenizer: TokenizerWrapper, prompts: int, batch: int, deadline: float
 ) -> list[dict[str, Any]]:
     """Prompts that the model makes up, with its greedy answers."""
     args = SynthesisArgs(
         count=prompts,
-        batch_size=_BATCH_SIZE,
+        batch_size=batch,
         max_prompt_tokens=PROMPT_TOKENS,
         max_answer_tokens=ANSWER_TOKENS,
         answer_temps=(0.0,),

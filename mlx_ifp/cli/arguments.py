@@ -28,7 +28,7 @@ from ..selection.disk_cache import SelectionCache
 from ..selection.files import load_selection
 from ..selection.selection import Selection
 from ..selection.task_library import EXAMPLES, Task, TaskLibrary
-from ..selectors.scoring import Scoring, norms_for, select
+from ..selectors.scoring import Part, Scoring, norms_of, select
 from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text, selector_tokens
 
@@ -168,12 +168,14 @@ def named_task(args: argparse.Namespace, checkpoint: Checkpoint) -> Task:
     if args.keep is None:
         # The task's k may differ by layer; the new one has the same mean.
         ks = [sum(ks) // len(ks)] * len(ks)
+    scores = _scores_of(task)
     selection = select(
         checkpoint,
-        mx.array(_scores_of(task)),
+        mx.array(scores),
         ks,
+        [Part(scores, task.statistic)],
         by_layer=by_layer,
-        norms=norms_for(checkpoint, "activations", task.statistic),
+        norms=lambda: norms_of(checkpoint),
     )
     return replace(task, selection=selection)
 

@@ -164,23 +164,49 @@ def _by_layer(
     each layer.
     """
     model = share(parent.trunk)
-    measured: list[list[mx.array]] = []
-    for number, layer in enumerate(list(model.layers)):
-        results: list[mx.array] = []
-        with _whole_ffn(parent, model, number) as ffn:
-            for i, piece in enumerate(pieces):
-                call = calls[i][number]
-                with _measured(ffn, i, measure) as result:
-                    states[i] = layer(states[i], *call.args, **call.kwargs)
-                if not isinstance(states[i], mx.array):
-                    raise _UnusualBody
-                filled = [c.state for c in piece.cache or [] if _is_among(c, call.values())]
-                mx.eval(states[i], result, filled)
-                results += result
-                progress(number * len(pieces) + i + 1, len(parent.ffns) * len(pieces))
-        measured.append(results)
+    passed, of = itertools.count(1), len(parent.ffns) * len(pieces)
+    measured = [
+        # In a function of its own, so that no name holds an FFN while the next one is read.
+        _pass_layer(
+            parent,
+            model,
+            number,
+            pieces,
+            states,
+            [of_piece[number] for of_piece in calls],
+            measure,
+            lambda: progress(next(passed), of),
+        )
+        for number in range(len(parent.ffns))
+    ]
     hidden = [_final(parent, p.tokens, x) for p, x in zip(pieces, states, strict=True)]
     return DensePass(hidden, measured if measure else [], len(parent.ffns))
+
+
+def _pass_layer(
+    parent: Parent,
+    model: nn.Module,
+    number: int,
+    pieces: list[Piece],
+    states: list[mx.array],
+    calls: list[_Call],
+    measure: Measure | None,
+    passed: Callable[[], None],
+) -> list[mx.array]:
+    """Let every piece pass one layer, which changes ``states``; returns what is measured."""
+    results: list[mx.array] = []
+    layer = model.layers[number]
+    with _whole_ffn(parent, model, number) as ffn:
+        for i, (piece, call) in enumerate(zip(pieces, calls, strict=True)):
+            with _measured(ffn, i, measure) as result:
+                states[i] = layer(states[i], *call.args, **call.kwargs)
+            if not isinstance(states[i], mx.array):
+                raise _UnusualBody
+            filled = [c.state for c in piece.cache or [] if _is_among(c, call.values())]
+            mx.eval(states[i], result, filled)
+            results += result
+            passed()
+    return results
 
 
 def _trace(parent: Parent, pieces: list[Piece]) -> tuple[list[mx.array], list[list[_Call]]]:

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..dense_pass.layers import DensePass
 from ..dense_pass.prefill import Prefilled, PromptPass, RunDense, dense_prefill, without_ffns
 from ..errors import one_line
 from ..llm.modules import PREFILL_STEP_SIZE
@@ -100,15 +101,15 @@ class DensePrompt:
         with one_line("The prompt could not be processed"):
             if self._pass is None:
                 cache = self._new_cache() if prompt_cache is None else prompt_cache
-                return dense_prefill(
+                prefilled = dense_prefill(
                     self._model.parent, tokens, cache, step=self._step, progress=show
                 )
-            prefilled = self._pass.prefilled(show)
-        # The pass holds the hidden states of all tokens.
-        self._pass = None
-        if prompt_cache is not None:
-            prompt_cache[:] = prefilled.cache
-        return prefilled
+            else:
+                prefilled, self._pass = self._pass.prefilled(show), None
+                if prompt_cache is not None:
+                    prompt_cache[:] = prefilled.cache
+        # Nobody needs the hidden states of all tokens while the answer is generated.
+        return replace(prefilled, result=DensePass([], [], prefilled.result.ffns_read))
 
 
 def with_prefill(response: GenerationResponse, seconds: float) -> GenerationResponse:

@@ -120,13 +120,14 @@ class Stats:
         read = f"{self.bytes_read / 1e6:.1f} MB read"
         if self.channels_reused:
             read += f", {self.channels_reused:,} channels reused"
+        by = ", dense" if self.prefill == "dense" else ""
         rows = [
             ("selection", f"{self.select_seconds:.3f} s", source),
             ("loading", f"{self.load_seconds:.3f} s", read),
             (
                 "prefill",
                 f"{self.prefill_seconds:.3f} s",
-                f"{self.prompt_tokens} tokens, {self.prefill}",
+                f"{self.prompt_tokens} tokens{by}",
             ),
             ("first token", f"{self.first_token_seconds:.3f} s", ""),
             ("decode", f"{self.decode_tps:.1f} tokens/s", f"{self.decode_tokens} tokens"),

@@ -172,12 +172,12 @@ class Answer:
         if prefilled is not None:
             before += prefilled.seconds + (0.0 if self.warm is None else self.warm.seconds)
         with self._model.using(ready) as network, one_line("Generation stopped"):
-            self.request.kv.check(network, self._most_positions())
             tokens: Encoded
             if prefilled is not None:
                 tokens = prefilled.tokens
                 network = AfterPrompt(network, prefilled.logits, len(tokens))
             else:
+                self.request.kv.check(network, self._most_positions())
                 tokens = self._start_warm(ready) if self.request.warm else self.tokens
             self._claim()
             options = dict(self.request.options) | {

@@ -112,12 +112,12 @@ def _read_otherwise(dense: bool) -> str:
     """What is wrong with a file; ``dense`` says who reads the prompt now."""
     if dense:
         return (
-            "was read by a sub-network, and this prompt is read by the whole model; give "
-            "--prefill pruned (prefill=) and the --task or --selection it was made with."
+            "was read by a sub-network, but here the whole model reads (--dense or --prefill "
+            "dense); give --prefill pruned and the --task or --selection it was made with."
         )
     return (
-        "was read by the whole model, and this prompt is read by a sub-network; give "
-        "--prefill dense (prefill=), or make it again with mlx_ifp.cache_prompt --prefill pruned."
+        "was read by the whole model, but here a sub-network reads; give --prefill dense, or make "
+        "it again with mlx_ifp.cache_prompt --prefill pruned."
     )
 
 

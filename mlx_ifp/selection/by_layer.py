@@ -26,6 +26,14 @@ def check_by_layer(ks: list[int], d_ffn: int) -> None:
         )
 
 
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores [L, d_ffn] with mean 0 and variance 1 in each layer; all 0 if they are alike."""
+    values = scores.astype(np.float64)
+    values = values - values.mean(axis=1, keepdims=True)
+    spread = values.std(axis=1, keepdims=True)
+    return np.divide(values, spread, out=np.zeros_like(values), where=spread > 0)
+
+
 def ks_by_layer(scores: np.ndarray, k: int) -> list[int]:
     """How many channels each layer keeps under one threshold: multiples of 64 with the sum L * k.
 
@@ -42,11 +50,7 @@ def ks_by_layer(scores: np.ndarray, k: int) -> list[int]:
     layers, d_ffn = scores.shape
     if k == d_ffn:
         return [d_ffn] * layers
-    values = scores.astype(np.float64)
-    values = values - values.mean(axis=1, keepdims=True)
-    spread = values.std(axis=1, keepdims=True)
-    values = np.divide(values, spread, out=np.zeros_like(values), where=spread > 0)
-    largest = np.argsort(-values, axis=None, kind="stable")[: layers * k]
+    largest = np.argsort(-standardised(scores), axis=None, kind="stable")[: layers * k]
     shares = np.bincount(largest // d_ffn, minlength=layers) / WIDTH_MULTIPLE
     most = d_ffn // WIDTH_MULTIPLE
     counts = np.clip(np.floor(shares), 1, most).astype(int)

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..dense_pass.layers import Piece, logits_of, pieces_of, run_layers
 from ..errors import IFPError
 from ..subnetwork.parent import Parent
-from ..synthesis.sampling import Request, check_batchable, sample_texts
+from ..synthesis.sampling import Request, check_batchable, safe_batch_size, sample_texts
 
 # Prompts that are answered together.
 BATCH_SIZE = 32
@@ -44,7 +44,8 @@ def write_answers(
         IFPError: if channels cannot be read.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    if network is not None and _is_batchable(network):
+    if prompts and network is not None and _is_batchable(network):
+        batch_size = safe_batch_size(network, max(prompts, key=len), batch_size)
         requests = [Request(prompt, max_tokens, 0.0) for prompt in prompts]
         for written in sample_texts(network, requests, stops, top_p=1.0, batch_size=batch_size):
             answers[written.place] = written.tokens

@@ -10,7 +10,7 @@ from ..checkpoint.directory import Checkpoint
 from ..choices import STATISTICS
 from ..dense_pass.statistics import down_norms
 from ..errors import IFPError
-from ..selection.by_layer import check_by_layer, ks_by_layer
+from ..selection.by_layer import check_by_layer, ks_by_layer, standardised
 from ..selection.selection import Selection, check_finite, select_channels
 from ..subnetwork.channels import ChannelReader
 
@@ -59,24 +59,41 @@ class Scoring:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of scores, by which layers are compared.
+
+    Attributes:
+        scores: [L, d_ffn].
+        statistic: which statistic they are; None for a predictor's scores.
+        weight: of this part among all.
+    """
+
+    scores: mx.array | np.ndarray
+    statistic: str | None
+    weight: float = 1.0
+
+
 def select(
     checkpoint: Checkpoint,
     scores: mx.array,
     ks: list[int],
+    parts: list[Part],
     *,
     by_layer: bool = False,
-    norms: Callable[[], mx.array] | None = None,
+    norms: Callable[[], mx.array],
     computed_in: mx.Dtype | None = None,
 ) -> Selection:
     """The channels with the highest scores, by the checkpoint's mask.
 
     Args:
         checkpoint (Checkpoint): whose channels they are.
-        scores (mx.array): float32 [L, d_ffn].
+        scores (mx.array): float32 [L, d_ffn], by which channels of one layer are compared.
         ks (list): channels to keep in each of L layers.
+        parts (list): by which layers are compared. Ranks would tell nothing: they are the same in
+            every layer.
         by_layer (bool): let one threshold over all layers say how many each keeps.
-        norms (Callable): gives what scores are multiplied by before they are compared between
-            layers, [L, d_ffn]; None if they can be compared as they are.
+        norms (Callable): reads the norms of the down projections' columns, [L, d_ffn].
         computed_in (mx.Dtype): as for :func:`~mlx_ifp.selection.selection.select_channels`.
 
     Raises:
@@ -85,7 +102,7 @@ def select(
     if by_layer:
         check_by_layer(ks, checkpoint.d_ffn)
         check_finite(scores, computed_in)
-        ks = ks_by_layer(np.array(scores if norms is None else scores * norms()), ks[0])
+        ks = ks_by_layer(_sizes(parts, norms), ks[0])
     mask = checkpoint.ifp.mask
     return select_channels(
         scores,
@@ -98,25 +115,27 @@ def select(
     )
 
 
-def norms_for(
-    checkpoint: Checkpoint, selector: str, statistic: str, reader: ChannelReader | None = None
-) -> Callable[[], mx.array] | None:
-    """What scores are multiplied by before they are compared between layers.
+def _sizes(parts: list[Part], norms: Callable[[], mx.array]) -> np.ndarray:
+    """What a channel adds to its layer, compared with the others of the layer: [L, d_ffn].
 
-    That is the norm of the down projection's column, unless the statistic has it in it. The scores
-    of a predictor were trained, and need nothing.
+    A statistic of activations is multiplied by the norm of the down projection's column, unless it
+    has it in it. The scores of a predictor were trained, and need nothing.
+    """
+    total = np.zeros(np.shape(parts[0].scores))
+    for part in parts:
+        scores = np.array(part.scores)
+        if part.statistic is not None and part.statistic not in _WITH_COLUMNS:
+            scores = scores * np.array(norms())
+        total = total + part.weight * standardised(scores)
+    return total
+
+
+def norms_of(checkpoint: Checkpoint, reader: ChannelReader | None = None) -> mx.array:
+    """Read the norms of the down projections' columns: [L, d_ffn].
 
     Args:
         checkpoint (Checkpoint): whose channels they are.
-        selector (str): what made the scores.
-        statistic (str): of which activations.
         reader (ChannelReader): of the checkpoint, if there is one already.
-
-    Returns:
-        Callable: reads the norms, [L, d_ffn]; None if the scores need nothing.
     """
-    if selector == "predictor" or statistic in _WITH_COLUMNS:
-        return None
-    return lambda: down_norms(
-        reader or ChannelReader(checkpoint.channels), checkpoint.ffns, checkpoint.config
-    )
+    reader = reader or ChannelReader(checkpoint.channels)
+    return down_norms(reader, checkpoint.ffns, checkpoint.config)

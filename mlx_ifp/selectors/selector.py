@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ from ..checkpoint.directory import Checkpoint
 from ..checkpoint.tokenizers import load_predictor_tokenizer, load_tokenizer_of
 from ..checkpoint.weights import load_tensors
 from ..dense_pass.prefill import RunDense
+from ..errors import IFPError
 from ..llm.overflow import computing_type
 from ..llm.prompt import Text, token_ids
 from ..lru import LRU
@@ -26,7 +27,7 @@ from ..selection.selection import Selection, check_finite
 from ..subnetwork.parent import Parent
 from .activations import activation_scores
 from .predictor import Predictor, load_predictor
-from .scoring import Scoring, norms_for, select
+from .scoring import Part, Scoring, norms_of, select
 from .text import selector_tokens
 
 _REMEMBERED_SELECTIONS = 256
@@ -90,7 +91,6 @@ class Selector:
         self._tokenizer_lock = threading.Lock()
         # Selections, and where each came from.
         self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
-        self._norms: Callable[[], mx.array] | None = None
         self._predictor: Predictor | None = None
         self._tokenizer = tokenizer
         self._predictor_tokenizer: TokenizerWrapper | None = None
@@ -128,27 +128,42 @@ class Selector:
         Raises:
             IFPError: if the text is empty or longer than the checkpoint's selectors take.
         """
-        selector = self._checked(selector, prior)
+        return self._scored(text, self._checked(selector, prior), prior, run_dense)[0]
+
+    def _scored(
+        self, text: Text, selector: str, prior: np.ndarray | None, run_dense: RunDense | None
+    ) -> tuple[mx.array, list[Part]]:
+        """Scores, and the parts by which layers are compared."""
         with self._selector_lock:
             tokens = selector_tokens(self.tokenizer(selector), text, self.checkpoint.ifp.text)
             self.runs += 1
             if self._make_room is not None:
                 self._make_room(selector, len(tokens))
             if selector == "static":
-                return self._stored_scores
+                return self._stored_scores, [Part(self._stored_scores, "griffin")]
             if selector == "predictor":
                 scores = self.predictor.scores(tokens)
                 self.release_if_tight()
-                return scores
+                return scores, [Part(scores, None)]
+            scoring = self.scoring
             scores = activation_scores(
-                self.parent, tokens, statistic=self.scoring.statistic, run_dense=run_dense
+                self.parent, tokens, statistic=scoring.statistic, run_dense=run_dense
             )
             if selector == "activations":
-                return scores
+                return scores, [Part(scores, scoring.statistic)]
             # Ranks would hide numbers that are not finite.
             check_finite(scores, self._computed_in(selector))
+            statistic = "griffin" if prior is None else scoring.statistic
             prior = np.array(self._stored_scores) if prior is None else prior
-            return mx.array(blended(np.array(scores), prior, self.scoring.blend))
+            if prior.shape != scores.shape or not np.isfinite(prior).all():
+                raise IFPError(
+                    f"prior must be finite scores of the shape {scores.shape}, not {prior.shape}."
+                )
+            parts = [
+                Part(scores, scoring.statistic, scoring.blend),
+                Part(prior, statistic, 1 - scoring.blend),
+            ]
+            return mx.array(blended(np.array(scores), prior, scoring.blend)), parts
 
     @cached_property
     def _stored_scores(self) -> mx.array:
@@ -226,8 +241,8 @@ class Selector:
         selector, ks = self._checked(selector, prior), self._ks(keep)
         key = self.key(text, selector, ks, prior)
 
-        def scored() -> mx.array:
-            return self.scores(text, selector=selector, prior=prior, run_dense=run_dense)
+        def scored() -> tuple[mx.array, list[Part]]:
+            return self._scored(text, selector, prior, run_dense)
 
         (selection, source), made = self._remembered.get_or_make(
             key, lambda: (self._make(key, selector, ks, scored), 1)
@@ -235,7 +250,11 @@ class Selector:
         return selection, source if made else "memory"
 
     def _make(
-        self, key: str, selector: str, ks: list[int], scored: Callable[[], mx.array]
+        self,
+        key: str,
+        selector: str,
+        ks: list[int],
+        scored: Callable[[], tuple[mx.array, list[Part]]],
     ) -> tuple[Selection, str]:
         """The selection from the disk, or from new scores, and where it came from."""
         checkpoint, on_disk = self.checkpoint, self.on_disk
@@ -243,38 +262,39 @@ class Selector:
             selection = on_disk.load(checkpoint.digest, key)
             if selection is not None:
                 return selection, "disk"
-        selection = self.of_scores(scored(), ks, selector)
+        selection = self._select(*scored(), ks, selector)
         if on_disk is not None:
             metadata = {"selector": selector, "model": str(checkpoint.path), "k": compact(ks)}
             on_disk.store(key, selection, metadata)
         return selection, selector
 
-    def of_scores(
-        self, scores: mx.array, keep: Keep | None = None, selector: str = "activations"
-    ) -> Selection:
-        """The selection of scores [L, d_ffn], such as those of a task's examples.
+    def of_scores(self, scores: mx.array, keep: Keep | None = None) -> Selection:
+        """The selection of a statistic [L, d_ffn], such as that of a task's examples.
 
         Args:
             scores (mx.array): float32 [L, d_ffn].
             keep: channels to keep; None for ``ks``.
-            selector (str): what made the scores.
         """
+        parts = [Part(scores, self.scoring.statistic)]
+        return self._select(scores, parts, self._ks(keep), "activations")
+
+    def _select(
+        self, scores: mx.array, parts: list[Part], ks: list[int], selector: str
+    ) -> Selection:
         return select(
             self.checkpoint,
             scores,
-            self._ks(keep),
+            ks,
+            parts,
             by_layer=self.scoring.by_layer,
-            norms=self._norms_for(selector),
+            norms=lambda: self._norms,
             computed_in=self._computed_in(selector),
         )
 
-    def _norms_for(self, selector: str) -> Callable[[], mx.array] | None:
-        """What scores are multiplied by between layers; it is read from disk once."""
-        reader, statistic = self.parent.reader, self.scoring.statistic
-        read = norms_for(self.checkpoint, selector, statistic, reader)
-        if read is not None and self._norms is None:
-            self._norms = cache(read)
-        return None if read is None else self._norms
+    @cached_property
+    def _norms(self) -> mx.array:
+        """Norms of the down projections' columns, read once: [L, d_ffn]."""
+        return norms_of(self.checkpoint, self.parent.reader)
 
     def _computed_in(self, selector: str) -> mx.Dtype | None:
         """The type that a selector computes in; None if it only reads scores."""

@@ -49,6 +49,31 @@ def check_batchable(model: nn.Module) -> None:
         raise IFPError("mlx-lm cannot run this model on several texts at once; use another one.")
 
 
+def safe_batch_size(model: nn.Module, prompt: list[int], batch_size: int) -> int:
+    """The batch size, or 1 if mlx-lm does not run this model on several texts as on each alone.
+
+    Some of its models do not heed the padding of shorter texts, and Gemma 2 fails. So a prompt and
+    its first half are tried.
+
+    Args:
+        model (nn.Module): a model that :func:`check_batchable` takes.
+        prompt (list): token ids, at least one.
+        batch_size (int): what is wanted.
+    """
+    longer = prompt if len(prompt) > 1 else prompt * 2
+    requests = [Request(each, 2, 0.0) for each in (longer[: len(longer) // 2], longer)]
+
+    def tokens(size: int) -> list[list[int]]:
+        written = sample_texts(model, requests, set(), top_p=1.0, batch_size=size)
+        return [each.tokens for each in sorted(written, key=lambda each: each.place)]
+
+    try:
+        together = tokens(2)
+    except (ValueError, TypeError, RuntimeError):
+        return 1
+    return batch_size if together == tokens(1) else 1
+
+
 def sample_texts(
     model: nn.Module,
     requests: list[Request],

@@ -12,6 +12,7 @@ from mlx_ifp.llm.ffn import find_ffns
 from mlx_ifp.llm.modules import get_module
 from mlx_ifp.selectors.activations import activation_scores
 
+from ..architectures import config_of
 from ..conftest import make_dense
 
 TEXTS = [[5, 77, 130, 9, 42, 200, 301, 17, 23, 23, 8], [9, 9, 300], [41, 7, 7, 12, 19, 250, 3]]
@@ -88,6 +89,15 @@ def test_the_ffns_are_read_once_for_texts_of_any_length(model):
     assert in_passes.ffns_read == 2 * layers
     assert finished == [2, 1]
     assert np.allclose(together.values, in_passes.values, rtol=1e-5, atol=1e-7)
+
+
+def test_a_body_that_loops_over_its_layers(tmp_path):
+    dense = make_dense(tmp_path / "dense", "llama", **config_of("iquestloopcoder"))
+    ifp, _ = load(convert(str(dense), tmp_path / "ifp", keep=0.5), cache=False)
+    found = text_statistics(ifp.parent, TEXTS)
+    for tokens, values in zip(TEXTS, found.values, strict=True):
+        alone = np.array(activation_scores(ifp.parent, tokens))
+        assert np.allclose(values, alone, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("statistic", NAMES)

@@ -196,3 +196,18 @@ def test_another_version_of_mlx_lm_computes_others(tiny_checkpoint, stored, monk
     kwargs["prefill"] = "pruned"
     with pytest.raises(IFPError, match=r"another mlx-lm \(.*\) than this one \(9.9\); make it ag"):
         generate(model, tokenizer, CHAT[1:], **kwargs)
+
+
+@pytest.mark.parametrize("flags", [("--dense",), ("--draft-model", "any")])
+def test_flags_that_exclude_dense_prefill(run, flags):
+    code, _, line = run("-p", USER, "--prefill", "dense", *flags)
+    assert code == 1 and line.endswith(" exclude each other.") and flags[0] in line
+
+
+def test_the_table_says_where_the_whole_model_reads(tiny_checkpoint):
+    model, tokenizer = load(tiny_checkpoint, cache=False)
+    for prefill in ("dense", "pruned"):
+        answer = Answer(model, tokenizer, Request(USER, prefill=prefill, options={"max_tokens": 2}))
+        list(answer)
+        (row,) = [line for line in answer.stats.table().splitlines() if line.startswith("prefill")]
+        assert row.endswith("tokens, dense" if prefill == "dense" else "tokens")

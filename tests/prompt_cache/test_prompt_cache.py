@@ -440,7 +440,8 @@ def test_the_next_prompt_of_a_task_begins_after_the_system_prompt(checkpoint):
     task = "A poet."
 
     def run(messages, **kwargs):
-        steps = list(stream_generate(model, tokenizer, messages, task, max_tokens=8, **kwargs))
+        kwargs |= {"prefill": "pruned", "max_tokens": 8}
+        steps = list(stream_generate(model, tokenizer, messages, task, **kwargs))
         return [r.token for r in steps], steps[-1].prompt_tokens
 
     second = [MESSAGES[0], {"role": "user", "content": "Which is the longest?"}]

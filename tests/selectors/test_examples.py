@@ -19,6 +19,7 @@ from mlx_ifp.llm.prompt import template_tokens
 from mlx_ifp.selection.by_layer import ks_by_layer
 from mlx_ifp.selection.files import load_selection
 from mlx_ifp.selectors.answers import write_answers
+from mlx_ifp.synthesis.sampling import safe_batch_size
 
 from ..conftest import make_dense, run_command
 
@@ -102,6 +103,16 @@ def test_the_dense_model_writes_answers_that_are_missing(model):
         assert np.allclose(given.scores, found.scores, rtol=1e-5, atol=1e-7)
 
 
+def test_a_model_that_mlx_lm_cannot_batch_writes_answers_too(tmp_path):
+    dense = make_dense(tmp_path / "dense", "gemma2")
+    model, _ = load(convert(str(dense), tmp_path / "ifp", keep=64), cache=False)
+    network, prompts = model.dense(), [[5, 77, 130, 9], [42, 200]]
+    # mlx-lm's Gemma 2 fails on two texts at once.
+    assert safe_batch_size(network, prompts[0], 8) == 1
+    in_memory = write_answers(model.parent, prompts, set(), 3, network=network)
+    assert in_memory == write_answers(model.parent, prompts, set(), 3)
+
+
 def test_under_a_memory_limit_answers_are_streamed(checkpoint, model):
     limited, _ = load(checkpoint, cache=False, memory_limit=64 << 20)
     rows = [{"prompt": question} for question in QUESTIONS]
@@ -146,6 +157,8 @@ def test_glass_needs_a_prior(tiny_checkpoint, model):
         plain.select("Hello", selector="glass")
     prior = np.ones((3, 160), np.float32)
     assert plain.select("Hello", selector="glass", prior=prior).ks == [64] * 3
+    with pytest.raises(IFPError, match=r"prior must be finite scores of the shape \(3, 160\)"):
+        plain.select("Hello", selector="glass", prior=prior[:2])
 
 
 def test_a_checkpoint_may_say_how_it_selects(checkpoint, tmp_path):
@@ -186,6 +199,11 @@ def test_k_by_layer_compares_what_channels_add(checkpoint, statistic):
     for layer, row in zip(selection.layers, scores, strict=True):
         assert row[layer].min() >= np.delete(row, layer).max(initial=-np.inf)
     mx.eval(model.subnetwork(selection)(mx.array([[5, 6, 7]])))
+    # glass compares layers by what its two parts add, as ranks are the same in every layer.
+    stored = np.array(model.scores(text, selector="static"))
+    parts = (scores * factor, stored * np.array(norms))
+    sizes = sum((p - p.mean(1, keepdims=True)) / p.std(1, keepdims=True) for p in parts)
+    assert model.select(text, selector="glass").ks == ks_by_layer(sizes, 128)
 
 
 @pytest.mark.parametrize(

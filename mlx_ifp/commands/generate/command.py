@@ -153,6 +153,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise IFPError(f"--dense and {option} exclude each other.")
     if args.dense and args.show_selection:
         raise IFPError("--dense selects nothing to show.")
+    if args.dense and args.prefill is not None:
+        raise IFPError("--dense and --prefill exclude each other.")
+    if args.prefill == "dense" and args.draft_model is not None:
+        raise IFPError("--prefill dense and --draft-model exclude each other.")
     check_given(args, has_prompt=True)
     if args.prompt_cache_file is not None:
         if args.draft_model is not None:
