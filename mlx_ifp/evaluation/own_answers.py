@@ -8,7 +8,7 @@ from mlx_lm.generate import generate_step
 
 from ..errors import IFPError
 from ..model import IFPModel
-from ..synthesis.sampling import Request, check_batchable, sample_texts
+from ..synthesis.sampling import Request, check_batchable, safe_batch_size, sample_texts
 from .rows import Row, with_answer
 from .store import Store, key_of
 
@@ -85,6 +85,7 @@ def _answers(
             yield name, answer
         return
     requests = [Request(prompt, max_tokens, 0.0) for prompt in prompts]
-    for written in sample_texts(network, requests, stops, top_p=1.0, batch_size=BATCH_SIZE):
+    size = safe_batch_size(network, max(prompts, key=len), BATCH_SIZE)
+    for written in sample_texts(network, requests, stops, top_p=1.0, batch_size=size):
         end = [] if written.end is None else [written.end]
         yield names[written.place], [*written.tokens, *end]

@@ -7,6 +7,8 @@ from typing import Protocol
 import mlx.core as mx
 
 from ..choices import WAYS
+from ..dense_pass.layers import DensePass, Measure
+from ..dense_pass.prefill import read_text
 from ..errors import IFPError
 from ..llm.messages import Message
 from ..lru import LRU
@@ -15,7 +17,8 @@ from ..selection.keep import Keep
 from ..selection.selection import Selection
 from ..selectors.text import selecting_text
 
-_REMEMBERED_SCORES = 16
+# Passes of the dense LLM over texts.
+_REMEMBERED_PASSES = 4
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Selections:
     ) -> None:
         self._model, self._texts, self._task = model, dict(texts or {}), task
         self._made: dict[tuple[str, str, str | None, str], Selection] = {}
-        self._scores: LRU[tuple[str, str | None], mx.array] = LRU(_REMEMBERED_SCORES)
+        self._passes: LRU[tuple[int, ...], DensePass] = LRU(_REMEMBERED_PASSES)
 
     def find(
         self, way: Way, keep: Keep | None, messages: list[Message], task: str
@@ -130,22 +133,15 @@ class Selections:
         return self._model.text_selector.of_scores(mx.array(task.scores), keep)
 
     def _of_text(self, text: str, selector: str | None, keep: Keep | None) -> Selection:
-        """The selection of a text, as the model gives it; several k need its scores only once."""
-        model, on_disk = self._model, self._model.selections
-        key = model.selection_key(text, selector, keep)
-        if on_disk is not None:
-            found = on_disk.load(model.checkpoint.digest, key)
-            if found is not None:
-                return found
-        scores, _ = self._scores.get_or_make(
-            (text, selector), lambda: (model.scores(text, selector=selector), 1)
+        """The selection of a text, as the model gives it."""
+        return self._model.text_selector.find(text, selector, keep, self._run_dense)[0]
+
+    def _run_dense(self, tokens: list[int], measure: Measure | None) -> DensePass:
+        """The dense LLM's pass over a text, which serves every k and every selector."""
+        made, _ = self._passes.get_or_make(
+            (*tokens, measure is None), lambda: (read_text(self._model.parent, tokens, measure), 1)
         )
-        name = selector or model.selector
-        selection = model.text_selector.of_scores(scores, keep, name)
-        if on_disk is not None:
-            metadata = {"selector": name, "model": str(model.checkpoint.path), "k": selection.k}
-            on_disk.store(key, selection, metadata)
-        return selection
+        return made
 
     def description(self, task: str) -> str:
         """The text that describes a task.
