@@ -17,7 +17,9 @@ from .streams import close_output, discard_output, open_streams, say
 COMMANDS = {
     "benchmark": "mlx_ifp.commands.benchmark",
     "cache_prompt": "mlx_ifp.commands.cache_prompt",
+    "chat": "mlx_ifp.commands.chat",
     "convert": "mlx_ifp.convert",
+    "evaluate": "mlx_ifp.commands.evaluate",
     "export": "mlx_ifp.commands.export",
     "generate": "mlx_ifp.commands.generate",
     "manage": "mlx_ifp.commands.manage",
