@@ -23,3 +23,6 @@ PREFILLS = ("dense", "pruned")
 
 STAGES = ("pretrain", "sft")
 FINE_TUNE_TYPES = ("full", "layers", "ffn", "lora", "predictor")
+
+# What selects for a prompt that is evaluated.
+WAYS = ("prompt", "task", "static", "dense")

@@ -22,6 +22,8 @@ from mlx_ifp.files.atomic import new_directory
 from mlx_ifp.llm.build import build_model
 from mlx_ifp.llm.modules import find_body
 
+from . import running
+
 # Fixtures are found here.
 from .chatting import chat_model  # noqa: F401
 from .training import data, options  # noqa: F401
@@ -78,7 +80,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A real byte-level BPE tokenizer of 384 tokens, trained on this file."""
+    """A real byte-level BPE tokenizer of 384 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +90,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([__file__], trainer)
+    tokenizer.train([str(Path(__file__).with_name("tokenizer_text.txt"))], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -204,6 +206,6 @@ def run_command(*args: object, stdin: str = "", **kwargs) -> subprocess.Complete
     """Run ``mlx_ifp.COMMAND ...`` as a user does, in a process of its own."""
     name, *rest = [str(arg) for arg in args]
     script = Path(sys.executable).with_name(f"mlx_ifp.{name}" if name else "mlx_ifp")
-    return subprocess.run(
+    return running.run(
         [str(script), *rest], input=stdin, capture_output=True, text=True, timeout=600, **kwargs
     )

@@ -87,9 +87,9 @@ def test_the_wheel_carries_all_its_files(predictor_checkpoint, tmp_path):
 
 
 def test_the_real_one_answers(tmp_path):
-    done = run_command("generate", "--prompt", "Write a short story.", "-m", 16, cwd=tmp_path)
+    done = run_command("generate", "--prompt", "Write a short story.", "-m", 6, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 4
+    assert len(done.stdout.split()) > 2
     assert "predictor" in done.stderr
 
 

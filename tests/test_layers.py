@@ -24,6 +24,7 @@ LAYERS = (
     ("opening",),
     ("generation",),
     ("cli",),
+    ("evaluation",),
     ("tuner",),
     ("fitting",),
     ("convert",),

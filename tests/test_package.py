@@ -75,6 +75,7 @@ def check_installed(python: Path, where: Path) -> None:
 def test_the_wheel_in_a_fresh_environment(built, tmp_path):
     names = zipfile.ZipFile(built[1]).namelist()
     assert "mlx_ifp/convert/sources/gguf.py" in names
+    assert "mlx_ifp/commands/server/index.html" in names
     assert not [name for name in names if name.startswith(("convert/", "tests/"))]
     check_installed(install(tmp_path, str(built[1])), tmp_path / "env")
 

@@ -5,10 +5,11 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_ifp import generate, load
+from mlx_ifp import load
 from mlx_ifp.convert.sources.gguf import load_gguf
 from mlx_ifp.files.tensor_files import cast
 from mlx_ifp.llm.build import build_model
+from mlx_ifp.selection.files import load_selection
 
 from .conftest import run_command
 from .helpers import mask_model, relative_error
@@ -19,11 +20,6 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def loaded(smollm2):
     return load(smollm2, cache=False)
-
-
-def test_the_dense_model_answers(loaded):
-    model, tokenizer = loaded
-    assert "Paris" in generate(model, tokenizer, QUESTION, dense=True, max_tokens=10)
 
 
 def test_the_dense_model_is_that_of_the_gguf_file(loaded, smollm2_gguf):
@@ -55,22 +51,18 @@ def test_a_sub_network_equals_the_masked_model_and_reads_half(loaded):
     assert relative_error(ready.network(tokens), reference(tokens)) < 2e-5
 
 
-def test_tasks_select_differently_and_repeats_are_free(smollm2, tmp_path):
+def test_tasks_select_differently(smollm2, tmp_path):
     """As in examples/two_tasks.py, with the commands a user types."""
-    sources = []
+    stats = tmp_path / "stats.json"
     tasks = ("You are an expert Python programmer.", "You are an expert in geography.")
-    for i, task in enumerate((*tasks, tasks[1])):
-        stats = tmp_path / f"{i}.json"
+    for i, task in enumerate(tasks):
         done = run_command(
-            "generate", "--model", smollm2, "--task", task, "-p", "Hello", "-m", 2,
-            "--keep", "0.75", "--stats", stats, "--save-selection", tmp_path / f"{i}.selection",
+            "generate", "--model", smollm2, "--task", task, "-p", "Hello", "-m", 2, "--stats",
+            stats, "--keep", "0.75", "--save-selection", tmp_path / f"{i}.selection",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        sources.append(json.loads(stats.read_text()))
-    assert [s["selection"]["source"] for s in sources] == ["activations", "activations", "disk"]
-    assert sources[0]["total_parameters"] == 134_515_008
-    from mlx_ifp.selection.files import load_selection
-
-    one, two, again = (load_selection(tmp_path / f"{i}.selection") for i in range(3))
+        said = json.loads(stats.read_text())
+        assert said["selection"]["source"] == "activations"
+        assert said["total_parameters"] == 134_515_008
+    one, two = (load_selection(tmp_path / f"{i}.selection") for i in range(2))
     assert 0.75 < one.overlap(two)[0] < 0.98
-    assert two.digest == again.digest

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 PAD_MULTIPLE = 64
 
@@ -241,7 +243,7 @@ class Batch:
 
 
 class DeviceData:
-    """Tokenized examples that lie on the device as a whole; only small indices follow.
+    """Tokenized examples, of which batches are made on a device.
 
     Args:
         examples (list): what :func:`load_examples` gives.
@@ -253,60 +255,40 @@ class DeviceData:
         self.examples, self.device, self.block = examples, device, block
         self.lengths = np.array([len(example.tokens) for example in examples])
         self.offsets = np.array([example.offset for example in examples])
-        self._selecting_lengths = np.array([len(example.selecting) for example in examples])
-        self._tokens = self._flat([example.tokens for example in examples])
-        self._selecting = self._flat([example.selecting for example in examples])
+        # Batches are made of tensors: lists would have to be converted again and again.
+        self._tokens = [torch.tensor(example.tokens) for example in examples]
+        self._selecting = [torch.tensor(example.selecting) for example in examples]
 
-    def _flat(self, rows: list[list[int]]) -> tuple[Tensor, np.ndarray]:
-        starts = np.cumsum([0] + [len(row) for row in rows])[:-1]
-        flat = np.concatenate([np.array(row, np.int32) for row in rows])
-        return torch.from_numpy(flat).to(self.device), starts
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
+    def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _padded(
-        self, flat: tuple[Tensor, np.ndarray], lengths: np.ndarray, indices: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        """int64 [B, n] of rows, and which of it is no padding."""
-        values, starts = flat
-        width = math.ceil(lengths[indices].max() / PAD_MULTIPLE) * PAD_MULTIPLE
-        where = self._to_device(np.stack([starts[indices], lengths[indices]]))
-        column = torch.arange(width, device=self.device)
-        mask = column < where[1][:, None]
-        return torch.where(mask, values[(where[0][:, None] + column) * mask], 0).long(), mask
+    def _padded(self, rows: list[Tensor], value: int = 0) -> Tensor:
+        """int64 [B, n] of rows that are padded on the right; n is a multiple of 64."""
+        made = pad_sequence(rows, batch_first=True, padding_value=value)
+        return functional.pad(made, (0, -made.shape[1] % PAD_MULTIPLE), value=value)
 
     def selecting(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """The texts that select for some examples, int64 [B, n], and 1 where they have tokens."""
-        tokens, mask = self._padded(self._selecting, self._selecting_lengths, indices)
-        return tokens, mask.long()
+        ids = self._padded([self._selecting[i] for i in indices], -1)
+        return self._to_device(ids.clamp(min=0)), self._to_device((ids >= 0).long())
 
     def batch(self, indices: np.ndarray, distill_on: str = "all") -> Batch:
         """Some examples as a batch; ``answer`` leaves out positions of prompts, ``all`` none."""
-        tokens, _ = self._padded(self._tokens, self.lengths, indices)
+        tokens = self._padded([self._tokens[i] for i in indices])
         selecting, selecting_mask = self.selecting(indices)
-        next_token = np.arange(1, tokens.shape[1] + 1)[None]
-        every = next_token < self.lengths[indices][:, None]
-        answer = every & (next_token >= self.offsets[indices][:, None])
-        places = np.flatnonzero(every if distill_on == "all" else answer)
+        lengths, offsets = (torch.from_numpy(x[indices]) for x in (self.lengths, self.offsets))
+        following = torch.arange(1, tokens.shape[1] + 1)
+        every = following < lengths[:, None]
+        answer = every & (following >= offsets[:, None])
+        places = (every if distill_on == "all" else answer).flatten().nonzero()[:, 0]
+        labels = tokens.roll(-1, dims=1)
+        parts = [part.flatten()[places] for part in (labels, answer.float(), every.float())]
         padding = (0, -len(places) % self.block)
-        weights = [
-            np.pad(mask.flat[places].astype(np.float32), padding) for mask in (answer, every)
-        ]
-        moved = self._to_device(np.pad(places, padding))
-        following = torch.roll(tokens, -1, dims=1)
+        parts = [self._to_device(functional.pad(part, padding)) for part in (places, *parts)]
         return Batch(
-            tokens=tokens,
-            selecting=selecting,
-            selecting_mask=selecting_mask,
-            places=moved,
-            labels=following.flatten()[moved],
-            answer=self._to_device(weights[0]),
-            every=self._to_device(weights[1]),
-            indices=indices.tolist(),
+            self._to_device(tokens), selecting, selecting_mask, *parts, indices=indices.tolist()
         )
 
     def counts(self, indices: np.ndarray) -> tuple[int, int]:

@@ -53,13 +53,17 @@ class _BlockwiseLoss(torch.autograd.Function):
         # Cast once, not for every block.
         cast = weight.detach().to(dtype).requires_grad_()
         ce_sum = kl_sum = torch.zeros((), device=hidden.device)
+        theirs = their_weight = None
+        if teacher is not None:
+            theirs, their_weight = teacher[0], teacher[1].to(dtype)
         for start in range(0, len(hidden), block):
             rows = slice(start, start + block)
+            wanted = None if theirs is None else logits(theirs[rows].to(dtype), their_weight)
             with torch.enable_grad():
                 part = hidden[rows].detach().to(dtype).requires_grad_()
                 made = logits(part, cast)
             ce, kl, gradient = terms_of(
-                made.detach(), teacher(rows), labels[rows], ce_weights[rows], kl_weights[rows]
+                made.detach(), wanted, labels[rows], ce_weights[rows], kl_weights[rows]
             )
             of_hidden, of_weight = torch.autograd.grad(made, (part, cast), gradient)
             hidden_gradient[rows] = of_hidden
@@ -105,17 +109,7 @@ def blockwise_loss(
     Returns:
         tuple: the loss to differentiate, and as values its two parts.
     """
-    if teacher is None:
-
-        def teacher_logits(rows: slice) -> None:
-            return None
-    else:
-        theirs, their_weight = teacher[0], teacher[1].to(dtype)
-
-        def teacher_logits(rows: slice) -> Tensor:
-            return logits(theirs[rows].to(dtype), their_weight)
-
     return _BlockwiseLoss.apply(
-        hidden, weight, logits, teacher_logits, labels, ce_weights, kl_weights, block, dtype,
+        hidden, weight, logits, teacher, labels, ce_weights, kl_weights, block, dtype,
         terms_of,
     )  # fmt: skip

@@ -24,13 +24,20 @@ class ModelError(Exception):
 
 def load_llm(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A causal LM of transformers."""
+    return _load(AutoModelForCausalLM, path, dtype)
+
+
+def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A pretrained backbone for the predictor, as in the paper: any body of transformers."""
+    return _load(AutoModel, path, dtype)
+
+
+def _load(kind: type, path: str, dtype: torch.dtype) -> nn.Module:
     try:
-        llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return kind.from_pretrained(path, dtype=dtype).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{path} is no model that transformers can load: {_line(error)}"
-        ) from error
-    return llm.eval()
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path} is no model that transformers can load: {reason}") from error
 
 
 def find_ffns(llm: nn.Module) -> list[nn.Linear]:
@@ -147,15 +154,6 @@ def first_layers(llm: nn.Module, layers: int) -> nn.Module:
         raise ModelError("the LLM's first layers make no model of their own; --predictor-model")
     backbone.load_state_dict({name: theirs[name] for name in own})
     backbone.set_input_embeddings(llm.get_input_embeddings())
-    return backbone.eval()
-
-
-def load_backbone(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A pretrained backbone, as in the paper: any body of transformers."""
-    try:
-        backbone = AutoModel.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} is no predictor that can be loaded: {_line(error)}") from error
     return backbone.eval()
 
 
@@ -304,7 +302,3 @@ def backbone_from_config(config: dict) -> nn.Module:
     config = dict(config)
     made = AutoConfig.for_model(config.pop("model_type"), **config)
     return AutoModel.from_config(made).eval()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

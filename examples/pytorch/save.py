@@ -6,6 +6,7 @@ and ``mlp.*``), ``predictor_config/config.json``, ``predictor_tokenizer/`` and
 [L, F]) in place of the predictor. No pickles.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from model import (
     StaticScores,
     backbone_from_config,
     find_ffns,
+    first_layers,
+    load_backbone,
     load_llm,
 )
 from safetensors import SafetensorError
@@ -177,3 +180,31 @@ def _share_embedding(llm: nn.Module, predictor: Predictor) -> None:
     own, theirs = predictor.extractor.get_input_embeddings(), llm.get_input_embeddings()
     if own.weight.shape == theirs.weight.shape and torch.equal(own.weight, theirs.weight):
         predictor.extractor.set_input_embeddings(theirs)
+
+
+def load_models(args: Any) -> tuple[MaskedLM, MaskedLM, Any, Any]:
+    """What a run starts from: the model to train, the frozen dense one, and both tokenizers."""
+    if is_checkpoint(args.model) and not (args.predictor_layers or args.predictor_model):
+        model, tokenizer, predictor_tokenizer, manifest = load_checkpoint(args.model)
+        if args.select_by != "static" and manifest.get("select_by") == "static":
+            raise ModelError(f"{args.model} has no predictor; name --predictor-layers")
+    else:
+        llm = load_llm(args.model)
+        tokenizer = predictor_tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = MaskedLM(llm)
+        shape = (model.layers, model.channels)
+        if args.select_by == "static":
+            model.predictor = StaticScores(*shape)
+        elif args.predictor_model:
+            model.predictor = Predictor(load_backbone(args.predictor_model), *shape)
+            predictor_tokenizer = AutoTokenizer.from_pretrained(args.predictor_model)
+        elif args.predictor_layers:
+            model.predictor = Predictor(first_layers(llm, args.predictor_layers), *shape)
+        else:
+            raise ModelError("name the predictor: --predictor-layers N or --predictor-model DIR")
+    model.operator, model.mode = args.mask_operator, args.mask
+    model.temperature = args.mask_temperature
+    model.check_logits()
+    # A copy, before training gives the student other weights.
+    dense = load_llm(args.teacher) if args.teacher else copy.deepcopy(model.llm)
+    return model, MaskedLM(dense.requires_grad_(False)), tokenizer, predictor_tokenizer

@@ -25,6 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_ifp import IFPModel, load
 from mlx_ifp.cli.dispatch import script
+from mlx_ifp.evaluation.scoring import answer_logprobs, read_prompt, score
 from mlx_ifp.selection.overlap import overlap_summary
 from mlx_ifp.selection.selection import Selection
 from mlx_ifp.subnetwork.prepared import Prepared
@@ -49,11 +50,10 @@ def first_of_each(examples: list[Example], per_task: int) -> list[Example]:
     return chosen
 
 
-def answer_logprobs(network: Any, example: Example) -> mx.array:
+def logprobs_of(network: Any, example: Example) -> mx.array:
     """Log-probabilities of an answer's tokens: float32 [tokens, vocabulary]."""
-    logits = network(mx.array([example.tokens[:-1]]))[0, example.offset - 1 :]
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    read = read_prompt(network, example.tokens[: example.offset])
+    return answer_logprobs(network, read, example.tokens[example.offset :])
 
 
 class Scorer:
@@ -63,24 +63,21 @@ class Scorer:
         self.tokenizer, self.examples = tokenizer, examples
         self.dense = []
         for example in examples:
-            logprobs = answer_logprobs(dense, example)
+            logprobs = logprobs_of(dense, example)
             mx.eval(logprobs)
             self.dense.append(logprobs)
 
     def score(self, i: int, logprobs: mx.array) -> dict[str, float]:
         """Sums over the answer's tokens, and what greedy decoding would give."""
-        example, dense = self.examples[i], self.dense[i]
-        labels = mx.array(example.tokens[example.offset :])
-        ce = -mx.take_along_axis(logprobs, labels[:, None], axis=-1).sum()
-        kl = (mx.exp(dense) * (dense - logprobs)).sum()
-        right = np.array(logprobs.argmax(axis=-1) == labels)
-        text = [token not in self.tokenizer.all_special_ids for token in labels.tolist()]
+        answer = self.examples[i].tokens[self.examples[i].offset :]
+        one = score(self.dense[i], logprobs, answer)
+        text = [token not in self.tokenizer.all_special_ids for token in answer]
         return {
-            "ce": ce.item(),
-            "kl": kl.item(),
-            "tokens": len(right),
-            "exact": float(right.all()),
-            "begins": float(right[: sum(text)].all()),
+            "ce": one.ce,
+            "kl": one.kl,
+            "tokens": one.tokens,
+            "exact": float(all(one.right)),
+            "begins": float(all(one.right[: sum(text)])),
         }
 
     def arm(self, prepare: Prepare, math: int) -> dict[str, Any]:
@@ -96,7 +93,7 @@ class Scorer:
         reused = 0
         for i, example in enumerate(self.examples):
             ready = prepare(example)
-            rows[example.task].append(self.score(i, answer_logprobs(ready.network, example)))
+            rows[example.task].append(self.score(i, logprobs_of(ready.network, example)))
             if ready.selection is not None:
                 selections.append(ready.selection)
             reused += ready.reuse_overlap is not None

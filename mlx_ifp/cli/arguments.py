@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.directory import Checkpoint
@@ -55,6 +56,28 @@ def kv_options(args: argparse.Namespace) -> dict[str, Any]:
         "prefill_step_size",
     )
     return {name: getattr(args, name) for name in names}
+
+
+def sampler_of(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper
+) -> Callable[[mx.array], mx.array]:
+    """mlx-lm's sampler for the flags of ``add_sampling_options``."""
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+
+
+def check_max_tokens(args: argparse.Namespace) -> None:
+    """Raises IFPError if ``--max-tokens`` is no limit that mlx-lm takes."""
+    if args.max_tokens < -1 or args.max_tokens == 0:
+        raise IFPError("--max-tokens must be above 0, or -1 for no limit.")
 
 
 def use_of(

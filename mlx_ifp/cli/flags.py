@@ -163,8 +163,8 @@ def add_by_layer_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what selects."""
+def add_task_options(parser: argparse.ArgumentParser, *, save: bool = True) -> None:
+    """Add the flags that say what selects, and the one that saves the selection if ``save``."""
     group = parser.add_argument_group("task").add_mutually_exclusive_group()
     group.add_argument("--task", metavar="TEXT", help="A description of the task, which selects")
     group.add_argument("--task-file", metavar="FILE", help="A file with such a description")
@@ -176,7 +176,10 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--selection", metavar="FILE", help="Use a saved selection")
     add_task_name_option(group)
-    parser.add_argument("--save-selection", metavar="FILE", help="Save the selection that is used")
+    if save:
+        parser.add_argument(
+            "--save-selection", metavar="FILE", help="Save the selection that is used"
+        )
 
 
 def add_task_name_option(group: argparse._ActionsContainer) -> None:
@@ -218,6 +221,27 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         default=2048,
         help="Prompt tokens to process at a time",
     )
+
+
+def add_sampling_options(
+    parser: argparse.ArgumentParser, max_tokens: int
+) -> argparse._ArgumentGroup:
+    """Add the flags that say how tokens are chosen, and how many at most unless it is said."""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--max-tokens", "-m", type=int, default=max_tokens, help="Tokens to generate"
+    )
+    group.add_argument("--temp", type=float, default=0.0, help="Sampling temperature")
+    group.add_argument("--top-p", type=float, default=1.0, help="Sampling top-p")
+    group.add_argument("--min-p", type=float, default=0.0, help="Sampling min-p")
+    group.add_argument("--top-k", type=int, default=0, help="Sampling top-k")
+    group.add_argument("--xtc-probability", type=float, default=0.0, help="XTC probability")
+    group.add_argument("--xtc-threshold", type=float, default=0.1, help="XTC threshold")
+    group.add_argument(
+        "--min-tokens-to-keep", type=int, default=1, help="Minimum tokens to keep for min-p"
+    )
+    group.add_argument("--seed", type=parse_seed, help="PRNG seed")
+    return group
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:

@@ -90,6 +90,9 @@ class DensePrompt:
         Raises:
             IFPError: if it cannot be read, in one line.
         """
+        if tokens is not None and not self.seconds:
+            # The cache holds the tokens before these.
+            self._pass = None
         tokens = self._tokens if tokens is None else tokens
         if self._model.memory is not None and not self.seconds:
             self._model.memory.before_prefill()

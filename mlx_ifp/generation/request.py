@@ -27,6 +27,7 @@ from ..model import IFPModel
 from ..prompt_cache.files import stored_positions
 from ..selection.keep import Keep
 from ..selection.selection import Selection
+from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text
 
 
@@ -165,13 +166,16 @@ class Request:
             return tokenizer.encode(tokens, add_special_tokens=False)
         return tokens
 
-    def generation(self, tokenizer: TokenizerWrapper) -> Generation:
+    def generation(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> Generation:
         """What determines the size of the request's keys and values.
+
+        Args:
+            tokenizer, tokens: as for :meth:`positions`.
 
         Raises:
             IFPError: if there is no limit of tokens, or a draft model: see :meth:`Generation.of`.
         """
-        return Generation.of(self.positions(tokenizer), **self.options)
+        return Generation.of(self.positions(tokenizer, tokens), **self.options)
 
     def positions(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> int:
         """Tokens of the prompt, with those before it in a stored prompt or a prompt cache.
@@ -186,6 +190,16 @@ class Request:
             count += stored_positions(self.prompt_cache_file)
         prompt_cache = self.options.get("prompt_cache") or []
         return count + max((getattr(layer, "offset", 0) for layer in prompt_cache), default=0)
+
+    def ks(self, model: IFPModel) -> list[int]:
+        """How many channels its network has in each of L layers."""
+        if self.dense:
+            return resolved_keep(model.checkpoint, 1.0)
+        if self.selection is not None:
+            return self.selection.ks
+        if self.keep is not None:
+            return resolved_keep(model.checkpoint, self.keep)
+        return model.text_selector.ks
 
     def selecting_text(self, model: IFPModel, tokenizer: TokenizerWrapper) -> Text | None:
         """The task if there is one, else what the prompt says; None if no text selects."""

@@ -30,7 +30,6 @@ from ..prompt_cache.files import PromptCache, load_cache_file
 from ..prompt_cache.key import CacheKey, claim
 from ..selection.keep import Keep
 from ..selection.selection import Selection
-from ..selectors.selector import resolved_keep
 from ..subnetwork.prepared import Chosen, Prepared
 from .dense_prompt import DensePrompt, with_prefill
 from .draft import draft_model_of
@@ -47,6 +46,7 @@ class Answer:
         model (IFPModel): from :func:`mlx_ifp.load`.
         tokenizer: from the same call.
         request (Request): what is asked for.
+        tokens: the prompt as mlx-lm is given it, if it was encoded already.
 
     Attributes:
         request: as given.
@@ -54,13 +54,21 @@ class Answer:
         tokens: the prompt as mlx-lm is given it.
         prefill: who reads the prompt: ``dense``, the whole model, or ``pruned``, the network.
         warm: how the prompt began warm, once the first token is there; None if it did not.
+        prefilled: the prompt as the whole model has read it, if it does, once ``ready`` is there.
+        progress: called with the tokens processed, and all, while the whole model reads.
 
     Raises:
         IFPError: if the request cannot be served: a text is empty or too long, stored keys and
             values belong to another selection, or something does not fit the memory limit.
     """
 
-    def __init__(self, model: IFPModel, tokenizer: TokenizerWrapper, request: Request) -> None:
+    def __init__(
+        self,
+        model: IFPModel,
+        tokenizer: TokenizerWrapper,
+        request: Request,
+        tokens: Encoded | None = None,
+    ) -> None:
         request.check()
         self.request = request
         self.warm: WarmStart | None = None
@@ -68,8 +76,10 @@ class Answer:
         self._first_token_seconds = 0.0
         self._last: GenerationResponse | None = None
         self._dense_prompt: DensePrompt | None = None
-        self._prefilled: Prefilled | None = None
-        self.tokens = request.encode(tokenizer)
+        self.prefilled: Prefilled | None = None
+        self._rest: list[int] | None = None
+        self.progress: Callable[[int, int], None] | None = None
+        self.tokens = request.encode(tokenizer) if tokens is None else tokens
         check_length(model, tokenizer, request, self.tokens)
         self.prefill = request.prefill_by(model.checkpoint, model.selector)
         self.text = request.selecting_text(model, tokenizer)
@@ -101,6 +111,12 @@ class Answer:
         """The channels that answer; None is the whole model."""
         return self._chosen.selection
 
+    def go_on_from(self, prompt_cache: PromptCache, rest: list[int]) -> bool:
+        """Read only the prompt's end; False if a selector had the whole model read it all."""
+        if self._dense_prompt is None or not self._dense_prompt.seconds:
+            self._prompt_cache, self._rest = prompt_cache, rest
+        return self._rest is not None
+
     @cached_property
     def ready(self) -> Prepared:
         """The sub-network, and what getting it cost. Whoever asks for it first lets it be loaded.
@@ -111,16 +127,18 @@ class Answer:
             IFPError: if it does not fit the memory limit, or the prompt cannot be read.
         """
         chosen = self._chosen
-        if self._dense_prompt is not None and self._prefilled is None:
+        if self._dense_prompt is not None and self.prefilled is None:
             self._read_densely(self._dense_prompt)
         return self._model.load(chosen)
 
     def _read_densely(self, dense_prompt: DensePrompt) -> None:
-        tokens = self._start_warm(None) if self.request.warm else None
+        tokens = self._rest
+        if tokens is None and self.request.warm:
+            tokens = self._start_warm(None)
         self._claim()
-        self._prefilled = dense_prompt.read(self._prompt_cache, tokens)
+        self.prefilled = dense_prompt.read(self._prompt_cache, tokens, self.progress)
         if self._prompt_cache is None:
-            self._prompt_cache = self._prefilled.cache
+            self._prompt_cache = self.prefilled.cache
 
     def _claim(self) -> None:
         """Mark the prompt cache as this answer's."""
@@ -132,17 +150,9 @@ class Answer:
         model, request = self._model, self.request
         if model.memory is None:
             return
-        if request.dense:
-            ks = resolved_keep(model.checkpoint, 1.0)
-        elif request.selection is not None:
-            ks = request.selection.ks
-        elif request.keep is not None:
-            ks = resolved_keep(model.checkpoint, request.keep)
-        else:
-            ks = model.text_selector.ks
         model.memory.expect(
-            request.generation(self._tokenizer),
-            ks,
+            request.generation(self._tokenizer, self.tokens),
+            request.ks(model),
             dense=request.dense,
             dense_prefill=self.prefill == "dense",
         )
@@ -166,8 +176,7 @@ class Answer:
         Raises:
             IFPError: if mlx-lm cannot go on, in one line.
         """
-        ready, prefilled = self.ready, self._prefilled
-        start = time.perf_counter()
+        ready, prefilled, start = self.ready, self.prefilled, time.perf_counter()
         before = ready.select_seconds + ready.load_seconds
         if prefilled is not None:
             before += prefilled.seconds + (0.0 if self.warm is None else self.warm.seconds)

@@ -11,7 +11,8 @@ from .budget import Estimator, Use
 class MemoryLimit:
     """Keeps a model within its limit: it makes room, and says whether the predictor may stay.
 
-    It counts one generation at a time and the one network that this generation uses.
+    It counts one generation at a time and the one network that this generation uses. Whoever runs
+    several says with :meth:`beside` what the others take.
 
     Args:
         limit (int): bytes.
@@ -31,6 +32,7 @@ class MemoryLimit:
         self.estimator = estimator
         self._networks = networks
         self._most = networks.max_bytes
+        self._other_kv = self._other_networks = 0
         check(estimator, use, limit)
         self.expect(use.generation, use.ks, dense=use.dense, dense_prefill=use.dense_prefill)
 
@@ -56,10 +58,20 @@ class MemoryLimit:
         self._networks.max_bytes = min(self._most, self._left())
         self._networks.shrink(self._networks.max_bytes)
 
+    def beside(self, kv: int, networks: int) -> None:
+        """Count other generations that run at the same time.
+
+        Args:
+            kv (int): bytes of their keys and values, and of such that are kept for later.
+            networks (int): bytes of the networks that they use.
+        """
+        self._other_kv, self._other_networks = kv, networks
+
     @property
     def keeps_predictor(self) -> bool:
-        """Whether the predictor may stay in memory beside the network and its keys and values."""
-        needed = self.estimator.trunk + self._network + self._kv + self._predictor
+        """Whether the predictor may stay in memory beside networks, keys and values in use."""
+        others = self._other_kv + self._other_networks
+        needed = self.estimator.trunk + self._network + self._kv + others + self._predictor
         return needed <= self.limit
 
     @property
@@ -69,7 +81,7 @@ class MemoryLimit:
     def _left(self) -> int:
         """Bytes that all networks may take while tokens are generated."""
         stays = self._predictor if self.keeps_predictor else 0
-        return self.limit - self.estimator.trunk - self._kv - stays
+        return self.limit - self.estimator.trunk - self._kv - self._other_kv - stays
 
     def _in_all_layers(self, k: int) -> list[int]:
         return per_layer(k, len(self.estimator.checkpoint.ffns))
@@ -83,6 +95,7 @@ class MemoryLimit:
         smallest = Use(self._in_all_layers(1), Generation(1), selector, tokens)
         check(self.estimator, smallest, self.limit)
         needed = self.estimator.trunk + sum(self.estimator.selector(selector, tokens))
+        needed += self._other_kv
         if selector != "predictor" and self.keeps_predictor:
             needed += self._predictor
         self._networks.shrink(max(0, self.limit - needed))
@@ -90,6 +103,7 @@ class MemoryLimit:
     def before_prefill(self) -> None:
         """Drop networks until the whole model has room to read the prompt that is expected."""
         needed = self._prefilling + (self._predictor if self.keeps_predictor else 0)
+        needed += self._other_kv
         self._networks.shrink(max(0, self.limit - needed))
 
     def before_loading(self, selection: Selection | None) -> None:

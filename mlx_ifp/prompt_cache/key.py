@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -49,6 +49,10 @@ class CacheKey:
         """The key for a checkpoint, by its digest, and a selection; None is the dense model."""
         settings = settings or KVSettings()
         return cls(checkpoint, str(dtype), mlx_lm_version, digest_of(selection), settings)
+
+    def after_dense(self, selection: Selection | None) -> "CacheKey":
+        """The key where the whole model reads prompts, and the network of a selection answers."""
+        return replace(self, selection=owner_of(selection, dense_prefill=True))
 
     @property
     def hash(self) -> str:
@@ -121,6 +125,12 @@ def _read_otherwise(dense: bool) -> str:
     )
 
 
+def owner_of(selection: Selection | None, *, dense_prefill: bool) -> str:
+    """What names who fills a prompt cache: see :func:`claim`."""
+    digest = digest_of(selection)
+    return digest + _AFTER_DENSE if dense_prefill and selection is not None else digest
+
+
 def claim(
     prompt_cache: list[Any], selection: Selection | None, *, dense_prefill: bool = False
 ) -> list[Any]:
@@ -138,8 +148,7 @@ def claim(
     Raises:
         IFPError: if it is marked with another.
     """
-    digest = digest_of(selection)
-    owner = digest + _AFTER_DENSE if dense_prefill and selection is not None else digest
+    digest, owner = digest_of(selection), owner_of(selection, dense_prefill=dense_prefill)
     for layer in prompt_cache:
         mark = getattr(layer, "ifp_selection", owner)
         if mark != owner and not (dense_prefill and mark == DENSE):

@@ -214,7 +214,7 @@ class WarmPrompts:
             if n < len(tokens):
                 network = None if prepared is None else prepared.network
                 self._read(network, tokens[n:], prompt_cache, settings, prefill_step_size)
-            prompt_cache = _compact(prompt_cache)
+            prompt_cache = compact(prompt_cache)
             self._keep(*entry, prompt_cache)
             if files is not None and not files.has(*entry):
                 files.store(*entry, prompt_cache)
@@ -313,7 +313,7 @@ def _claimed(prompt_cache: PromptCache, prepared: Prepared | None) -> PromptCach
     return claim(prompt_cache, None if prepared is None else prepared.selection)
 
 
-def _compact(prompt_cache: PromptCache) -> PromptCache:
+def compact(prompt_cache: PromptCache) -> PromptCache:
     """Free the room that mlx-lm allocates for more tokens. Arrays are evaluated, for any thread."""
     for layer in prompt_cache:
         if type(layer) in (KVCache, QuantizedKVCache) and not layer.empty():

@@ -34,11 +34,13 @@ class Written:
         place: where its request is in the list of requests.
         tokens: what was written, without the token that ended it.
         ended: whether a token ended it, rather than ``max_tokens``.
+        end: the token that ended it, or None.
     """
 
     place: int
     tokens: list[int]
     ended: bool
+    end: int | None = None
 
 
 def check_batchable(model: nn.Module) -> None:
@@ -115,6 +117,7 @@ def sample_texts(
                 if not ended:
                     tokens[response.uid].append(response.token)
                 if response.finish_reason is not None:
-                    yield Written(places[response.uid], tokens.pop(response.uid), ended)
+                    end = response.token if ended else None
+                    yield Written(places[response.uid], tokens.pop(response.uid), ended, end)
     finally:
         generator.close()

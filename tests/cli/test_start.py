@@ -72,8 +72,16 @@ sys.meta_path.insert(0, Interrupt())
 """
 
 
-@pytest.mark.parametrize("module", ["mlx_ifp.choices", "mlx.core", "mlx_lm", "mlx_ifp.model"])
-@pytest.mark.parametrize("script", [["mlx_ifp.generate"], ["mlx_ifp", "generate"]])
+@pytest.mark.parametrize(
+    ("script", "module"),
+    [
+        (["mlx_ifp.generate"], "mlx_ifp.choices"),
+        (["mlx_ifp", "generate"], "mlx_ifp.choices"),
+        (["mlx_ifp.generate"], "mlx.core"),
+        (["mlx_ifp", "generate"], "mlx_lm"),
+        (["mlx_ifp.generate"], "mlx_ifp.model"),
+    ],
+)
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path, script, module):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT)
     done = subprocess.run(

@@ -281,16 +281,20 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, small_disk, monkeypatch):
     assert not list(small_disk.iterdir())
 
 
+@pytest.fixture(scope="module")
+def slow_to_convert(tmp_path_factory) -> Path:
+    """A dense model of 600 MB."""
+    path = tmp_path_factory.mktemp("slow") / "dense"
+    return make_dense(path, hidden_size=512, intermediate_size=8192, num_hidden_layers=12)
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, kind):
-    dense = make_dense(
-        tmp_path / "dense", hidden_size=512, intermediate_size=8192, num_hidden_layers=12
-    )
+def test_an_interrupted_conversion_leaves_nothing(slow_to_convert, tmp_path, kind):
     folder = tmp_path / "made"
     folder.mkdir()
     script = Path(sys.executable).with_name("mlx_ifp.convert")
     process = subprocess.Popen(
-        [str(script), "--model", str(dense), "--mlx-path", str(folder / "out"), "-q"],
+        [str(script), "--model", str(slow_to_convert), "--mlx-path", str(folder / "out"), "-q"],
         stderr=subprocess.PIPE,
         text=True,
         # A shell that runs the tests in the background has them ignore SIGINT.

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlx_ifp
 from mlx_ifp.convert.sources.gguf import load_gguf
 
 from ..conftest import tiny_tokenizer
@@ -24,18 +25,18 @@ pytest.importorskip("gguf", reason="needs examples/pytorch/requirements.txt")
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pytorch"
 sys.path.insert(0, str(FOLDER))
 
-import generation  # noqa: E402
 import gguf_model  # noqa: E402
+import slots  # noqa: E402
 import transformers  # noqa: E402
 from data import load_examples  # noqa: E402
 from evaluate import greedy_answers  # noqa: E402
-from generation import Generator, Request, complete, sample  # noqa: E402
+from generation import Completion, Generator, Request  # noqa: E402
 from model import MaskedLM, Predictor, first_layers, load_llm  # noqa: E402
 from pack_model import pack_codes, unpack_codes  # noqa: E402
 from rounding import quantize  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from save import save_checkpoint  # noqa: E402
-from synthesize import Duplicates, Template, find_loop, why_not  # noqa: E402
+from user_turn import Template  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -126,6 +127,18 @@ def greedy(llm, prompt: list[int], tokens: int, stops: list[int]) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def complete(generator: Generator, requests: list[Request]) -> list[Completion]:
+    """All requests' completions, in their order."""
+    waiting, results = list(requests), []
+
+    def take(n: int) -> list[Request]:
+        taken, waiting[:] = waiting[:n], waiting[n:]
+        return taken
+
+    generator.run(take, results.extend)
+    return sorted(results, key=lambda result: requests.index(result.request))
+
+
 def check_greedy(llm, reference) -> None:
     generator = torch.Generator().manual_seed(1)
     lengths = (1, 5, 33, 2, 17, 64)
@@ -160,7 +173,7 @@ def test_lengths_in_place_of_masks_change_nothing(monkeypatch):
         made.flash, made.bucket = True, made.length
         return made
 
-    monkeypatch.setattr(generation, "_flash_decode", decode)
+    monkeypatch.setattr(slots, "flash_decode", decode)
     check_greedy(make_llm(1), make)
 
 
@@ -170,7 +183,7 @@ def test_the_kernel_takes_what_it_is_given():
 
     key, value = empty(5, 640, 3, 64).transpose(1, 2), empty(5, 640, 3, 64).transpose(1, 2)
     lengths = empty(5, dtype=torch.int32)
-    out = generation._flash_decode(empty(5, 9, 1, 64), key, value, lengths, 0.125)
+    out = slots.flash_decode(empty(5, 9, 1, 64), key, value, lengths, 0.125)
     assert out.shape == (5, 1, 9, 64)
 
 
@@ -181,39 +194,21 @@ def test_samples_are_those_of_the_nucleus():
     inside = probabilities.cumsum(0) - probabilities < 0.9
     expected = torch.zeros(300)
     expected[order[inside]] = probabilities[inside] / probabilities[inside].sum()
-    drawn = sample(logits.expand(40_000, -1), torch.full((40_000,), 0.8), 0.9)
+    drawn = slots.sample(logits.expand(40_000, -1), torch.full((40_000,), 0.8), 0.9)
     seen = torch.bincount(drawn, minlength=300) / len(drawn)
     assert seen[expected == 0].sum() == 0
     assert (seen - expected).abs().sum() / 2 < 0.02
-    greedy = sample(logits.expand(9, -1), torch.zeros(9), 0.9)
+    greedy = slots.sample(logits.expand(9, -1), torch.zeros(9), 0.9)
     assert (greedy == logits.argmax()).all()
 
 
 # -- what is kept
 
 
-def test_a_loop_ends_after_its_second_round():
-    start = list(range(100, 120))
-    assert find_loop(start + [1, 2, 3, 4, 5, 6, 7, 8, 9, 10] * 5) == 40
-    assert find_loop(start + [7] * 40) == 22
-    assert find_loop(start + [1, 2, 3] * 4) is None  # a short list may repeat
-    assert find_loop(list(range(300))) is None
-
-
-def test_odd_prompts_stay_and_useless_ones_go():
-    assert why_not("What rhymes with blorp?", [5, 6, 7], {2}) is None
-    assert why_not("hello <|im_end|>", [5, 2], {2}) == "special tokens"
-    assert why_not("?!", [5], {2}) == "empty"
-    assert why_not("no " * 30, [5, 6, 7], {2}) == "repetition"
-
-
-def test_duplicates_share_most_of_their_trigrams():
-    seen = Duplicates()
-    assert not seen.add("What is the capital of France?")
-    assert not seen.add("What is the capital of Spain?")
-    assert seen.add("what is the capital of FRANCE")
-    assert not seen.add("Hi")
-    assert seen.add("hi!")
+def test_what_is_kept_is_what_mlx_ifp_keeps():
+    """The filters are the same file: it must be there where the package is not."""
+    ours, theirs = FOLDER / "filters.py", Path(mlx_ifp.__file__).with_name("synthesis")
+    assert ours.read_text() == (theirs / "filters.py").read_text()
 
 
 def test_a_prompt_is_answered_as_the_template_says():

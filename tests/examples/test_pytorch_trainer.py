@@ -38,9 +38,10 @@ import train  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from data import BatchOrder, DataError, DeviceData, draw_k, load_examples  # noqa: E402
-from losses import blockwise_loss  # noqa: E402
+from losses import blockwise_loss, terms  # noqa: E402
 from masks import mask_of, soft_topk, topk_mask  # noqa: E402
 from model import MaskedLM, ModelError, Predictor, find_ffns, first_layers  # noqa: E402
+from optimizer import OddSteps  # noqa: E402
 from save import load_checkpoint, save_checkpoint  # noqa: E402
 from validate import overlaps  # noqa: E402
 
@@ -489,6 +490,60 @@ def test_a_run_and_its_log(tmp_path, dense, data):
     model, *_ = load_checkpoint(output)
     assert model.k == 128
     assert "exists" in refused(*flags)
+
+
+def test_a_run_that_begins_with_all_channels_learns(tmp_path, dense, data):
+    """Then the first step has no gradients at all, and the next one's are not odd for that."""
+    seed = next(seed for seed in range(99) if draw_k(K, F, 0, seed) == F)
+    flags = options(dense, data, tmp_path / "run", "--distill-weight", 1, "--seed", seed)
+    run(*flags, "--iters", 24, "--batch-tokens", 64)
+    last = [report for report in read_log(tmp_path / "run") if "train_loss" in report][-1]
+    assert last["iteration"] == 24 and last["skipped_updates"] == 0
+
+
+def test_a_step_with_far_larger_gradients_than_usual_counts_for_nothing():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    odd_steps = OddSteps(5.0, torch.device("cpu"))
+    for step in range(30):
+        weight.grad = torch.full((3,), 100.0 if step in (3, 25) else 1.0)
+        odd_steps.usual = None if step == 10 else odd_steps.usual
+        odd_steps(weight.grad.norm(), step, [weight])
+        # The first steps are never skipped.
+        assert bool(weight.grad.any()) == (step != 25)
+    assert odd_steps.skipped == 1
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(tmp_path, dense, data, monkeypatch, capsys):
+    failures = [RuntimeError("No working C++ compiler found")]
+
+    def fails_once(*args):
+        if failures:
+            raise failures.pop()
+        return terms(*args)
+
+    monkeypatch.setattr(
+        train.Step, "compile_parts", lambda step: setattr(step, "terms", fails_once)
+    )
+    try:
+        run(*options(dense, data, tmp_path / "run", "--iters", 2, "--compile"))
+    finally:
+        torch.compiler.set_stance("default")
+    assert "[WARNING] not compiled, which is slower" in capsys.readouterr().out
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_predictor_with_a_tokenizer_of_its_own(tmp_path, dense, data):
+    backbone = make_llm(3, model_type="qwen3", num_hidden_layers=2, hidden_size=32)
+    backbone.save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    flags = options(dense, data, tmp_path / "run", "--predictor-model", tmp_path / "backbone")
+    del flags[flags.index("--predictor-layers") : flags.index("--predictor-layers") + 2]
+    run(*flags)
+    ours, *_ = load_checkpoint(tmp_path / "run")
+    theirs, _ = load(converted(tmp_path / "run", tmp_path / "ifp"), cache=False)
+    with torch.no_grad():
+        scores = ours.scores(torch.tensor([[5, 77, 130]]))[0].numpy()
+    assert np.abs(np.array(theirs.scores([5, 77, 130])) - scores).max() < 1e-3
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(tmp_path, dense, data):

@@ -78,6 +78,19 @@ def test_all_arms_are_trained_and_compared(dense_llama, data, tmp_path):
     expected = overlap_summary(selections, [row["task"] for row in rows])
     for name, value in asdict(expected).items():
         assert results["prompt-64-0"]["overlap"][name] == pytest.approx(value), name
+    # mlx_ifp.evaluate measures the same.
+    figures = tmp_path / "figures.json"
+    done = run_command("evaluate", "--model", runs / "prompt-64-0" / "ifp", "--reference", source,
+                       "--prompts", data / "valid.jsonl", "--given-answers", "--limit", 2,
+                       "--prefill", "pruned", "--speed-tokens", 0, "--json", figures)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (loss,) = json.loads(figures.read_text())
+    wanted = results["prompt-64-0"]
+    for task, its in loss["tasks"].items():
+        for name in ("ce", "kl", "exact", "tokens"):
+            assert its[name] == pytest.approx(wanted["tasks"][task][name], rel=1e-6)
+    assert loss["kl"] == pytest.approx(wanted["kl"], rel=1e-6)
+    assert loss["overlap"]["between"] == pytest.approx(wanted["overlap"]["between"])
     # With any overlap at all enough, the first prompt's sub-network serves the other three.
     _script("evaluate.py", *arguments, "--reuse-overlap", 0.01)
     reused = json.loads(output.read_text())["prompt-64-0, reuse 0.01"]

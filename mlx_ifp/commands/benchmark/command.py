@@ -44,6 +44,7 @@ from .chart import chart
 from .loading import ColdFiles, check_cold
 from .options import OTHER_TASK, TASK
 from .runs import Bench, measure
+from .serving import serve_and_measure, serving_table
 from .settings import DEFAULT_SCALE, Settings
 from .shapes import check_quantization, describe, paper_shapes, write_shapes
 from .table import heading, summary, table
@@ -174,6 +175,29 @@ def _write_shapes(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     )
 
 
+def _run_server(
+    args: argparse.Namespace, model: IFPModel, settings: Settings, directory: Path
+) -> None:
+    """Measure servers, and say the figures."""
+    options = ["--model", str(model.checkpoint.path)]
+    for name in ("dtype", "keep", "selector"):
+        if getattr(args, name) is not None:
+            options += [f"--{name}", str(getattr(args, name))]
+    result = serve_and_measure(
+        model,
+        directory,
+        requests=args.requests,
+        max_tokens=settings.generation_tokens,
+        trials=settings.num_trials,
+        options=options,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    print(serving_table(result))
+    if args.json is not None:
+        with new_file(args.json) as file:
+            write_text(file, json.dumps(result, indent=2) + "\n")
+
+
 def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.benchmark``."""
     settings = settings_of(args)
@@ -185,6 +209,10 @@ def run(args: argparse.Namespace) -> None:
             directory = tempfile.TemporaryDirectory(prefix="mlx_ifp-")
             geometry = _write_shapes(args, Path(stack.enter_context(directory)))
         model, _ = load_model(args)
+        if args.server:
+            directory = tempfile.TemporaryDirectory(prefix="mlx_ifp-")
+            _run_server(args, model, settings, Path(stack.enter_context(directory)))
+            return
         task = args.task if args.task_name is None else named_task(args, model.checkpoint)
         result = benchmark(
             model,

@@ -4,7 +4,13 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from ...cli.flags import add_model_options, add_task_name_option, new_parser, parse_seed
+from ...cli.flags import (
+    add_model_options,
+    add_task_name_option,
+    new_parser,
+    parse_count,
+    parse_seed,
+)
 from .settings import DEFAULT_SCALE, Settings
 
 TASK = "You are an expert Python programmer. Answer with working code and a short explanation."
@@ -20,6 +26,7 @@ examples:
   mlx_ifp.benchmark --model smollm2-ifp
   mlx_ifp.benchmark --model smollm2-ifp -p 128 512 4000 -g 100 --samples 4 --chart times.png
   mlx_ifp.benchmark --model smollm2-ifp --keep 0.25 --num-trials 10 --cold --json figures.json
+  mlx_ifp.benchmark --model smollm2-ifp --server -g 64 -n 3
   mlx_ifp.benchmark --shapes paper --scale 4 -q --q-bits 4 -p 4000 -g 100 --samples 4
 """
 
@@ -80,6 +87,18 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--cold",
         action="store_true",
         help="Also load the channels after the system has been made to forget the files (Linux)",
+    )
+    parser.add_argument(
+        "--server",
+        action="store_true",
+        help="Instead: many requests at once to mlx_ifp.server, against mlx_lm.server on exported "
+        "sub-networks; -g and -n count",
+    )
+    parser.add_argument(
+        "--requests",
+        type=parse_count,
+        default=16,
+        help="With --server: how many are sent at once (default: 16)",
     )
     parser.add_argument("--json", metavar="FILE", help="Write all figures to a JSON file")
     parser.add_argument(

@@ -7,18 +7,19 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...checkpoint.directory import Checkpoint
 from ...cli.arguments import (
     check_given,
+    check_max_tokens,
     given_selection,
     glass_of,
     kv_options,
     load_model,
     note_prefill,
     read_prompt,
+    sampler_of,
     task_of,
     use_of,
 )
@@ -37,19 +38,9 @@ def _request(
     args: argparse.Namespace, prompt: str, checkpoint: Checkpoint, tokenizer: TokenizerWrapper
 ) -> Request:
     """What the flags ask for."""
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
     options = {
         "max_tokens": args.max_tokens,
-        "sampler": sampler,
+        "sampler": sampler_of(args, tokenizer),
         "draft_model": args.draft_model,
         "num_draft_tokens": args.num_draft_tokens,
         **kv_options(args),
@@ -156,8 +147,7 @@ def template_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises IFPError if flags contradict one another."""
-    if args.max_tokens < -1 or args.max_tokens == 0:
-        raise IFPError("--max-tokens must be above 0, or -1 for no limit.")
+    check_max_tokens(args)
     if args.dense and (args.selection or args.task_name):
         option = "--selection" if args.selection else "--task-name"
         raise IFPError(f"--dense and {option} exclude each other.")

@@ -7,10 +7,10 @@ from ...cli.flags import (
     add_memory_options,
     add_model_options,
     add_prefill_option,
+    add_sampling_options,
     add_task_options,
     new_parser,
     parse_bool,
-    parse_seed,
 )
 
 EXAMPLES = """examples:
@@ -63,18 +63,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "with it begins at its own first token",
     )
     text.add_argument("--extra-eos-token", nargs="+", default=(), help="More tokens that end it")
-    sampling = parser.add_argument_group("generation")
-    sampling.add_argument("--max-tokens", "-m", type=int, default=100, help="Tokens to generate")
-    sampling.add_argument("--temp", type=float, default=0.0, help="Sampling temperature")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="Sampling top-p")
-    sampling.add_argument("--min-p", type=float, default=0.0, help="Sampling min-p")
-    sampling.add_argument("--top-k", type=int, default=0, help="Sampling top-k")
-    sampling.add_argument("--xtc-probability", type=float, default=0.0, help="XTC probability")
-    sampling.add_argument("--xtc-threshold", type=float, default=0.1, help="XTC threshold")
-    sampling.add_argument(
-        "--min-tokens-to-keep", type=int, default=1, help="Minimum tokens to keep for min-p"
-    )
-    sampling.add_argument("--seed", type=parse_seed, help="PRNG seed")
+    sampling = add_sampling_options(parser, max_tokens=100)
     sampling.add_argument(
         "--verbose",
         type=parse_bool,

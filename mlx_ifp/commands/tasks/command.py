@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 from mlx_lm.manage import tabulate
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from ...model import IFPModel
 from ...selection.overlap import overlap_matrix
 from ...selection.task_library import EXAMPLES, Task, TaskLibrary, check_name
 from ...selectors.examples import read_examples
+from .fewest import check_max_kl, fewest
 
 
 def _library(args: argparse.Namespace) -> TaskLibrary:
@@ -27,6 +29,7 @@ def _add(args: argparse.Namespace) -> None:
         raise IFPError("Name what selects: --task, --task-file or --examples.")
     if args.examples is not None and args.selector is not None:
         raise IFPError("--examples and --selector exclude each other: the examples select.")
+    check_max_kl(args)
     # What is wrong with the name is found out before seconds are spent on selecting.
     check_name(args.name)
     _library(args).check_new(args.name, force=args.force)
@@ -35,9 +38,13 @@ def _add(args: argparse.Namespace) -> None:
         task = _by_examples(args, model, text or "")
     else:
         task = Task(args.name, text or "", model.selector, model.select(text))
+    loss = ""
+    if args.max_kl is not None:
+        selection, kl = fewest(args, model, task)
+        task, loss = replace(task, selection=selection), f" (KL {kl:.4f})"
     path = model.tasks.add(task, force=args.force)
     size = f"{path.stat().st_size:,} bytes"
-    print(f"{task.name}: k = {_of_layers(task.selection.k)}, {size} in {path}")
+    print(f"{task.name}: k = {_of_layers(task.selection.k)}{loss}, {size} in {path}")
 
 
 def _by_examples(args: argparse.Namespace, model: IFPModel, text: str) -> Task:

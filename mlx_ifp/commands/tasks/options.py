@@ -43,6 +43,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         default=128,
         help="Tokens of an answer that the dense model writes (default: 128)",
     )
+    add.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="Keep as few channels as lose no more on --prompts: the KL of a token to the dense "
+        "model",
+    )
+    add.add_argument(
+        "--prompts", metavar="FILE", help="Prompts of the task, as for mlx_ifp.evaluate"
+    )
     add.add_argument("--force", action="store_true", help="Replace a task of this name")
     add_model_options(add)
 

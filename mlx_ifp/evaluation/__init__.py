@@ -1,0 +1,1 @@
+"""What pruning loses: on a user's own prompts, and in lm-evaluation-harness."""
