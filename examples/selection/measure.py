@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="kinds of own rows to leave out")
     parser.add_argument("--answers", type=int, default=10, help="reference answers of each task")
     parser.add_argument("--own-answers", type=int, default=32, help="own answers to judge")
+    parser.add_argument("--judge-tokens", type=int, default=32, help="of an answer are judged")
     parser.add_argument("--keep", type=int, nargs="+", default=[768, 1152])
     parser.add_argument("--blend", type=float, nargs="+", default=[0.0, 0.3, 0.5])
     parser.add_argument("--rank", type=int, default=128)
@@ -261,6 +262,8 @@ def judge(args: argparse.Namespace, model: IFPModel, examples: list[Example], fo
     """(method, k) -> for each answer KL and agreement of its tokens, or None."""
     of, results = Judge(model), defaultdict(list)
     for i, example in enumerate(tqdm(examples, desc="Answers")):
+        end = example.offset + args.judge_tokens
+        example = Example(example.tokens[:end], example.offset)
         wanted = [(n, k) for n, scores in found.items() for k in args.keep if scores[i] is not None]
         masks = np.stack([top(found[name][i], k) for name, k in wanted])
         packed = [hashlib.sha256(np.packbits(mask).tobytes()).hexdigest() for mask in masks]
