@@ -2,9 +2,11 @@
 
 import argparse
 import signal
+import sys
 from pathlib import Path
 
 from mlx_ifp.checkpoint.directory import open_checkpoint
+from mlx_ifp.checkpoint.tokenizers import load_tokenizer_of
 
 from .conversion import convert
 
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     path = convert_with(args)
     if args.dry_run:
         return
-    checkpoint = open_checkpoint(path)
+    checkpoint, options = open_checkpoint(path), {"trust_remote_code": args.trust_remote_code}
     channels = sum(tensor.nbytes for tensor in checkpoint.channels.values())
     trunk = sum(tensor.nbytes for tensor in checkpoint.trunk.values())
     predictor = sum(t.nbytes for t in (checkpoint.predictor | checkpoint.head).values())
@@ -38,3 +40,6 @@ def run(args: argparse.Namespace) -> None:
         f"trunk {trunk / 1e6:.1f} MB, channels {channels / 1e6:.1f} MB"
         + (f", predictor {predictor / 1e6:.1f} MB" if predictor else "")
     )
+    if not checkpoint.head and load_tokenizer_of(checkpoint, options).has_chat_template:
+        advice = f"mlx_ifp.fit --model {path} --mlx-path {path}-fitted"
+        print(f"[INFO] A fitted predictor selects better channels: {advice}", file=sys.stderr)

@@ -68,7 +68,15 @@ def plan_requantized(
     config, tensors, notes = _llm(checkpoint, precisions.llm, dequantize)
     predictor_config, predictor_files = None, []
     infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static, checkpoint.order]
-    if ifp.head is not None:
+    if checkpoint.fitted:
+        if precisions.head.quantize:
+            raise IFPError(
+                f"The head of {path} was fitted and stays in floats; leave out --head-q-bits."
+            )
+        # What it reads changes as little as the LLM does.
+        tensors[HEAD_STEM] = _lazy(checkpoint.head)
+        infos.append(checkpoint.head)
+    elif ifp.head is not None:
         predictor_config, predictor, more = _predictor(
             checkpoint, precisions.predictor, precisions.head, dequantize
         )

@@ -286,29 +286,17 @@ class IFPModel:
             self.reuse.add(selection)
         return loaded
 
-    def prepare(
-        self,
-        text: Text | None = None,
-        *,
-        selection: Selection | None = None,
-        dense: bool = False,
-        selector: str | None = None,
-        keep: Keep | None = None,
-        prior: np.ndarray | None = None,
-    ) -> Prepared:
+    def prepare(self, text: Text | None = None, **how: Any) -> Prepared:
         """Select and load: :meth:`choose`, then :meth:`load`.
 
         Args:
-            text, selection, dense, selector, keep, prior: as for :meth:`choose`.
+            text: as for :meth:`choose`.
+            how: the other arguments of :meth:`choose`.
 
         Raises:
             IFPError: what these two raise.
         """
-        return self.load(
-            self.choose(
-                text, selection=selection, dense=dense, selector=selector, keep=keep, prior=prior
-            )
-        )
+        return self.load(self.choose(text, **how))
 
     def choose(
         self,

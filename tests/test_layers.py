@@ -26,6 +26,7 @@ LAYERS = (
     ("cli",),
     ("evaluation",),
     ("tuner",),
+    ("fitting",),
     ("convert",),
     ("commands",),
 )

@@ -20,6 +20,7 @@ FEATURE_NORMS = ("none", "layer_norm")
 TEXT_FORMATS = ("raw", "chat_template")
 TEXT_SOURCES = ("user", "system")
 EMBEDDINGS = ("own", "llm")
+BACKBONES = ("own", "llm")
 ORDERS = ("original", "stored")
 
 
@@ -119,11 +120,14 @@ class IFPConfig:
     """The whole of ``ifp_config.json``; docs/checkpoint.md explains each field.
 
     Attributes:
+        predictor_backbone: ``own``, or ``llm`` if the head reads the dense LLM's own hidden state;
+            the LLM was not trained with it.
         predictor_embedding: ``own``, or ``llm`` if the backbone uses the LLM's embedding and
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
             each row is.
-        blend: the weight of the prompt's ranks in ``glass``, 0 to 1; the rest is the prior's.
+        blend: the weight of the prompt's ranks, 0 to 1. In ``glass`` the rest is the prior's, and
+            in a predictor whose backbone is the LLM it is the prediction's.
         keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
             ``k`` as their mean.
         prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
@@ -135,6 +139,7 @@ class IFPConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     text: TextConfig = field(default_factory=TextConfig)
     head: HeadConfig | None = None
+    predictor_backbone: str = "own"
     predictor_embedding: str = "own"
     channel_order: str = "original"
     blend: float = 0.5
@@ -198,6 +203,7 @@ class IFPConfig:
         self.text.check()
         if self.head is not None:
             self.head.check()
+        _one_of("predictor_backbone", self.predictor_backbone, BACKBONES)
         _one_of("predictor_embedding", self.predictor_embedding, EMBEDDINGS)
         _one_of("channel_order", self.channel_order, ORDERS)
         _require(_is_number(self.blend) and 0 <= self.blend <= 1, "blend must be from 0 to 1")
@@ -206,7 +212,8 @@ class IFPConfig:
             self.prefill is None or self.prefill in PREFILLS,
             f"prefill must be null or one of {', '.join(PREFILLS)}, not {self.prefill!r}",
         )
-        needed = self.selector == "predictor" or self.predictor_embedding == "llm"
+        shares = "llm" in (self.predictor_backbone, self.predictor_embedding)
+        needed = self.selector == "predictor" or shares
         _require(not needed or self.head is not None, "head is missing")
 
     def prefill_with(self, selector: str) -> str:
@@ -215,7 +222,8 @@ class IFPConfig:
         An LLM that was trained with its predictor is itself only as a sub-network. Without training
         the keys and values of the whole model are the better ones.
         """
-        return self.prefill or ("pruned" if selector == "predictor" else "dense")
+        trained = selector == "predictor" and self.predictor_backbone == "own"
+        return self.prefill or ("pruned" if trained else "dense")
 
     def to_json(self) -> str:
         """The text of the file."""

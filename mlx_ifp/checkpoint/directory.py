@@ -51,7 +51,8 @@ class Checkpoint:
         ffns: the L FFNs, in order.
         trunk: name -> tensor of all of the LLM but its FFN channels.
         channels: name -> tensor of the FFN channels; each is [d_ffn, ...], down_proj transposed.
-        predictor_config: the predictor backbone's mlx-lm config, or None.
+        predictor_config: the predictor backbone's mlx-lm config, or None; also if the backbone is
+            the LLM.
         predictor: name -> tensor of the backbone.
         head: name -> tensor of the predictor's head.
         static: name -> tensor of the static scores.
@@ -80,6 +81,16 @@ class Checkpoint:
     def d_ffn(self) -> int:
         """FFN channels of each layer."""
         return self.ffns[0].d_ffn
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it has a predictor whose backbone is the dense LLM."""
+        return bool(self.head) and self.ifp.predictor_backbone == "llm"
+
+    @property
+    def has_predictor_tokenizer(self) -> bool:
+        """Whether the predictor reads with a tokenizer of its own."""
+        return not self.fitted and self.ifp.predictor_embedding == "own"
 
     @property
     def selectors(self) -> list[str]:
@@ -136,7 +147,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     check_tensors(path, channels, channel_tensors(config, ffns, channels))
     _check_k(path, ifp, ffns)
     predictor_config, predictor_rows = None, None
-    if ifp.head is not None:
+    if ifp.head is not None and ifp.predictor_backbone == "llm":
+        _check_fitted_head(path, ifp.head, ffns, files.get(HEAD_FILE, {}))
+    elif ifp.head is not None:
         predictor_config = _load_llm_config(path / PREDICTOR)
         backbone = _check_predictor(path, ifp, predictor_config, model, tensors(PREDICTOR_STEM))
         predictor_rows = token_rows(backbone)
@@ -277,6 +290,18 @@ def _check_head(
             f"layers of {ffns[0].d_ffn} channels need {scores}."
         )
     check_tensors(path / HEAD_FILE, tensors, head_tensors(head, config, tensors))
+
+
+def _check_fitted_head(
+    path: Path, head: HeadConfig, ffns: list[FFN], tensors: dict[str, TensorInfo]
+) -> None:
+    """Check a head that reads the LLM's own hidden state."""
+    if head.widths[0] != ffns[0].hidden_size:
+        raise IFPError(
+            f"{path / CONFIG_FILE}: the head reads {head.widths[0]} values, but the LLM's hidden "
+            f"state has {ffns[0].hidden_size}."
+        )
+    _check_head(path, head, {}, ffns, tensors)
 
 
 def _with_places(

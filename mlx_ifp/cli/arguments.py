@@ -106,7 +106,7 @@ def use_of(
         return Use(ks, generation, networks=networks, dense_prefill=dense_prefill)
     if request.prior is None:
         checkpoint.checked_selector(selector)
-    if selector == "predictor" and checkpoint.ifp.predictor_embedding == "own":
+    if selector == "predictor" and checkpoint.has_predictor_tokenizer:
         tokenizer = load_predictor_tokenizer(checkpoint, _tokenizer_config(args))
     text: Text | None = request.task
     if text is None:

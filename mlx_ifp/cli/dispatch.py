@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "mlx_ifp.convert",
     "evaluate": "mlx_ifp.commands.evaluate",
     "export": "mlx_ifp.commands.export",
+    "fit": "mlx_ifp.commands.fit",
     "generate": "mlx_ifp.commands.generate",
     "manage": "mlx_ifp.commands.manage",
     "plot": "mlx_ifp.commands.plot",

@@ -170,7 +170,7 @@ def text_statistics(
     spans = [(0, n) for n in lengths] if spans is None else spans
     made = np.zeros((len(texts), len(parent.ffns), parent.ffns[0].d_ffn), np.float32)
     reads = 0
-    for batches in _passes(list(_batches(lengths, batch_tokens)), lengths, pass_tokens):
+    for batches in passes(lengths, batch_tokens, pass_tokens):
         pieces, weights = [], []
         for batch in batches:
             tokens = np.zeros((len(batch), max(lengths[i] for i in batch)), np.int32)
@@ -192,6 +192,18 @@ def text_statistics(
             made[order, layer] = np.array(values)
         progress(len(order))
     return TextStatistics(made, reads)
+
+
+def passes(
+    lengths: list[int], batch_tokens: int = BATCH_TOKENS, pass_tokens: int = PASS_TOKENS
+) -> Iterator[list[list[int]]]:
+    """Group texts by their numbers: passes through the layers, each of batches of similar length.
+
+    Args:
+        lengths (list): tokens of each text.
+        batch_tokens, pass_tokens (int): as for :func:`text_statistics`.
+    """
+    return _passes(list(_batches(lengths, batch_tokens)), lengths, pass_tokens)
 
 
 def _batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:

@@ -61,6 +61,7 @@ class Budget:
         prefill_weights: bytes of the one FFN that the dense model holds while it reads the prompt;
             0 if it does not.
         prefill_kv: bytes of the keys and values that it makes, before any is quantized.
+        staying: bytes of the predictor that may stay in memory while tokens are generated.
     """
 
     trunk: int
@@ -72,6 +73,7 @@ class Budget:
     kv: int
     prefill_weights: int = 0
     prefill_kv: int = 0
+    staying: int = 0
 
     @property
     def selecting(self) -> int:
@@ -103,7 +105,7 @@ class Budget:
         """The peak if the predictor stays in memory."""
         if self.selector != "predictor":
             return self.least
-        return max(self.least, self.generating + self.selector_weights)
+        return max(self.least, self.generating + self.staying)
 
     def keeps_predictor(self, limit: int) -> bool:
         """Whether the predictor may stay in memory while tokens are generated."""
@@ -111,8 +113,7 @@ class Budget:
 
     def fitting_networks(self, limit: int) -> int:
         """How many sub-networks fit. The predictor's bytes count if it may stay in memory."""
-        stays = self.selector_weights if self.selector == "predictor" else 0
-        stays = stays if self.keeps_predictor(limit) else 0
+        stays = self.staying if self.keeps_predictor(limit) else 0
         return max(0, (limit - self.trunk - self.kv - stays) // self.network)
 
 
@@ -177,8 +178,10 @@ class Estimator:
 
     @cached_property
     def predictor(self) -> int:
-        """Bytes of the predictor: head and backbone, without an embedding that the trunk has."""
+        """Bytes of the predictor: head and backbone, without anything that the trunk has."""
         checkpoint = self.checkpoint
+        if checkpoint.fitted:
+            return sum(map(self._nbytes, checkpoint.head.values()))
         tensors = [*checkpoint.predictor.values(), *checkpoint.head.values()]
         body = get_module(self._backbone, find_body(self._backbone))
         return sum(map(self._nbytes, tensors)) + _bytes_of_tables(body)
@@ -214,10 +217,11 @@ class Estimator:
         if selector == "static":
             return stored, 0
         generation = Generation(tokens, prefill_step_size=PREFILL_STEP_SIZE)
-        if selector == "predictor":
+        if selector == "predictor" and not self.checkpoint.fitted:
             return self.predictor, self.kv(generation, backbone=True, selector=True)
         scores = stored if selector == "glass" else 0
-        return self.largest_ffn + scores, self.kv(generation, selector=True)
+        head = self.predictor if selector == "predictor" else 0
+        return head + scores + self.largest_ffn, self.kv(generation, selector=True)
 
     @cached_property
     def largest_ffn(self) -> int:
@@ -259,6 +263,7 @@ class Estimator:
             kv=self.kv(use.generation),
             prefill_weights=prefill_weights,
             prefill_kv=prefill_kv,
+            staying=self.predictor if use.selector == "predictor" else 0,
         )
 
 

@@ -15,6 +15,8 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
     if use.selector == "predictor":
         shared = checkpoint.ifp.predictor_embedding == "llm"
         what = "backbone and head" + ", embedding in the trunk" * shared
+        if checkpoint.fitted:
+            what = "head, and one layer's FFN at a time"
         rows.append(("predictor", what, budget.selector_weights))
     elif use.selector is not None:
         what = {
@@ -43,7 +45,7 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
         rows.append(("prefilling", what, budget.prefilling))
     rows.append(("generating", f"trunk, {name} and KV cache", budget.generating))
     if use.selector == "predictor":
-        stays = budget.generating + budget.selector_weights
+        stays = budget.generating + budget.staying
         rows.append(("", "the same, the predictor still in memory", stays))
     if limit is not None:
         rows.append(("limit", _limit_text(budget, limit), limit))

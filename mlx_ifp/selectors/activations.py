@@ -4,6 +4,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from ..dense_pass.layers import DensePass
 from ..dense_pass.prefill import RunDense, read_text
 from ..dense_pass.statistics import STATISTICS, measure_totals
 from ..llm.modules import PREFILL_STEP_SIZE
@@ -34,8 +35,12 @@ def activation_scores(
         mx.array: float32 [L, d_ffn], before any mask.
     """
     run_dense = run_dense or partial(read_text, parent, step=prefill_step_size)
-    result = run_dense(token_ids(tokens), measure_totals(statistic))
-    totals = mx.stack([mx.concatenate(layer).sum(axis=0) for layer in result.measured])
-    scores = STATISTICS[statistic].of_totals(totals)
+    scores = measured_scores(run_dense(token_ids(tokens), measure_totals(statistic)), statistic)
     mx.eval(scores)
     return scores
+
+
+def measured_scores(result: DensePass, statistic: str = "griffin") -> mx.array:
+    """The statistic of one text, float32 [L, d_ffn], of a pass that measured its totals."""
+    totals = mx.stack([mx.concatenate(layer).sum(axis=0) for layer in result.measured])
+    return STATISTICS[statistic].of_totals(totals)

@@ -139,8 +139,13 @@ def load_predictor(
             is ``llm``. Then the backbone's embedding is this model's very module.
     """
     backbone = load_backbone(checkpoint, dtype, trunk)
+    return Predictor(backbone, load_head(checkpoint, dtype), len(checkpoint.ffns))
+
+
+def load_head(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> PredictorHead:
+    """Load the head of a checkpoint's predictor; arguments as for :func:`load_predictor`."""
     arrays = load_tensors(checkpoint.head, dtype)
     assert checkpoint.ifp.head is not None, "a checkpoint with a predictor has its head's shape"
     head = PredictorHead(checkpoint.ifp.head, arrays, checkpoint.predictor_config)
     mx.eval(head.parameters())
-    return Predictor(backbone, head, len(checkpoint.ffns))
+    return head

@@ -26,7 +26,8 @@ from ..selection.ranks import blended
 from ..selection.selection import Selection, check_finite
 from ..subnetwork.parent import Parent
 from .activations import activation_scores
-from .predictor import Predictor, load_predictor
+from .fitted import fitted_scores
+from .predictor import Predictor, PredictorHead, load_head, load_predictor
 from .scoring import Part, Scoring, norms_of, select
 from .text import selector_tokens
 
@@ -92,6 +93,7 @@ class Selector:
         # Selections, and where each came from.
         self._remembered: LRU[str, tuple[Selection, str]] = LRU(_REMEMBERED_SELECTIONS)
         self._predictor: Predictor | None = None
+        self._head: PredictorHead | None = None
         self._tokenizer = tokenizer
         self._predictor_tokenizer: TokenizerWrapper | None = None
 
@@ -142,9 +144,9 @@ class Selector:
             if selector == "static":
                 return self._stored_scores, [Part(self._stored_scores, "griffin")]
             if selector == "predictor":
-                scores = self.predictor.scores(tokens)
+                scores, parts = self._predicted(tokens, run_dense)
                 self.release_if_tight()
-                return scores, [Part(scores, None)]
+                return scores, parts
             scoring = self.scoring
             scores = activation_scores(
                 self.parent, tokens, statistic=scoring.statistic, run_dense=run_dense
@@ -165,6 +167,26 @@ class Selector:
             ]
             return mx.array(blended(np.array(scores), prior, scoring.blend)), parts
 
+    def _predicted(
+        self, tokens: list[int], run_dense: RunDense | None
+    ) -> tuple[mx.array, list[Part]]:
+        """The predictor's scores, with its own backbone or with the LLM as such."""
+        if not self.checkpoint.fitted:
+            scores = self.predictor.scores(tokens)
+            return scores, [Part(scores, None)]
+        if self._head is None:
+            self._head = load_head(self.checkpoint, self.parent.dtype)
+            self.predictor_loads += 1
+        blend = self.scoring.blend
+        both = fitted_scores(self.parent, self._head, tokens, run_dense=run_dense)
+        for scores in both:
+            # Ranks would hide numbers that are not finite.
+            check_finite(scores, self._computed_in("predictor"))
+        own, predicted = both
+        # What is predicted is GRIFFIN's statistic, too.
+        parts = [Part(own, "griffin", blend), Part(predicted, "griffin", 1 - blend)]
+        return mx.array(blended(np.array(own), np.array(predicted), blend)), parts
+
     @cached_property
     def _stored_scores(self) -> mx.array:
         scores = load_tensors(self.checkpoint.static, None)["scores"]
@@ -173,7 +195,16 @@ class Selector:
 
     @property
     def predictor(self) -> Predictor:
-        """The sparsity predictor, loaded at the first use."""
+        """The sparsity predictor, loaded at the first use.
+
+        Raises:
+            IFPError: if its backbone is the LLM, which is no network of its own.
+        """
+        if self.checkpoint.fitted:
+            raise IFPError(
+                f"The predictor of {self.checkpoint.path} has the LLM as its backbone, so it is no "
+                "network of its own."
+            )
         with self._selector_lock:
             if self._predictor is None:
                 parent = self.parent
@@ -184,7 +215,7 @@ class Selector:
     def release_predictor(self) -> None:
         """Free the predictor's memory; it is loaded again when it is needed."""
         with self._selector_lock:
-            self._predictor = None
+            self._predictor = self._head = None
 
     def release_if_tight(self) -> None:
         """Free the predictor's memory unless it may stay."""
@@ -194,9 +225,9 @@ class Selector:
 
     def tokenizer(self, selector: str | None = None) -> TokenizerWrapper:
         """The tokenizer that a selector reads with; None for the default selector."""
-        shared = self.checkpoint.ifp.predictor_embedding == "llm"
         # glass is no predictor, and a prior of its own may stand in for the checkpoint's.
-        own = selector != "glass" and self._checked(selector) == "predictor" and not shared
+        predicts = selector != "glass" and self._checked(selector) == "predictor"
+        own = predicts and self.checkpoint.has_predictor_tokenizer
         with self._tokenizer_lock:
             if own and self._predictor_tokenizer is None:
                 self._predictor_tokenizer = load_predictor_tokenizer(
@@ -301,7 +332,8 @@ class Selector:
         if selector == "static":
             return None
         checkpoint = self.checkpoint
-        weights = checkpoint.predictor if selector == "predictor" else checkpoint.trunk
+        own = selector == "predictor" and not checkpoint.fitted
+        weights = checkpoint.predictor if own else checkpoint.trunk
         return computing_type(self.parent.dtype, weights.values())
 
     def key(
@@ -329,8 +361,9 @@ class Selector:
         }
         if selector in ("activations", "glass"):
             settings["statistic"] = self.scoring.statistic
-        if selector == "glass":
+        if selector == "glass" or (selector == "predictor" and self.checkpoint.fitted):
             settings["blend"] = self.scoring.blend
+        if selector == "glass":
             given = b"" if prior is None else np.ascontiguousarray(prior, np.float32).tobytes()
             settings["prior"] = hashlib.sha256(given).hexdigest()
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()

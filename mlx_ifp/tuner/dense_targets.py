@@ -19,6 +19,7 @@ import numpy as np
 
 from ..dense_pass.statistics import total
 from ..errors import IFPError
+from ..files.arrays import is_array, write_zeros
 from ..files.atomic import new_file
 from ..llm.ffn import FFN
 from ..llm.modules import get_module, share
@@ -101,11 +102,11 @@ class DenseTargets:
         }
         done = folder / "done.npy"
         for name, (dtype, shape) in arrays.items():
-            if not _is_array(folder / f"{name}.npy", dtype, shape):
+            if not is_array(folder / f"{name}.npy", dtype, shape):
                 # A marked row must be in all arrays, so the marks go if one array is missing.
                 done.unlink(missing_ok=True)
                 _write_zeros(folder / f"{name}.npy", dtype, shape)
-        if not _is_array(done, np.bool_, (n,)):
+        if not is_array(done, np.bool_, (n,)):
             _write_zeros(done, np.bool_, (n,))
         self._ids, self._logprobs, self._ce, self._right = (
             np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in arrays
@@ -177,7 +178,7 @@ class DenseTargets:
 
     def _has_activations(self, i: int) -> bool:
         shape = (len(self.ffns), self.ffns[0].d_ffn)
-        return _is_array(self._activations_file(i), np.float16, shape)
+        return is_array(self._activations_file(i), np.float16, shape)
 
     def _activations_file(self, i: int) -> Path:
         return self._folder / f"activations-{i}.npy"
@@ -254,33 +255,13 @@ def _halves(batch: Batch) -> mx.array:
     return halves[0] + halves[1]
 
 
-def _is_array(path: Path, dtype: type, shape: tuple[int, ...]) -> bool:
-    """Whether an earlier run left a whole array there."""
-    if not path.exists():
-        return False
-    try:
-        found = np.lib.format.open_memmap(path, mode="r")
-    except ValueError:
-        return False
-    return found.shape == shape and found.dtype == dtype
-
-
 def _write_zeros(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """Make a zeroed array on disk, and write every byte of it.
-
-    Otherwise a full disk would only show when the mapped array is filled, as a SIGBUS.
-    """
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-              "shape": shape}  # fmt: skip
-    left = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    """Make a zeroed array on disk."""
     path.unlink(missing_ok=True)
     # If several runs begin at once, one of them makes the file, and the others use it.
     with contextlib.suppress(FileExistsError), new_file(path, overwrite=False) as temporary:
         try:
-            with open(temporary, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                while left:
-                    left -= file.write(bytes(min(left, 1 << 24)))
+            write_zeros(temporary, dtype, shape)
         except OSError as error:
             raise IFPError(
                 f"{path} could not be written ({error.strerror}); make room, or name another "

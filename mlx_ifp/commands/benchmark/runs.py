@@ -15,6 +15,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 
 from ...generation.steps import token_steps
 from ...llm.kv_cache import Generation, kv_bytes
+from ...memory.budget import Estimator
 from ...model import IFPModel
 from ...selection.selection import Selection
 from ...selection.task_library import Task
@@ -346,6 +347,8 @@ def _trial_notes(trials: list[Trial], saved: Task | None) -> list[str]:
 
 def _predictor_bytes(model: IFPModel) -> int:
     """What the predictor adds to the trunk; an embedding they share is the trunk's."""
+    if model.checkpoint.fitted:
+        return Estimator(model.checkpoint, model.dtype).predictor
     trunk = {id(array) for array in arrays_of(model.trunk)}
     predictor = model.predictor
     return sum(

@@ -76,7 +76,9 @@ def predictor_start(args: types.SimpleNamespace, source: Source, dtype: Any) -> 
 
 def has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
     """Whether training continues with the predictor that the source already has."""
-    trained = source.checkpoint is not None and source.checkpoint.ifp.head is not None
+    checkpoint = source.checkpoint
+    # A fitted head has no backbone of its own to go on with.
+    trained = checkpoint is not None and checkpoint.ifp.head is not None and not checkpoint.fitted
     return trained and args.predictor_model is None and args.predictor_layers is None
 
 
