@@ -9,18 +9,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import lm_eval
 import mlx.core as mx
 import pytest
 import yaml
+from mlx_lm.evaluate import MLXLM
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ifp import load
 from mlx_ifp.commands.evaluate import main
-
-lm_eval = pytest.importorskip("lm_eval")
-from mlx_lm.evaluate import MLXLM  # noqa: E402
-
-from mlx_ifp.evaluation.harness import IFPLM  # noqa: E402
+from mlx_ifp.evaluation.harness import IFPLM
 
 CHOICES = [
     {"question": "What is a river?", "choices": ["water", "a stone"], "answer": 0},
