@@ -224,4 +224,4 @@ def test_selecting_builds_no_model(tmp_path, prompts, monkeypatch):
     monkeypatch.setattr(model.IFPModel, "__init__", refused)
     dense = str(make_dense(tmp_path / "dense"))
     out = convert(dense, tmp_path / "ifp", keep=64, static_prompts=prompts, calibrate=prompts)
-    assert open_checkpoint(out).selectors == ["activations", "static"]
+    assert open_checkpoint(out).selectors == ["activations", "static", "glass"]
