@@ -40,7 +40,9 @@ def main() -> None:
     checkpoint = os.path.relpath(CHECKPOINT)
     model = ("--model", checkpoint)
     if not CHECKPOINT.exists():
-        run("convert", "--model", gguf, "--mlx-path", checkpoint, "--keep", "0.75")
+        # A prior makes selections better, but the model writes text for it for some minutes.
+        options = ("--keep", "0.75", "--no-prior")
+        run("convert", "--model", gguf, "--mlx-path", checkpoint, *options)
     # The second task has two prompts. The second of them pays nothing for the selection.
     run("generate", *model, "--task", PROGRAMMER, "--prompt", SUM, "-m", "60")
     run("generate", *model, "--task", GEOGRAPHER, "--prompt", PARIS, "-m", "60", "--show-selection")
