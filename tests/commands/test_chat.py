@@ -156,6 +156,7 @@ class Terminal:
 
     def __init__(self, *args: object) -> None:
         self._own, other = pty.openpty()
+        self._shown = ""
         self.process = subprocess.Popen(
             [SCRIPT, *map(str, args)], stdin=other, stdout=other, stderr=other,
             preexec_fn=lambda: os.login_tty(other),
@@ -167,32 +168,37 @@ class Terminal:
         os.write(self._own, keys.encode())
 
     def read_until(self, text: str) -> str:
-        """What is shown until a text is there."""
-        shown, end = "", time.monotonic() + 120
-        while text not in shown:
+        """What is shown up to a text, as soon as it is there; what comes after it is kept."""
+        end = time.monotonic() + 120
+        while text not in self._shown:
             ready = select.select([self._own], [], [], max(0, end - time.monotonic()))[0]
-            assert ready, f"no {text!r} in {shown!r}"
-            shown += os.read(self._own, 65536).decode(errors="replace")
-        return shown
+            assert ready, f"no {text!r} in {self._shown!r}"
+            self._shown += os.read(self._own, 65536).decode(errors="replace")
+        before, _, self._shown = self._shown.partition(text)
+        return before + text
+
+    def interrupt_answer(self) -> None:
+        """Press Ctrl-C after the answer's first token."""
+        self.read_until("\n")
+        while not self._shown:
+            self._shown += os.read(self._own, 65536).decode(errors="replace")
+        self.type("\x03")
+        self.read_until("Stopped.")
+        assert "new tokens" in self.read_until("> ")
 
 
 def test_a_terminal_has_a_prompt_a_history_and_ctrl_c(tiny_checkpoint):
     chat = Terminal("--model", tiny_checkpoint, "-m", 4000, "--no-cache")
     assert "Ctrl-D ends the chat." in chat.read_until("> ")
     chat.type("Name a river.\n")
-    chat.read_until("Name a river.\r\n")
-    time.sleep(0.5)
-    chat.type("\x03")
-    assert "Stopped" in chat.read_until("> ")
+    chat.interrupt_answer()
     # The arrow brings the last line back.
     chat.type("\x1b[A")
     chat.read_until("Name a river.")
     chat.type("\n")
-    time.sleep(0.5)
-    chat.type("\x03")
-    chat.read_until("Stopped")
-    chat.read_until("> ")
+    chat.interrupt_answer()
     chat.type("half a li\x03")
     chat.read_until("Ctrl-D ends the chat.")
+    chat.read_until("> ")
     chat.type("\x04")
     assert chat.process.wait(60) == 0

@@ -83,5 +83,9 @@ def run(args: argparse.Namespace) -> None:
         except IFPError as error:
             say(f"{'' if typed else 'mlx_ifp.chat: error: '}{error}")
             failed = True
+        except KeyboardInterrupt:
+            # It came just before or after an answer.
+            if not typed:
+                raise
     if failed and not typed:
         sys.exit(1)
