@@ -1,6 +1,7 @@
 """Command-line options that several commands share."""
 
 import argparse
+import json
 import re
 from decimal import Decimal
 from typing import Any
@@ -40,6 +41,17 @@ def parse_share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
     return share
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
 
 
 def parse_seed(text: str) -> int:

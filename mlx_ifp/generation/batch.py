@@ -175,6 +175,8 @@ class Scheduler:
                     f"{len(self._waiting)} requests wait already; try again in a while."
                 )
             self._waiting.append(job)
+            # The batches' thread may be on its way to sleep and would miss the notice alone.
+            self._poked = True
             self._changed.notify_all()
         return ticket
 

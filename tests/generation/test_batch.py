@@ -102,6 +102,22 @@ def by_turns(monkeypatch):
     monkeypatch.setattr(mlx_ifp.generation.batch, "can_mix", lambda parent: False)
 
 
+def test_a_request_that_comes_while_the_thread_goes_to_sleep_is_served(shared, monkeypatch):
+    model, tokenizer, selections = shared
+    admit, tickets = Scheduler._admit, []
+
+    def then_submit(self):
+        admit(self)
+        if not tickets:
+            request = Request(user("Hello"), selection=selections[0], prefill="pruned")
+            tickets.append(self.submit(request, Sampling(max_tokens=2)))
+
+    monkeypatch.setattr(Scheduler, "_admit", then_submit)
+    with scheduler(model, tokenizer):
+        until(lambda: tickets)
+        until(lambda: tickets[0].generated == 2)
+
+
 @pytest.mark.parametrize(("mixed", "count"), [(True, 16), (False, 8)], ids=["mixed", "by turns"])
 def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
     checkpoint, monkeypatch, mixed, count

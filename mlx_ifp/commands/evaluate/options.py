@@ -1,8 +1,6 @@
 """The command line of ``mlx_ifp.evaluate``."""
 
 import argparse
-import json
-from typing import Any
 
 from ...choices import WAYS
 from ...cli.flags import (
@@ -12,6 +10,7 @@ from ...cli.flags import (
     parse_count,
     parse_keep,
     parse_number,
+    parse_object,
 )
 
 EXAMPLES = """examples:
@@ -29,17 +28,6 @@ def parse_way(text: str) -> str:
             f"{text!r} is none of {', '.join(WAYS)}, prompt:SELECTOR and task:SELECTOR"
         )
     return text
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """Read a JSON object."""
-    try:
-        read = json.loads(text)
-    except ValueError:
-        read = None
-    if not isinstance(read, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return read
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

@@ -1,9 +1,7 @@
 """The command line of ``mlx_ifp.server``."""
 
 import argparse
-import json
 import os
-from typing import Any
 
 from ...cli.flags import (
     add_kv_options,
@@ -12,6 +10,8 @@ from ...cli.flags import (
     new_parser,
     parse_count,
     parse_number,
+    parse_object,
+    parse_share,
     parse_size,
 )
 
@@ -21,16 +21,6 @@ EXAMPLES = """examples:
   MLX_IFP_API_KEY=secret mlx_ifp.server --model qwen3-ifp --host 0.0.0.0
   curl http://127.0.0.1:8080/v1/models
 """
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
 
 
 def _port(text: str) -> int:
@@ -46,13 +36,6 @@ def _not_negative(text: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _not_negative(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
     return value
 
 
@@ -168,15 +151,15 @@ def _add_defaults(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("defaults of requests")
     add_prefill_option(group)
     group.add_argument("--temp", type=_not_negative, default=0.0, help="Sampling temperature")
-    group.add_argument("--top-p", type=_share, default=1.0, help="Sampling top-p")
+    group.add_argument("--top-p", type=parse_share, default=1.0, help="Sampling top-p")
     group.add_argument("--top-k", type=parse_number, default=0, help="Sampling top-k")
-    group.add_argument("--min-p", type=_share, default=0.0, help="Sampling min-p")
+    group.add_argument("--min-p", type=parse_share, default=0.0, help="Sampling min-p")
     group.add_argument(
         "--max-tokens", type=parse_count, default=512, help="Tokens to generate (default: 512)"
     )
     group.add_argument(
         "--chat-template-args",
-        type=_json_object,
+        type=parse_object,
         default={},
         metavar="JSON",
         help="""Arguments for the chat template, such as '{"enable_thinking": false}'""",
