@@ -241,7 +241,10 @@ def serve_and_measure(
             figures = {}
             for row, name in enumerate(order):
                 address, which = rows[name]
-                figures[name] = _at_once(address, bodies(trial, row, which))
+                try:
+                    figures[name] = _at_once(address, bodies(trial, row, which))
+                except OSError as error:
+                    raise IFPError(f"{name}: the connection broke off ({error}).") from error
             # The first one warms up.
             if trial:
                 trial_figures.append(figures)
