@@ -49,6 +49,11 @@ _TEXT = (
     "Its longest bridge was built by {} people in {} years. Say what you think about number {}."
 )
 _SECONDS = 600
+# mlx_lm.server lets five clients wait to be accepted, and the connections of more may break off.
+_STOCK_SERVER = (
+    "import socketserver; socketserver.TCPServer.request_queue_size = 128; "
+    "from mlx_lm.server import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def _server(*command: str, environment: dict[str, str], log: Path) -> Iterator[s
         port = found.getsockname()[1]
     with log.open("wb") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command, "--port", str(port), "--log-level", "ERROR"],
+            [sys.executable, *command, "--port", str(port), "--log-level", "ERROR"],
             env=os.environ | environment,
             stdout=said,
             stderr=said,
@@ -198,16 +203,18 @@ def serve_and_measure(
     exports = _export(model, directory, cache)
     names = list(TASKS)
     trial_figures: list[dict[str, dict[str, float]]] = []
+    logs: list[Path] = []
     with ExitStack() as stack:
 
         def start(*command: str) -> str:
             environment = {"MLX_IFP_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-            log = directory / f"{command[0]}.log"
+            log = directory / f"server-{len(logs)}.log"
+            logs.append(log)
             return stack.enter_context(_server(*command, environment=environment, log=log))
 
-        ours = start("mlx_ifp", "server", "--model-name", "model", *options)
-        stock = start("mlx_lm", "server", "--model", exports[0])
-        changing = start("mlx_lm", "server", "--model", exports[0])
+        ours = start("-m", "mlx_ifp", "server", "--model-name", "model", *options)
+        stock = start("-c", _STOCK_SERVER, "--model", exports[0])
+        changing = start("-c", _STOCK_SERVER, "--model", exports[0])
 
         def bodies(
             trial: int, row: int, which: Callable[[int], dict[str, Any]]

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def run(args: argparse.Namespace) -> None:
         _serve(Server(args.host, args.port, service), service)
     finally:
         scheduler.close(0)
+    # Threads of clients that are still connected may write to the log. If they do so while the
+    # interpreter is taken down, Python ends with an error, so it is not taken down.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _serve(server: Server, service: Service) -> None:
