@@ -101,7 +101,7 @@ def make_examples(
     Raises:
         IFPError: naming the row that the chat template does not take.
     """
-    examples = []
+    examples, ends = [], set(tokenizer.eos_token_ids)
     for row in rows:
         assert row.answer is not None, "answers are there"
         said = {"messages": [*row.messages, row.answer], "truncated": row.truncated}
@@ -109,7 +109,9 @@ def make_examples(
             tokens, offset = row_tokens(tokenizer, said, answer=True)
         except IFPError as error:
             raise IFPError(f"{row.place}: {error}") from error
-        tokens = tokens[: offset + max_answer_tokens]
+        # The answer ends with the token that ends it, whatever the template puts there.
+        stop = next((i for i in range(offset, len(tokens)) if tokens[i] in ends), len(tokens))
+        tokens = tokens[: min(stop + 1, offset + max_answer_tokens)]
         if len(tokens) <= max_seq_length and len(tokens) - offset >= _LEAST_TOKENS:
             examples.append(Example(tokens, offset))
     return examples, len(rows) - len(examples)

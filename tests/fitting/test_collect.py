@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_ifp
 from mlx_ifp.convert import convert
@@ -127,3 +128,15 @@ def test_examples_are_cut_and_useless_ones_left_out(model, tmp_path):
     )
     assert example.tokens[: example.offset] == list(prompt)
     assert len(example.tokens) == example.offset + 3
+
+
+def test_an_example_ends_with_the_token_that_ends_its_answer(model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "One?", "completion": "A car."}\n')
+    # The template puts a line break after this token.
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer = TokenizerWrapper(model.tokenizer._tokenizer, eos_token_ids=[end])
+    limits = {"max_answer_tokens": 40, "max_seq_length": 60}
+    example = make_examples(tokenizer, read_rows(file), **limits)[0][0]
+    answer = example.tokens[example.offset :]
+    assert answer.index(end) == len(answer) - 1
