@@ -1,5 +1,7 @@
 """What the dense LLM computes on examples is what the whole model computes, example by example."""
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -133,9 +135,11 @@ def test_examples_are_cut_and_useless_ones_left_out(model, tmp_path):
 def test_an_example_ends_with_the_token_that_ends_its_answer(model, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "One?", "completion": "A car."}\n')
-    # The template puts a line break after this token.
-    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer = TokenizerWrapper(model.tokenizer._tokenizer, eos_token_ids=[end])
+    own = copy.deepcopy(model.tokenizer._tokenizer)
+    # As most templates do, this one puts a line break after the token that ends an answer.
+    own.chat_template = "{% for message in messages %}{{ message.content }}<|im_end|>\n{% endfor %}"
+    end = own.convert_tokens_to_ids("<|im_end|>")
+    tokenizer = TokenizerWrapper(own, eos_token_ids=[end])
     limits = {"max_answer_tokens": 40, "max_seq_length": 60}
     example = make_examples(tokenizer, read_rows(file), **limits)[0][0]
     answer = example.tokens[example.offset :]
