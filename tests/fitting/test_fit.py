@@ -8,8 +8,6 @@ import pytest
 
 import mlx_ifp
 from mlx_ifp.checkpoint.directory import open_checkpoint
-from mlx_ifp.commands.fit.command import run
-from mlx_ifp.commands.fit.options import setup_arg_parser
 from mlx_ifp.convert import convert
 from mlx_ifp.convert.command import run as run_convert
 from mlx_ifp.convert.options import setup_arg_parser as convert_parser
@@ -17,35 +15,10 @@ from mlx_ifp.dense_pass import layers
 from mlx_ifp.errors import IFPError
 from mlx_ifp.selection.ranks import ranks
 
-from ..chatting import sentences
 from ..conftest import make_dense, make_predictor_checkpoint, run_command
+from .conftest import fit
 
 QUESTION = [{"role": "user", "content": "What is the car, and the tree?"}]
-
-
-def fit(*args: object) -> None:
-    """The command, in this process."""
-    run(setup_arg_parser().parse_args([str(arg) for arg in args]))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Twelve rows with an answer, and twelve without."""
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    said = sentences(3)[:36]
-    rows = [
-        {"prompt": said[i]} | ({"completion": said[35 - i]} if i % 2 else {}) for i in range(24)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture(scope="module")
-def fitted(fittable, data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("fitted") / "ifp"
-    fit("--model", fittable, "--mlx-path", path, "--data", data, "--max-tokens", 12, "--rank", 4,
-        "--statistics-path", path.with_name("statistics"))  # fmt: skip
-    return path
 
 
 def by_hand(model, tokens):
