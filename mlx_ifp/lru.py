@@ -133,6 +133,12 @@ class LRU(Generic[Key, Value]):
                 del self._entries[free]
                 self.evictions += 1
 
+    def drop(self, key: Key) -> None:
+        """Drop a value, unless it is in use. This does not count as an eviction."""
+        with self.lock:
+            if key not in self._in_use:
+                self._entries.pop(key, None)
+
     def clear(self) -> None:
         """Drop all that is not in use. This does not count as evictions."""
         with self.lock:

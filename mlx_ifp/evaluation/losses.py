@@ -192,10 +192,15 @@ class Evaluation:
             mx.eval(reference)
             if self.reference is not self.model and any(dense_prefill):
                 read = read_prompt(load_dense(self.model), row.tokens, self._step)
-            for selection, densely, key in zip(selected, dense_prefill, keys, strict=True):
+            for run, selection, densely, key in zip(
+                runs, selected, dense_prefill, keys, strict=True
+            ):
                 if key not in self.store:
                     logprobs = self._answer(row, selection, read if densely else None)
                     self.store.add(key, score(reference, logprobs, row.answer).to_json())
+                    if run.way.by == "prompt" and selection is not None:
+                        # No other prompt has this sub-network, so memory is not filled with it.
+                        self.model.networks.drop(selection.digest)
                     mx.clear_cache()
         return [Score(**self.store.get(key)) for key in keys]
 

@@ -104,6 +104,10 @@ class SubnetworkCache(Generic[Network]):
         """Evict until at most ``nbytes`` are held, or only sub-networks in use are left."""
         self._held.shrink(nbytes)
 
+    def drop(self, digest: str) -> None:
+        """Drop the sub-network of a selection, unless it is in use."""
+        self._held.drop(digest)
+
     @property
     def nbytes(self) -> int:
         """Bytes held now."""

@@ -160,6 +160,21 @@ def test_given_answers_and_the_speed(run, loaded):
     assert losses[0]["tokens_per_second"] > 0 and losses[0]["exact"] == 1
 
 
+def test_the_sub_networks_of_single_prompts_do_not_stay_in_memory(run, monkeypatch):
+    held = []
+
+    class Watched(losses_module.Evaluation):
+        def _row(self, *args):
+            scores = super()._row(*args)
+            held.append(self.model.networks.digests)
+            return scores
+
+    monkeypatch.setattr("mlx_ifp.commands.evaluate.command.Evaluation", Watched)
+    assert run("--select-by", "prompt", "task", "--task", "Some text.", "--keep", 48, 56)[0] == 0
+    # Those of the description and the dense model serve each of them.
+    assert [len(digests) for digests in held] == [3, 3, 3, 3] and held[0] == held[3]
+
+
 def test_a_run_that_was_killed_goes_on(run, monkeypatch):
     rows = [{"prompt": f"What is {i}?"} for i in range(6)]
     own, calls = losses_module.score, []
