@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,8 +24,10 @@ from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type
 from ..llm.prompt import token_ids
 from ..model import IFPModel
+from ..subnetwork.united import RowCost, United
 from .admission import Admission
 from .groups import Group, Turns, has_batches
+from .info import SchedulerInfo
 from .job import Job, Segment
 from .kept_prompts import MAX_ENTRIES, KeptPrompts
 from .length import check_length
@@ -33,30 +35,10 @@ from .mixed import MixedNetwork, can_mix
 from .preparing import Preparing
 from .request import Request
 from .sampling import Chooser, Sampling
+from .sharing import Sharing
 from .ticket import BusyError, ClosedError, Ticket
 
 MAX_QUEUE = 256
-
-
-@dataclass(frozen=True)
-class SchedulerInfo:
-    """What a :class:`Scheduler` holds now, and how often it did what.
-
-    Attributes:
-        waiting: requests without a place.
-        running: requests with one.
-        steps: for each selection that runs now, by its digest, the steps of its batch so far.
-        kept_prompts: prompts whose keys and values are kept.
-        kept_bytes: bytes of these.
-        released: how often memory was freed because nothing was asked for.
-    """
-
-    waiting: int
-    running: int
-    steps: dict[str, int]
-    kept_prompts: int
-    kept_bytes: int
-    released: int
 
 
 class Scheduler:
@@ -98,6 +80,7 @@ class Scheduler:
         self._batched: dict[KVSettings, bool] = {}
         self._admission = Admission(model, decode_concurrency, padded_together=self._mixes)
         self._preparing = Preparing(model, self._admission, self.kept, prefill_step_size)
+        self._sharing = Sharing(model, self._admission)
         self._turns = Turns(self._end)
         self._computing_type = computing_type(model.dtype, model.checkpoint.trunk.values())
         self._stop = make_stop_sequences(tokenizer)
@@ -107,6 +90,7 @@ class Scheduler:
         self._admitted: deque[Job | None] = deque()
         self._arrived: list[Job] = []
         self._running: set[Job] = set()
+        self._united: tuple[United, RowCost] | None = None
         self._closing = False
         self._poked = False
         self._released = 0
@@ -147,7 +131,7 @@ class Scheduler:
         sampling = sampling or Sampling()
         if sampling.max_tokens < 1:
             raise IFPError("max_tokens must be 1 or more.")
-        _check(request)
+        request.check_in_company()
         if tokens is None:
             encoded = request.encode(self.tokenizer)
             ids = self.tokenizer.encode(encoded) if isinstance(encoded, str) else encoded
@@ -254,9 +238,19 @@ class Scheduler:
                     self._preparing.prepare(job)
             except Exception as error:
                 job.fail(error)
+            slow = job.logits is not None
             with self._changed:
                 self._arrived.append(job)
                 self._changed.notify_all()
+                # A prompt that the whole model reads takes so long that others must not wait.
+                more = bool(self._admitted) and not slow
+                running = list(self._running) if self._mixes else []
+            if (united := self._sharing.unite(running, more)) is not None:
+                with self._changed:
+                    self._united = united
+                    self._changed.notify_all()
+            # Nothing may live on here while this thread waits.
+            del job, running, united
 
     def _run(self) -> None:
         # mlx-lm's batches set this limit and set it back, each to what it found.
@@ -272,9 +266,15 @@ class Scheduler:
         """One turn, or a wait for something to do; False if all is done."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
+            united, self._united = self._united, None
             self._poked = False
         for job in arrived:
             self._join(job)
+        if united is not None:
+            for group in self._turns.groups.values():
+                group.unite(*united)
+            self._bound_kept()
+            united = None
         self._turns.drop_cancelled()
         self._admit()
         if self._turns.groups:
@@ -288,7 +288,7 @@ class Scheduler:
         return True
 
     def _has_news(self) -> bool:
-        return bool(self._arrived or self._poked or self._closing)
+        return bool(self._arrived or self._united or self._poked or self._closing)
 
     def _patience(self) -> float | None:
         """How long to wait for a request before memory is freed."""
@@ -306,7 +306,11 @@ class Scheduler:
             try:
                 self._admission.refuse(job)
                 if not self._admission.admit(job):
-                    return
+                    # What is only there to be faster makes room.
+                    dropped = [group.drop_united() for group in self._turns.groups.values()]
+                    if not any(dropped):
+                        return
+                    continue
             except Exception as error:
                 job.fail(error)
                 continue
@@ -388,13 +392,3 @@ class Scheduler:
         mx.clear_cache()
         self._released_all = True
         self._released += 1
-
-
-def _check(request: Request) -> None:
-    """Raises IFPError for what cannot be served together with other requests."""
-    request.check()
-    for name in ("draft_model", "prompt_cache"):
-        if request.options.get(name) is not None:
-            raise IFPError(f"A request that is served with others takes no {name}.")
-    if request.prompt_cache_file is not None:
-        raise IFPError("A request that is served with others takes no prompt_cache_file.")

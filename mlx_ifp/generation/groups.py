@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..llm.kv_cache import KVSettings
 from ..prompt_cache.files import PromptCache
+from ..subnetwork.united import RowCost, United
 from .job import Job
 from .kept_prompts import ANSWER, KeptPrompts
 from .mixed import MixedNetwork, Rows
@@ -133,6 +134,15 @@ class Group:
                 del self.jobs[uid]
         if self._mixed is not None:
             self._mixed.keep_only({job.group for job in self.jobs.values()})
+
+    def unite(self, united: United, cost: RowCost) -> None:
+        """Let requests of different selections go through channels that they share."""
+        if self._mixed is not None:
+            self._mixed.unite(united, cost)
+
+    def drop_united(self) -> bool:
+        """Let go of shared channels; whether there were some."""
+        return self._mixed is not None and self._mixed.drop_united()
 
     def step(self) -> tuple[list[Job], bool]:
         """Process a part of the prompts, and generate one token for each answer.

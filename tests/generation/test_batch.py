@@ -19,11 +19,13 @@ from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.generation.batch import Scheduler
 from mlx_ifp.generation.groups import TURN, Group
+from mlx_ifp.generation.mixed import MixedNetwork
 from mlx_ifp.generation.request import Request
 from mlx_ifp.generation.sampling import Sampling
 from mlx_ifp.generation.ticket import BusyError, ClosedError, FailedError, Token
 from mlx_ifp.llm.kv_cache import Generation
 from mlx_ifp.memory.budget import Estimator
+from mlx_ifp.subnetwork.united import RowCost
 
 from ..conftest import make_dense
 
@@ -123,6 +125,13 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
     checkpoint, monkeypatch, mixed, count
 ):
     monkeypatch.setattr(mlx_ifp.generation.batch, "can_mix", lambda parent: mixed)
+    monkeypatch.setattr(RowCost, "measured", lambda *_: RowCost(1.0, 0.0))
+    used, run = set(), MixedNetwork.run_ffn
+    monkeypatch.setattr(
+        MixedNetwork,
+        "run_ffn",
+        lambda self, *args: (used.add(bool(self.kept)), run(self, *args))[1],
+    )
     model, tokenizer = load(checkpoint, cache=False, dtype=mx.float32)
     chance = random.Random(0)
     selections = [model.select(task) for task in TASKS]
@@ -166,6 +175,8 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
             thread.join(SECONDS)
         until(lambda: not it.info.running)
         assert it.info.steps == {}
+        # Channels were united, and nobody has them any more.
+        assert (used, it._sharing.nbytes) == ({True, False} if mixed else set(), 0)
         # Nothing is loaded twice.
         assert model.networks.info.misses - misses == loaded
         it.kept.shrink(0)
@@ -473,6 +484,31 @@ def test_what_does_not_fit_now_waits_and_what_never_fits_is_refused(checkpoint, 
         assert model.networks.nbytes + it.kept.nbytes + model.memory.estimator.trunk <= (
             model.memory.limit
         )
+
+
+def test_united_channels_make_room_for_a_request(checkpoint, shared, monkeypatch):
+    _, tokenizer, selections = shared
+    monkeypatch.setattr(RowCost, "measured", lambda *_: RowCost(1.0, 0.0))
+    model = limited(checkpoint, 3, 180)
+    expected = [alone(model, tokenizer, user("Go"), 120, selection=s) for s in selections[:3]]
+    gates = [Gate(), Gate()]
+    with scheduler(model, tokenizer) as it:
+
+        def ask(number):
+            processors = gates[number : number + 1]
+            sampling = Sampling(max_tokens=120, logits_processors=tuple(processors))
+            return it.submit(Request(user("Go"), selection=selections[number]), sampling)
+
+        tickets = [ask(0), ask(1)]
+        until(lambda: it._sharing.nbytes)
+        estimator, networks = model.memory.estimator, model.networks.nbytes
+        assert estimator.trunk + networks + it._sharing.nbytes <= model.memory.limit
+        tickets.append(ask(2))
+        for gate in gates:
+            gate.open()
+        assert tickets[2].wait(SECONDS)
+        assert it._sharing.nbytes == 0
+        assert [tokens_of(ticket) for ticket in tickets] == expected
 
 
 def test_idle_memory_is_freed_and_comes_back(predictor_checkpoint):
