@@ -231,26 +231,30 @@ class Scheduler:
                 while not self._admitted:
                     self._changed.wait()
                 job = self._admitted.popleft()
+                others = [each for each in self._admitted if each is not None]
             if job is None:
                 return
             try:
+                if others:
+                    self._preparing.read_together([job, *others[: self._concurrency[1] - 1]])
                 if not job.ticket.over:
                     self._preparing.prepare(job)
             except Exception as error:
                 job.fail(error)
-            slow = job.logits is not None
+            read_densely = job.logits is not None
             with self._changed:
                 self._arrived.append(job)
                 self._changed.notify_all()
-                # A prompt that the whole model reads takes so long that others must not wait.
-                more = bool(self._admitted) and not slow
+                following = self._admitted[0] if self._admitted else None
+                # To read another prompt takes so long that channels are united before.
+                more = following is not None and not (read_densely and following.answer is None)
                 running = list(self._running) if self._mixes else []
             if (united := self._sharing.unite(running, more)) is not None:
                 with self._changed:
                     self._united = united
                     self._changed.notify_all()
             # Nothing may live on here while this thread waits.
-            del job, running, united
+            del job, others, following, running, united
 
     def _run(self) -> None:
         # mlx-lm's batches set this limit and set it back, each to what it found.
@@ -362,7 +366,7 @@ class Scheduler:
 
     def _end(self, job: Job) -> None:
         """A request has ended: its place is free."""
-        job.cache = job.logits = None
+        job.cache = job.logits = job.answer = None
         job.hold.close()
         self._admission.release(job)
         self._bound_kept()

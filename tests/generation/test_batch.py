@@ -20,6 +20,7 @@ from mlx_ifp.convert import convert
 from mlx_ifp.generation.batch import Scheduler
 from mlx_ifp.generation.groups import TURN, Group
 from mlx_ifp.generation.mixed import MixedNetwork
+from mlx_ifp.generation.preparing import Preparing
 from mlx_ifp.generation.request import Request
 from mlx_ifp.generation.sampling import Sampling
 from mlx_ifp.generation.ticket import BusyError, ClosedError, FailedError, Token
@@ -338,6 +339,56 @@ def test_parts_of_a_prompt_are_kept_for_others_of_the_selection(shared):
         assert ask("Something else", selections[1])[0].cached_tokens == 0
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_prompts_that_wait_are_read_together_but_for_those_that_begin_alike(
+    shared, monkeypatch, fails
+):
+    model, tokenizer, selections = shared
+    held, groups = threading.Event(), []
+    prepare, read = Preparing.prepare, mlx_ifp.generation.preparing.dense_prefill_all
+
+    def first_waits(self, job):
+        held.wait(SECONDS)
+        prepare(self, job)
+
+    def read_all(parent, prompts, *args):
+        groups.append(len(prompts))
+        done = read(parent, prompts, *args)
+        if fails:
+            raise IFPError("The disk is gone.")
+        return done
+
+    monkeypatch.setattr(Preparing, "prepare", first_waits)
+    monkeypatch.setattr(mlx_ifp.generation.preparing, "dense_prefill_all", read_all)
+    texts = ["Go", "car " * 99, "tree", "key " * 40, "car " * 99 + "not"]
+    ways = [{"selection": selections[i % 4], "prefill": "dense"} for i in range(len(texts))]
+    # The first one reads its own prompt, and the others wait.
+    ways[0]["prefill"] = "pruned"
+    asked = [(user(text), way) for text, way in zip(texts, ways, strict=True)]
+    expected = [alone(model, tokenizer, prompt, 9, **way) for prompt, way in asked]
+    with scheduler(model, tokenizer) as it:
+        tickets = [it.submit(Request(p, **way), Sampling(max_tokens=9)) for p, way in asked]
+        until(lambda: it.info.running == len(tickets))
+        held.set()
+        assert [tokens_of(ticket) for ticket in tickets] == expected
+    assert groups[0] == 3
+    # The last prompt goes on from the second one.
+    assert tickets[4].cached_tokens > 99 > tickets[1].cached_tokens
+
+
+def test_the_bytes_of_kept_prompts_are_bounded(shared):
+    model, tokenizer, selections = shared
+    kept = []
+    for most in (None, 200_000):
+        with scheduler(model, tokenizer, kv_bytes=most) as it:
+            for text in ("One car", "Two trees", "Four keys"):
+                request = Request(user(text * 9), selection=selections[0])
+                tokens_of(it.submit(request, Sampling(max_tokens=2)))
+            until(lambda it=it: not it.info.running)
+            kept.append(it.kept.nbytes)
+    assert kept[0] > 200_000 >= kept[1] > 0
+
+
 def test_a_warm_system_prompt_is_used(shared, monkeypatch):
     model, tokenizer, selections = shared
     messages = [{"role": "system", "content": "You are a cat. " * 9}, *user("Hello")]
@@ -536,7 +587,7 @@ def test_closing_lets_running_answers_end_if_they_do_in_time(shared):
     short = it.submit(request, Sampling(max_tokens=30))
     endless = it.submit(request, Sampling(max_tokens=10**6, logits_processors=(gate,)))
     waiting = it.submit(request, Sampling(max_tokens=30))
-    until(lambda: it.info.running == 2)
+    until(lambda: it.info.running == 2 and gate.calls)
     gate.open(100)
     closing = threading.Thread(target=it.close, args=(1.0,))
     closing.start()
