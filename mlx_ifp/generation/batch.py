@@ -248,7 +248,8 @@ class Scheduler:
                 following = self._admitted[0] if self._admitted else None
                 # To read another prompt takes so long that channels are united before.
                 more = following is not None and not (read_densely and following.answer is None)
-                running = list(self._running) if self._mixes else []
+                jobs = self._running if self._mixes else ()
+                running = [j for j in jobs if self._batched.get(j.ticket.request.kv, True)]
             if (united := self._sharing.unite(running, more)) is not None:
                 with self._changed:
                     self._united = united

@@ -80,8 +80,10 @@ class _KeptDown(nn.Module):
         self._mixed, self._path, self._down = mixed, path, down
 
     def __call__(self, x: mx.array) -> mx.array:
+        # Some FFNs hand on their rows without the batch's dimensions.
+        kept = self._mixed.kept[self._path].reshape(x.shape)
         # A product with zero would not be zero where an activation has overflowed.
-        return self._down(mx.where(self._mixed.kept[self._path], x, mx.zeros((), x.dtype)))
+        return self._down(mx.where(kept, x, mx.zeros((), x.dtype)))
 
 
 class MixedNetwork:

@@ -7,6 +7,7 @@ import operator
 import mlx.core as mx
 
 from ..dense_pass.prefill import Prefilled, dense_prefill_all
+from ..errors import IFPError
 from ..model import IFPModel
 from ..prompt_cache.files import PromptCache
 from ..prompt_cache.key import CacheKey
@@ -101,9 +102,15 @@ class Preparing:
     def _may_wait(self, job: Job) -> bool:
         """Whether a prompt can be read with others: the whole model reads it, to answer only."""
         request = job.ticket.request
-        known = request.dense or request.selection is not None
-        dense = request.prefill_by(self._model.checkpoint, self._model.selector) == "dense"
-        return known and dense and job.answer is None and not job.ticket.over
+        if job.answer is not None or job.ticket.over:
+            return False
+        if request.selection is None and not request.dense:
+            return False
+        try:
+            return request.prefill_by(self._model.checkpoint, self._model.selector) == "dense"
+        except IFPError:
+            # This is raised again when its turn comes.
+            return False
 
     def _group(self, jobs: list[Job]) -> list[_Reading]:
         """The requests whose prompts are read at once; as many tokens as run in a step."""
@@ -116,7 +123,7 @@ class Preparing:
             try:
                 answer = job.answer = self._answer(job)
             except Exception:
-                # This is raised again when its turn comes.
+                # As above.
                 continue
             read = answer.to_read()
             if read is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..llm.ffn import FFN
 from ..llm.modules import PARTS, evaluate, get_module, share
@@ -58,7 +59,9 @@ class RowCost:
         """Time the FFNs of a sub-network with one row and with several."""
         modules = [get_module(member.network, ffn.path) for ffn in parent.ffns]
         channels = sum(len(member.channels(i, ffn)) for i, ffn in enumerate(parent.ffns))
-        dtype = parent.dtype or mx.float32
+        arrays = dict(tree_flatten(modules[0].parameters())).values()
+        floats = [array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
+        dtype = floats[0] if floats else mx.float32
 
         def seconds(rows: int) -> float:
             x = mx.ones((rows, 1, parent.ffns[0].hidden_size), dtype)
