@@ -22,7 +22,7 @@ from ..errors import IFPError
 from ..llm.kv_cache import KVSettings
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type
-from ..llm.prompt import token_ids
+from ..llm.prompt import prompt_ids
 from ..model import IFPModel
 from ..subnetwork.united import RowCost, United
 from .admission import Admission
@@ -91,6 +91,8 @@ class Scheduler:
         self._arrived: list[Job] = []
         self._running: set[Job] = set()
         self._united: tuple[United, RowCost] | None = None
+        # Requests came since channels were united; and no more are coming.
+        self._joined = self._settled = False
         self._closing = False
         self._poked = False
         self._released = 0
@@ -133,13 +135,9 @@ class Scheduler:
             raise IFPError("max_tokens must be 1 or more.")
         request.check_in_company()
         if tokens is None:
-            encoded = request.encode(self.tokenizer)
-            ids = self.tokenizer.encode(encoded) if isinstance(encoded, str) else encoded
-            tokens = token_ids(ids)
+            tokens = prompt_ids(self.tokenizer, request.encode(self.tokenizer))
         check_length(self.model, self.tokenizer, request, list(tokens))
-        said = {
-            "max_tokens": sampling.max_tokens, "prefill_step_size": self._prefill_step_size
-        }  # fmt: skip
+        said = {"max_tokens": sampling.max_tokens, "prefill_step_size": self._prefill_step_size}
         request = replace(request, options=dict(request.options) | said)
         ticket = Ticket(request, list(tokens), self._poke)
         job = Job(
@@ -204,10 +202,11 @@ class Scheduler:
 
     # For its own threads.
 
-    def _watched(self, work: Callable[[], None]) -> None:
-        """Run a thread's work. If that fails, nobody waits for an answer that never comes."""
+    def _watched(self, work: Callable[[], bool]) -> None:
+        """A thread works until all is done. If it fails, nobody waits for what never comes."""
         try:
-            work()
+            while work():
+                pass
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -225,39 +224,39 @@ class Scheduler:
             self._poked = True
             self._changed.notify_all()
 
-    def _prepare(self) -> None:
-        while True:
-            with self._changed:
-                while not self._admitted:
-                    self._changed.wait()
-                job = self._admitted.popleft()
-                others = [each for each in self._admitted if each is not None]
-            if job is None:
-                return
-            try:
-                if others:
-                    self._preparing.read_together([job, *others[: self._concurrency[1] - 1]])
-                if not job.ticket.over:
-                    self._preparing.prepare(job)
-            except Exception as error:
-                job.fail(error)
-            read_densely = job.logits is not None
-            with self._changed:
-                self._arrived.append(job)
-                self._changed.notify_all()
-                following = self._admitted[0] if self._admitted else None
-                # To read another prompt takes so long that channels are united before.
-                more = following is not None and not (read_densely and following.answer is None)
-                jobs = self._running if self._mixes else ()
-                running = [j for j in jobs if self._batched.get(j.ticket.request.kv, True)]
-            if (united := self._sharing.unite(running, more)) is not None:
-                with self._changed:
-                    self._united = united
-                    self._changed.notify_all()
-            # Nothing may live on here while this thread waits.
-            del job, others, following, running, united
+    def _prepare(self) -> bool:
+        """Make a request ready, or unite channels; False if all is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._admitted or self._settled)
+            settled, self._settled = self._settled, False
+            job = None if settled else self._admitted.popleft()
+            others = [each for each in self._admitted if each is not None]
+        if settled:
+            self._unite()
+        if job is None:
+            return settled
+        try:
+            if others:
+                self._preparing.read_together([job, *others[: self._concurrency[1] - 1]])
+            if not job.ticket.over:
+                self._preparing.prepare(job)
+        except Exception as error:
+            job.fail(error)
+        with self._changed:
+            self._arrived.append(job)
+            self._changed.notify_all()
+        return True
 
-    def _run(self) -> None:
+    def _unite(self) -> None:
+        """Unite the channels of the requests that run, if they may share a batch."""
+        with self._changed:
+            running = [j for j in self._running if self._batched.get(j.ticket.request.kv, True)]
+        if self._mixes and (united := self._sharing.unite(running)) is not None:
+            with self._changed:
+                self._united = united
+                self._changed.notify_all()
+
+    def _run(self) -> bool:
         # mlx-lm's batches set this limit and set it back, each to what it found.
         wired = maybe_set_recommended_wired_limit()
         try:
@@ -266,6 +265,7 @@ class Scheduler:
         finally:
             if wired is not None:
                 mx.set_wired_limit(wired)
+        return False
 
     def _next(self) -> bool:
         """One turn, or a wait for something to do; False if all is done."""
@@ -275,6 +275,7 @@ class Scheduler:
             self._poked = False
         for job in arrived:
             self._join(job)
+            self._joined = True
         if united is not None:
             for group in self._turns.groups.values():
                 group.unite(*united)
@@ -283,21 +284,22 @@ class Scheduler:
         self._turns.drop_cancelled()
         self._admit()
         if self._turns.groups:
-            self._turns.next(self._has_news)
+            if self._turns.next(self._has_news) and self._joined:
+                with self._changed:
+                    self._joined, self._settled = False, True
+                    self._changed.notify_all()
             return True
         with self._changed:
             if self._error is not None or (self._closing and not self._running):
                 return False
-            if not self._has_news() and not self._changed.wait(self._patience()):
+            # Memory is freed once nothing was asked for a while.
+            idle = None if self._running or self._released_all else self._idle_timeout
+            if not self._has_news() and not self._changed.wait(idle):
                 self._release()
         return True
 
     def _has_news(self) -> bool:
         return bool(self._arrived or self._united or self._poked or self._closing)
-
-    def _patience(self) -> float | None:
-        """How long to wait for a request before memory is freed."""
-        return None if self._running or self._released_all else self._idle_timeout
 
     def _admit(self) -> None:
         """Give places to those that wait, in their order."""
@@ -312,10 +314,9 @@ class Scheduler:
                 self._admission.refuse(job)
                 if not self._admission.admit(job):
                     # What is only there to be faster makes room.
-                    dropped = [group.drop_united() for group in self._turns.groups.values()]
-                    if not any(dropped):
-                        return
-                    continue
+                    if any([group.drop_united() for group in self._turns.groups.values()]):
+                        continue
+                    return
             except Exception as error:
                 job.fail(error)
                 continue

@@ -222,17 +222,20 @@ class Turns:
             self.groups[key] = group
             self._order.append(key)
 
-    def next(self, changed: Callable[[], bool]) -> None:
+    def next(self, changed: Callable[[], bool]) -> bool:
         """Give the next group its turn.
 
         Args:
             changed (Callable): says whether the turn should end early, as something waits.
+
+        Returns:
+            bool: whether all of the turn went by, and no prompt was read.
         """
         if not self._order:
-            return
+            return False
         key = self._order[0]
         self._order.rotate(-1)
-        group = self.groups[key]
+        group, whole = self.groups[key], False
         for _ in range(TURN):
             self._drop_cancelled(group)
             if not group.jobs:
@@ -241,12 +244,15 @@ class Turns:
                 ended, read = group.step()
             except Exception as error:
                 self._fail(key, group, error)
-                return
+                return False
             for job in ended:
                 self._ended(job)
             if read or changed():
                 break
+        else:
+            whole = True
         self._drop_if_empty(key, group)
+        return whole
 
     def drop_cancelled(self) -> None:
         """Take out the requests whose owners went away."""

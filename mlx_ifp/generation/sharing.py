@@ -34,18 +34,12 @@ class Sharing:
         """Bytes of all united channels, and of those that are being united."""
         return self._making + sum(united.nbytes for united in list(self._made))
 
-    def unite(self, jobs: list[Job], more: bool) -> tuple[United, RowCost] | None:
+    def unite(self, jobs: list[Job]) -> tuple[United, RowCost] | None:
         """Unite the sub-networks of some requests.
-
-        Args:
-            jobs (list): the requests.
-            more (bool): whether others are about to be ready, and should not wait for this.
 
         Returns:
             tuple: their channels, and what a row costs; None if they stay apart.
         """
-        if more:
-            return None
         try:
             return self._unite(jobs)
         except Exception:

@@ -551,6 +551,9 @@ def test_united_channels_make_room_for_a_request(checkpoint, shared, monkeypatch
             return it.submit(Request(user("Go"), selection=selections[number]), sampling)
 
         tickets = [ask(0), ask(1)]
+        until(lambda: all(ticket.ready for ticket in tickets))
+        for gate in gates:
+            gate.open(2 * TURN + 2)
         until(lambda: it._sharing.nbytes)
         estimator, networks = model.memory.estimator, model.networks.nbytes
         assert estimator.trunk + networks + it._sharing.nbytes <= model.memory.limit

@@ -5,7 +5,9 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,23 +41,32 @@ class Inside(Running):
     scheduler: Scheduler
 
 
-@pytest.fixture
-def inside(scripted_checkpoint, tmp_path):
+@contextmanager
+def serving(checkpoint: Path, cache: Path, *flags: str) -> Iterator[Inside]:
     """A server in this process."""
-    model, tokenizer = load(scripted_checkpoint, cache_dir=tmp_path)
+    model, tokenizer = load(checkpoint, cache_dir=cache)
     scheduler = Scheduler(model, tokenizer)
-    args = setup_arg_parser().parse_args([])
+    args = setup_arg_parser().parse_args(flags)
     service = Service(tokenizer, Models(model, NAME), Access("127.0.0.1"), args, scheduler)
     server = Server("127.0.0.1", 0, service)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield Inside(None, url, Path(), model, scheduler)
-    server.shutdown()
-    scheduler.close()
-    assert server.wait_idle(20)
-    server.server_close()
-    thread.join()
+    try:
+        yield Inside(None, url, Path(), model, scheduler)
+    finally:
+        server.shutdown()
+        scheduler.close()
+        assert server.wait_idle(20)
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def inside(scripted_checkpoint, tmp_path):
+    """A server in this process, with its own cache."""
+    with serving(scripted_checkpoint, tmp_path) as it:
+        yield it
 
 
 def make_tasks(server) -> list[dict]:
@@ -111,6 +122,22 @@ def test_answers_in_company_are_those_of_a_request_alone_and_memory_comes_back(i
     assert model.networks.info.misses - misses == len(TASKS) + 1 + len(OF_BASE)
     assert model.selector_runs == runs
     assert active() <= before
+
+
+def test_a_system_prompt_that_was_read_is_there_after_the_next_start(scripted_checkpoint, tmp_path):
+    cached, said = [], []
+    for text in ("What is the car?", "Name one tree."):
+        messages = [
+            {"role": "system", "content": "You are a file or a key. " * 4},
+            {"role": "user", "content": text},
+        ]
+        with serving(scripted_checkpoint, tmp_path, "--warm-system-prompt") as it:
+            status, answer = it.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 8})
+            assert status == 200, answer
+            cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            said.append(it.model.warm.info)
+    assert min(cached) > 30
+    assert [(info.prefilled > 0, info.loads) for info in said] == [(True, 0), (False, 1)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
