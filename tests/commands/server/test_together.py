@@ -72,7 +72,7 @@ def inside(scripted_checkpoint, tmp_path):
 def make_tasks(server) -> list[dict]:
     """Requests for the base, four tasks, and the whole model."""
     for name in TASKS:
-        made = {"name": name, "description": f"Say what {name} are."}
+        made = {"name": name, "description": f"Write about {name}."}
         assert server.ask("/v1/tasks", made)[0] == 201
     models = [NAME, *(f"{NAME}:{name}" for name in TASKS), f"{NAME}:dense"]
     bodies = [
