@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import IFPError
-    from .generation.stream import generate, stream_generate
+    from .generation.stream import stream_generate
+    from .generation.whole import generate
     from .llm.kv_cache import KVSettings
     from .model import IFPModel
     from .opening import load
@@ -27,7 +28,7 @@ _HOMES = {
     "IFPModel": "model",
     "KVSettings": "llm.kv_cache",
     "Selection": "selection.selection",
-    "generate": "generation.stream",
+    "generate": "generation.whole",
     "load": "opening",
     "stream_generate": "generation.stream",
 }

@@ -69,6 +69,38 @@ def dense_prefill(
     return Prefilled(cache, logits, tokens, time.perf_counter() - start, result)
 
 
+def dense_prefill_all(
+    parent: Parent,
+    prompts: list[tuple[list[int], list[Any]]],
+    step: int = PREFILL_STEP_SIZE,
+    progress: Progress = lambda done, of: None,
+) -> list[Prefilled]:
+    """Let the dense LLM read several prompts, so that each FFN is read from disk once for all.
+
+    Args:
+        parent (Parent): the dense LLM, whose channels are read.
+        prompts (list): for each prompt its ids and its cache, as for :func:`dense_prefill`.
+        step, progress: as there.
+
+    Returns:
+        list: as :func:`dense_prefill` gives it for each prompt; ``seconds`` are those of all.
+    """
+    start = time.perf_counter()
+    pieces, lasts = [], []
+    for tokens, cache in prompts:
+        pieces += pieces_of(tokens, cache, step)
+        lasts.append(len(pieces) - 1)
+    result = run_layers(parent, pieces, None, progress)
+    logits = [logits_of(parent, result.hidden[last][:, -1:]) for last in lasts]
+    mx.eval(logits)
+    mx.clear_cache()
+    seconds = time.perf_counter() - start
+    return [
+        Prefilled(cache, last, tokens, seconds, DensePass([], [], result.ffns_read))
+        for (tokens, cache), last in zip(prompts, logits, strict=True)
+    ]
+
+
 def read_text(
     parent: Parent,
     tokens: list[int],

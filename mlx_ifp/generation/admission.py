@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..memory.advice import check
@@ -50,6 +51,9 @@ class Admission:
         most (int): how many requests may be admitted at once.
         padded_together (bool): whether all requests are in one batch, not only those of a
             selection.
+
+    Attributes:
+        beside: gives the bytes that several requests take together.
     """
 
     def __init__(self, model: IFPModel, most: int, *, padded_together: bool) -> None:
@@ -65,6 +69,7 @@ class Admission:
         self._padded_together = padded_together
         self._claims: dict[Job, _Claim] = {}
         self._lock = threading.Lock()
+        self.beside: Callable[[], int] = lambda: 0
 
     def refuse(self, job: Job) -> None:
         """Raises IFPError, with numbers, for a request that does not fit even alone."""
@@ -119,10 +124,24 @@ class Admission:
         return _Claim(budget.kv, budget.network, max(selecting, reading), group)
 
     def _fit(self, claims: list[_Claim]) -> bool:
-        kv, networks, beside = _total(claims, self._padded_together)
+        return self._room(claims) >= 0
+
+    def _room(self, claims: list[_Claim]) -> int:
+        """Bytes that are left for a network."""
+        kv, networks, selecting = _total(claims, self._padded_together)
+        networks += self.beside()
         if self._memory is None:
-            return networks <= self._most_networks
-        return self._estimator.trunk + kv + networks + beside <= self._memory.limit
+            return self._most_networks - networks
+        return self._memory.limit - self._estimator.trunk - kv - networks - selecting
+
+    def room_for_network(self) -> int:
+        """Bytes that one more network may take now."""
+        with self._lock:
+            return self._room(list(self._claims.values()))
+
+    def network_bytes(self, ks: list[int]) -> int:
+        """Bytes of a network with so many channels in each layer."""
+        return self._estimator.network(ks, dense=True)
 
     def settle(self, job: Job, group: str) -> None:
         """A request's network is ready: others of the same selection share it."""
@@ -136,20 +155,22 @@ class Admission:
             self._claims.pop(job, None)
 
     def besides(self, job: Job) -> tuple[int, int]:
-        """Bytes of keys and values, and of networks, that others than a request take."""
+        """Bytes of keys and values, and of networks, that others than a request take.
+
+        The first number has what several requests take together, which makes no room.
+        """
         with self._lock:
             claims = list(self._claims.values())
             own = self._claims[job]
         kv, networks, _ = _total(claims, self._padded_together)
-        return kv - own.kv, networks - own.network
+        return kv - own.kv + self.beside(), networks - own.network
 
     def room_for_prompts(self) -> int | None:
         """Bytes that kept prompts may take now; None for no bound."""
         if self._memory is None:
             return None
         with self._lock:
-            kv, networks, beside = _total(list(self._claims.values()), self._padded_together)
-        return self._memory.limit - self._estimator.trunk - kv - networks - beside
+            return self._room(list(self._claims.values()))
 
     @property
     def count(self) -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,10 +22,12 @@ from ..errors import IFPError
 from ..llm.kv_cache import KVSettings
 from ..llm.modules import PREFILL_STEP_SIZE
 from ..llm.overflow import computing_type
-from ..llm.prompt import token_ids
+from ..llm.prompt import prompt_ids
 from ..model import IFPModel
+from ..subnetwork.united import RowCost, United
 from .admission import Admission
 from .groups import Group, Turns, has_batches
+from .info import SchedulerInfo
 from .job import Job, Segment
 from .kept_prompts import MAX_ENTRIES, KeptPrompts
 from .length import check_length
@@ -33,30 +35,10 @@ from .mixed import MixedNetwork, can_mix
 from .preparing import Preparing
 from .request import Request
 from .sampling import Chooser, Sampling
+from .sharing import Sharing
 from .ticket import BusyError, ClosedError, Ticket
 
 MAX_QUEUE = 256
-
-
-@dataclass(frozen=True)
-class SchedulerInfo:
-    """What a :class:`Scheduler` holds now, and how often it did what.
-
-    Attributes:
-        waiting: requests without a place.
-        running: requests with one.
-        steps: for each selection that runs now, by its digest, the steps of its batch so far.
-        kept_prompts: prompts whose keys and values are kept.
-        kept_bytes: bytes of these.
-        released: how often memory was freed because nothing was asked for.
-    """
-
-    waiting: int
-    running: int
-    steps: dict[str, int]
-    kept_prompts: int
-    kept_bytes: int
-    released: int
 
 
 class Scheduler:
@@ -98,6 +80,7 @@ class Scheduler:
         self._batched: dict[KVSettings, bool] = {}
         self._admission = Admission(model, decode_concurrency, padded_together=self._mixes)
         self._preparing = Preparing(model, self._admission, self.kept, prefill_step_size)
+        self._sharing = Sharing(model, self._admission)
         self._turns = Turns(self._end)
         self._computing_type = computing_type(model.dtype, model.checkpoint.trunk.values())
         self._stop = make_stop_sequences(tokenizer)
@@ -107,6 +90,9 @@ class Scheduler:
         self._admitted: deque[Job | None] = deque()
         self._arrived: list[Job] = []
         self._running: set[Job] = set()
+        self._united: tuple[United, RowCost] | None = None
+        # Requests came since channels were united; and no more are coming.
+        self._joined = self._settled = False
         self._closing = False
         self._poked = False
         self._released = 0
@@ -147,15 +133,11 @@ class Scheduler:
         sampling = sampling or Sampling()
         if sampling.max_tokens < 1:
             raise IFPError("max_tokens must be 1 or more.")
-        _check(request)
+        request.check_in_company()
         if tokens is None:
-            encoded = request.encode(self.tokenizer)
-            ids = self.tokenizer.encode(encoded) if isinstance(encoded, str) else encoded
-            tokens = token_ids(ids)
+            tokens = prompt_ids(self.tokenizer, request.encode(self.tokenizer))
         check_length(self.model, self.tokenizer, request, list(tokens))
-        said = {
-            "max_tokens": sampling.max_tokens, "prefill_step_size": self._prefill_step_size
-        }  # fmt: skip
+        said = {"max_tokens": sampling.max_tokens, "prefill_step_size": self._prefill_step_size}
         request = replace(request, options=dict(request.options) | said)
         ticket = Ticket(request, list(tokens), self._poke)
         job = Job(
@@ -220,10 +202,11 @@ class Scheduler:
 
     # For its own threads.
 
-    def _watched(self, work: Callable[[], None]) -> None:
-        """Run a thread's work. If that fails, nobody waits for an answer that never comes."""
+    def _watched(self, work: Callable[[], bool]) -> None:
+        """A thread works until all is done. If it fails, nobody waits for what never comes."""
         try:
-            work()
+            while work():
+                pass
         except BaseException as error:
             with self._changed:
                 self._error = error
@@ -241,24 +224,39 @@ class Scheduler:
             self._poked = True
             self._changed.notify_all()
 
-    def _prepare(self) -> None:
-        while True:
+    def _prepare(self) -> bool:
+        """Make a request ready, or unite channels; False if all is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._admitted or self._settled)
+            settled, self._settled = self._settled, False
+            job = None if settled else self._admitted.popleft()
+            others = [each for each in self._admitted if each is not None]
+        if settled:
+            self._unite()
+        if job is None:
+            return settled
+        try:
+            if others:
+                self._preparing.read_together([job, *others[: self._concurrency[1] - 1]])
+            if not job.ticket.over:
+                self._preparing.prepare(job)
+        except Exception as error:
+            job.fail(error)
+        with self._changed:
+            self._arrived.append(job)
+            self._changed.notify_all()
+        return True
+
+    def _unite(self) -> None:
+        """Unite the channels of the requests that run, if they may share a batch."""
+        with self._changed:
+            running = [j for j in self._running if self._batched.get(j.ticket.request.kv, True)]
+        if self._mixes and (united := self._sharing.unite(running)) is not None:
             with self._changed:
-                while not self._admitted:
-                    self._changed.wait()
-                job = self._admitted.popleft()
-            if job is None:
-                return
-            try:
-                if not job.ticket.over:
-                    self._preparing.prepare(job)
-            except Exception as error:
-                job.fail(error)
-            with self._changed:
-                self._arrived.append(job)
+                self._united = united
                 self._changed.notify_all()
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
         # mlx-lm's batches set this limit and set it back, each to what it found.
         wired = maybe_set_recommended_wired_limit()
         try:
@@ -267,32 +265,41 @@ class Scheduler:
         finally:
             if wired is not None:
                 mx.set_wired_limit(wired)
+        return False
 
     def _next(self) -> bool:
         """One turn, or a wait for something to do; False if all is done."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
+            united, self._united = self._united, None
             self._poked = False
         for job in arrived:
             self._join(job)
+            self._joined = True
+        if united is not None:
+            for group in self._turns.groups.values():
+                group.unite(*united)
+            self._bound_kept()
+            united = None
         self._turns.drop_cancelled()
         self._admit()
         if self._turns.groups:
-            self._turns.next(self._has_news)
+            if self._turns.next(self._has_news) and self._joined:
+                with self._changed:
+                    self._joined, self._settled = False, True
+                    self._changed.notify_all()
             return True
         with self._changed:
             if self._error is not None or (self._closing and not self._running):
                 return False
-            if not self._has_news() and not self._changed.wait(self._patience()):
+            # Memory is freed once nothing was asked for a while.
+            idle = None if self._running or self._released_all else self._idle_timeout
+            if not self._has_news() and not self._changed.wait(idle):
                 self._release()
         return True
 
     def _has_news(self) -> bool:
-        return bool(self._arrived or self._poked or self._closing)
-
-    def _patience(self) -> float | None:
-        """How long to wait for a request before memory is freed."""
-        return None if self._running or self._released_all else self._idle_timeout
+        return bool(self._arrived or self._united or self._poked or self._closing)
 
     def _admit(self) -> None:
         """Give places to those that wait, in their order."""
@@ -306,6 +313,9 @@ class Scheduler:
             try:
                 self._admission.refuse(job)
                 if not self._admission.admit(job):
+                    # What is only there to be faster makes room.
+                    if any([group.drop_united() for group in self._turns.groups.values()]):
+                        continue
                     return
             except Exception as error:
                 job.fail(error)
@@ -358,7 +368,7 @@ class Scheduler:
 
     def _end(self, job: Job) -> None:
         """A request has ended: its place is free."""
-        job.cache = job.logits = None
+        job.cache = job.logits = job.answer = None
         job.hold.close()
         self._admission.release(job)
         self._bound_kept()
@@ -388,13 +398,3 @@ class Scheduler:
         mx.clear_cache()
         self._released_all = True
         self._released += 1
-
-
-def _check(request: Request) -> None:
-    """Raises IFPError for what cannot be served together with other requests."""
-    request.check()
-    for name in ("draft_model", "prompt_cache"):
-        if request.options.get(name) is not None:
-            raise IFPError(f"A request that is served with others takes no {name}.")
-    if request.prompt_cache_file is not None:
-        raise IFPError("A request that is served with others takes no prompt_cache_file.")

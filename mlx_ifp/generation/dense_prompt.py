@@ -46,7 +46,7 @@ class DensePrompt:
         if request.warm or request.prompt_cache_file is not None:
             return None
         if given is None:
-            cache = self._new_cache()
+            cache = self.new_cache()
         elif all(layer.empty() for layer in given):
             # The caller's own list stays as it is until everything else has succeeded.
             cache = copy.deepcopy(given)
@@ -54,7 +54,8 @@ class DensePrompt:
             return None
         return PromptPass(self._model.parent, self._tokens, cache, self._step)
 
-    def _new_cache(self) -> PromptCache:
+    def new_cache(self) -> PromptCache:
+        """An empty prompt cache for the prompt."""
         return make_prompt_cache(self._model.trunk, self._request.kv.max_kv_size)
 
     @property
@@ -103,7 +104,7 @@ class DensePrompt:
 
         with one_line("The prompt could not be processed"):
             if self._pass is None:
-                cache = self._new_cache() if prompt_cache is None else prompt_cache
+                cache = self.new_cache() if prompt_cache is None else prompt_cache
                 prefilled = dense_prefill(
                     self._model.parent, tokens, cache, step=self._step, progress=show
                 )

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..llm.kv_cache import KVSettings
 from ..prompt_cache.files import PromptCache
+from ..subnetwork.united import RowCost, United
 from .job import Job
 from .kept_prompts import ANSWER, KeptPrompts
 from .mixed import MixedNetwork, Rows
@@ -134,6 +135,15 @@ class Group:
         if self._mixed is not None:
             self._mixed.keep_only({job.group for job in self.jobs.values()})
 
+    def unite(self, united: United, cost: RowCost) -> None:
+        """Let requests of different selections go through channels that they share."""
+        if self._mixed is not None:
+            self._mixed.unite(united, cost)
+
+    def drop_united(self) -> bool:
+        """Let go of shared channels; whether there were some."""
+        return self._mixed is not None and self._mixed.drop_united()
+
     def step(self) -> tuple[list[Job], bool]:
         """Process a part of the prompts, and generate one token for each answer.
 
@@ -212,17 +222,20 @@ class Turns:
             self.groups[key] = group
             self._order.append(key)
 
-    def next(self, changed: Callable[[], bool]) -> None:
+    def next(self, changed: Callable[[], bool]) -> bool:
         """Give the next group its turn.
 
         Args:
             changed (Callable): says whether the turn should end early, as something waits.
+
+        Returns:
+            bool: whether all of the turn went by, and no prompt was read.
         """
         if not self._order:
-            return
+            return False
         key = self._order[0]
         self._order.rotate(-1)
-        group = self.groups[key]
+        group, whole = self.groups[key], False
         for _ in range(TURN):
             self._drop_cancelled(group)
             if not group.jobs:
@@ -231,12 +244,15 @@ class Turns:
                 ended, read = group.step()
             except Exception as error:
                 self._fail(key, group, error)
-                return
+                return False
             for job in ended:
                 self._ended(job)
             if read or changed():
                 break
+        else:
+            whole = True
         self._drop_if_empty(key, group)
+        return whole
 
     def drop_cancelled(self) -> None:
         """Take out the requests whose owners went away."""

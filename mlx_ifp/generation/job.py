@@ -14,6 +14,7 @@ from ..llm.overflow import not_finite
 from ..llm.prompt import shared_prefix
 from ..prompt_cache.files import PromptCache
 from .sampling import Chooser
+from .stream import Answer
 from .ticket import FailedError, Ticket, Token
 
 # A part of a prompt, and the kind under which it is kept when it has been processed.
@@ -37,6 +38,7 @@ class Job:
         tokenizer: the LLM's.
         generation: its lengths.
         computing_type: what the LLM computes in.
+        answer: its answer as a request alone gets it, once it was begun.
         hold: what keeps the sub-network in memory; closing it lets go.
     """
 
@@ -51,6 +53,7 @@ class Job:
     key: Any = None
     cache: PromptCache | None = None
     logits: mx.array | None = None
+    answer: Answer | None = None
     hold: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:

@@ -1,10 +1,13 @@
 """A request's sub-network is made ready beside the batches, so that they need not stop for it."""
 
 import copy
+import itertools
+import operator
 
 import mlx.core as mx
 
-from ..dense_pass.prefill import Prefilled
+from ..dense_pass.prefill import Prefilled, dense_prefill_all
+from ..errors import IFPError
 from ..model import IFPModel
 from ..prompt_cache.files import PromptCache
 from ..prompt_cache.key import CacheKey
@@ -16,6 +19,12 @@ from .job import Job
 from .kept_prompts import PROMPT, KeptPrompts
 from .stream import Answer
 from .ticket import ClosedError
+
+# To read so many tokens again, such as those of a template, takes less than to wait.
+_FEW_TOKENS = 128
+
+# A request, its answer, and the tokens and the cache of what is read.
+_Reading = tuple[Job, Answer, tuple[list[int], PromptCache]]
 
 
 class Preparing:
@@ -41,13 +50,8 @@ class Preparing:
             IFPError: if the request cannot be served.
         """
         model, ticket = self._model, job.ticket
-        self._make_room(job)
-        answer = Answer(model, job.tokenizer, ticket.request, ticket.tokens)
-        job.group = digest_of(answer.selection)
-        dense_key, pruned = answer.key, answer.prefill == "pruned"
-        job.key = dense_key if pruned else dense_key.after_dense(answer.selection)
-        if not pruned:
-            self._begin_densely(job, answer)
+        answer, job.answer = job.answer or self._answer(job), None
+        pruned = answer.prefill == "pruned"
         ready = answer.ready
         job.hold.enter_context(model.using(ready))
         self._admission.settle(job, job.group)
@@ -59,6 +63,90 @@ class Preparing:
         ticket.ready = ready
         if answer.prefilled is not None:
             self._take(job, answer.prefilled)
+
+    def _answer(self, job: Job) -> Answer:
+        """Select, and find what is kept of a prompt that the whole model reads."""
+        ticket = job.ticket
+        self._make_room(job)
+        answer = Answer(self._model, job.tokenizer, ticket.request, ticket.tokens)
+        job.group = digest_of(answer.selection)
+        if answer.prefill == "pruned":
+            job.key = answer.key
+        else:
+            job.key = answer.key.after_dense(answer.selection)
+            self._begin_densely(job, answer)
+        return answer
+
+    def read_together(self, jobs: list[Job]) -> None:
+        """Let the whole model read prompts at once, so that it is read from disk once for all.
+
+        Only those are read for which nothing has to be selected. What goes wrong is left to
+        :meth:`prepare`, which then reads a prompt by itself.
+
+        Args:
+            jobs (list): admitted requests, in their order.
+        """
+        # A memory limit counts one prompt that is being read.
+        if self._model.memory is not None or not self._may_wait(jobs[0]):
+            return
+        group = self._group(jobs)
+        if len(group) < 2:
+            return
+        try:
+            self._read_group(group)
+        except Exception:
+            for job, _, _ in group:
+                # Its cache may be filled in part.
+                job.answer = None
+
+    def _may_wait(self, job: Job) -> bool:
+        """Whether a prompt can be read with others: the whole model reads it, to answer only."""
+        request = job.ticket.request
+        if job.answer is not None or job.ticket.over:
+            return False
+        if request.selection is None and not request.dense:
+            return False
+        try:
+            return request.prefill_by(self._model.checkpoint, self._model.selector) == "dense"
+        except IFPError:
+            # This is raised again when its turn comes.
+            return False
+
+    def _group(self, jobs: list[Job]) -> list[_Reading]:
+        """The requests whose prompts are read at once; as many tokens as run in a step."""
+        group: list[_Reading] = []
+        left = self._prefill_step_size
+        for job in filter(self._may_wait, jobs):
+            if any(_alike(job, other) for other, _, _ in group):
+                # It will go on from where the other one's prompt differs.
+                continue
+            try:
+                answer = job.answer = self._answer(job)
+            except Exception:
+                # As above.
+                continue
+            read = answer.to_read()
+            if read is None:
+                continue
+            left -= len(read[0])
+            if left < 0:
+                break
+            group.append((job, answer, read))
+        return group
+
+    def _read_group(self, group: list[_Reading]) -> None:
+        def progress(done: int, of: int) -> None:
+            if all(job.ticket.over for job, _, _ in group):
+                raise ClosedError("Nobody waits for these prompts any more.")
+            for job, _, (tokens, _) in group:
+                job.read(len(tokens) * done // of)
+
+        prompts = [read for _, _, read in group]
+        step, parent = self._prefill_step_size, self._model.parent
+        for (_, answer, _), prefilled in zip(
+            group, dense_prefill_all(parent, prompts, step, progress), strict=True
+        ):
+            answer.was_read(prefilled)
 
     def _begin_densely(self, job: Job, answer: Answer) -> None:
         """Let the whole model read only what is not kept of the prompt."""
@@ -119,3 +207,10 @@ class Preparing:
         self._kept.shrink(max(0, room))
         kv, networks = self._admission.besides(job)
         self._model.memory.beside(kv + self._kept.nbytes, networks)
+
+
+def _alike(job: Job, other: Job) -> bool:
+    """Whether a good part of a prompt is the beginning of another one."""
+    a, b = job.ticket.tokens, other.ticket.tokens
+    common = sum(1 for _ in itertools.takewhile(bool, map(operator.eq, a, b)))
+    return common > max(_FEW_TOKENS, len(a) // 4)

@@ -166,6 +166,15 @@ class Request:
             return tokenizer.encode(tokens, add_special_tokens=False)
         return tokens
 
+    def check_in_company(self) -> None:
+        """Raises IFPError for what cannot be served together with other requests."""
+        self.check()
+        for name in ("draft_model", "prompt_cache"):
+            if self.options.get(name) is not None:
+                raise IFPError(f"A request that is served with others takes no {name}.")
+        if self.prompt_cache_file is not None:
+            raise IFPError("A request that is served with others takes no prompt_cache_file.")
+
     def generation(self, tokenizer: TokenizerWrapper, tokens: Encoded | None = None) -> Generation:
         """What determines the size of the request's keys and values.
 

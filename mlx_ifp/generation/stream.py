@@ -117,6 +117,27 @@ class Answer:
             self._prompt_cache, self._rest = prompt_cache, rest
         return self._rest is not None
 
+    def to_read(self) -> tuple[list[int], PromptCache] | None:
+        """What the whole model is to read: tokens, and the cache that they go to.
+
+        It may be read together with other prompts, and is then given to :meth:`was_read`. None if
+        there is nothing, or if the prompt cache comes from elsewhere.
+        """
+        dense_prompt, request = self._dense_prompt, self.request
+        if dense_prompt is None or dense_prompt.seconds or request.warm:
+            return None
+        if self._rest is not None and self._prompt_cache is not None:
+            return self._rest, self._prompt_cache
+        if self._prompt_cache is not None:
+            return None
+        return prompt_ids(self._tokenizer, self.tokens), dense_prompt.new_cache()
+
+    def was_read(self, prefilled: Prefilled) -> None:
+        """Take what the whole model has made of :meth:`to_read`."""
+        self.prefilled = prefilled
+        self._prompt_cache = prefilled.cache
+        self._claim()
+
     @cached_property
     def ready(self) -> Prepared:
         """The sub-network, and what getting it cost. Whoever asks for it first lets it be loaded.
@@ -369,35 +390,3 @@ def stream_generate(
         options=kwargs,
     )
     yield from Answer(model, tokenizer, request)
-
-
-def generate(
-    model: IFPModel,
-    tokenizer: TokenizerWrapper,
-    prompt: Prompt,
-    task: str | None = None,
-    verbose: bool = False,
-    **kwargs: Any,
-) -> str:
-    """A complete answer from the sub-network that the task or the prompt selects.
-
-    Args:
-        model, tokenizer, prompt, task: as in :func:`stream_generate`.
-        verbose (bool): print the text as it comes, and mlx-lm's figures.
-        kwargs: passed on to :func:`stream_generate`.
-    """
-    text = ""
-    response = None
-    for response in stream_generate(model, tokenizer, prompt, task, **kwargs):
-        text += response.text
-        if verbose:
-            print(response.text, end="", flush=True)
-    if verbose and response is not None:
-        print(
-            f"\n{'=' * 10}\n"
-            f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
-            f"Generation: {response.generation_tokens} tokens, "
-            f"{response.generation_tps:.3f} tokens-per-sec\n"
-            f"Peak memory: {response.peak_memory:.3f} GB"
-        )
-    return text

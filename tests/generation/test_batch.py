@@ -19,11 +19,13 @@ from mlx_ifp import IFPError, load, stream_generate
 from mlx_ifp.convert import convert
 from mlx_ifp.generation.batch import Scheduler
 from mlx_ifp.generation.groups import TURN, Group
+from mlx_ifp.generation.preparing import Preparing
 from mlx_ifp.generation.request import Request
 from mlx_ifp.generation.sampling import Sampling
 from mlx_ifp.generation.ticket import BusyError, ClosedError, FailedError, Token
 from mlx_ifp.llm.kv_cache import Generation
 from mlx_ifp.memory.budget import Estimator
+from mlx_ifp.subnetwork.united import RowCost
 
 from ..conftest import make_dense
 
@@ -123,6 +125,7 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
     checkpoint, monkeypatch, mixed, count
 ):
     monkeypatch.setattr(mlx_ifp.generation.batch, "can_mix", lambda parent: mixed)
+    monkeypatch.setattr(RowCost, "measured", lambda *_: RowCost(1.0, 0.0))
     model, tokenizer = load(checkpoint, cache=False, dtype=mx.float32)
     chance = random.Random(0)
     selections = [model.select(task) for task in TASKS]
@@ -166,6 +169,8 @@ def test_each_answer_is_the_one_it_gets_alone_whoever_joins_or_leaves(
             thread.join(SECONDS)
         until(lambda: not it.info.running)
         assert it.info.steps == {}
+        # Whether channels were united depends on when requests came; nobody has them any more.
+        assert it._sharing.nbytes == 0
         # Nothing is loaded twice.
         assert model.networks.info.misses - misses == loaded
         it.kept.shrink(0)
@@ -327,6 +332,56 @@ def test_parts_of_a_prompt_are_kept_for_others_of_the_selection(shared):
         assert ask("Something else", selections[1])[0].cached_tokens == 0
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_prompts_that_wait_are_read_together_but_for_those_that_begin_alike(
+    shared, monkeypatch, fails
+):
+    model, tokenizer, selections = shared
+    held, groups = threading.Event(), []
+    prepare, read = Preparing.prepare, mlx_ifp.generation.preparing.dense_prefill_all
+
+    def first_waits(self, job):
+        held.wait(SECONDS)
+        prepare(self, job)
+
+    def read_all(parent, prompts, *args):
+        groups.append(len(prompts))
+        done = read(parent, prompts, *args)
+        if fails:
+            raise IFPError("The disk is gone.")
+        return done
+
+    monkeypatch.setattr(Preparing, "prepare", first_waits)
+    monkeypatch.setattr(mlx_ifp.generation.preparing, "dense_prefill_all", read_all)
+    texts = ["Go", "car " * 99, "tree", "key " * 40, "car " * 99 + "not"]
+    ways = [{"selection": selections[i % 4], "prefill": "dense"} for i in range(len(texts))]
+    # The first one reads its own prompt, and the others wait.
+    ways[0]["prefill"] = "pruned"
+    asked = [(user(text), way) for text, way in zip(texts, ways, strict=True)]
+    expected = [alone(model, tokenizer, prompt, 9, **way) for prompt, way in asked]
+    with scheduler(model, tokenizer) as it:
+        tickets = [it.submit(Request(p, **way), Sampling(max_tokens=9)) for p, way in asked]
+        until(lambda: it.info.running == len(tickets))
+        held.set()
+        assert [tokens_of(ticket) for ticket in tickets] == expected
+    assert groups[0] == 3
+    # The last prompt goes on from the second one.
+    assert tickets[4].cached_tokens > 99 > tickets[1].cached_tokens
+
+
+def test_the_bytes_of_kept_prompts_are_bounded(shared):
+    model, tokenizer, selections = shared
+    kept = []
+    for most in (None, 200_000):
+        with scheduler(model, tokenizer, kv_bytes=most) as it:
+            for text in ("One car", "Two trees", "Four keys"):
+                request = Request(user(text * 9), selection=selections[0])
+                tokens_of(it.submit(request, Sampling(max_tokens=2)))
+            until(lambda it=it: not it.info.running)
+            kept.append(it.kept.nbytes)
+    assert kept[0] > 200_000 >= kept[1] > 0
+
+
 def test_a_warm_system_prompt_is_used(shared, monkeypatch):
     model, tokenizer, selections = shared
     messages = [{"role": "system", "content": "You are a cat. " * 9}, *user("Hello")]
@@ -475,6 +530,34 @@ def test_what_does_not_fit_now_waits_and_what_never_fits_is_refused(checkpoint, 
         )
 
 
+def test_united_channels_make_room_for_a_request(checkpoint, shared, monkeypatch):
+    _, tokenizer, selections = shared
+    monkeypatch.setattr(RowCost, "measured", lambda *_: RowCost(1.0, 0.0))
+    model = limited(checkpoint, 3, 180)
+    expected = [alone(model, tokenizer, user("Go"), 120, selection=s) for s in selections[:3]]
+    gates = [Gate(), Gate()]
+    with scheduler(model, tokenizer) as it:
+
+        def ask(number):
+            processors = gates[number : number + 1]
+            sampling = Sampling(max_tokens=120, logits_processors=tuple(processors))
+            return it.submit(Request(user("Go"), selection=selections[number]), sampling)
+
+        tickets = [ask(0), ask(1)]
+        until(lambda: all(ticket.ready for ticket in tickets))
+        for gate in gates:
+            gate.open(2 * TURN + 2)
+        until(lambda: it._sharing.nbytes)
+        estimator, networks = model.memory.estimator, model.networks.nbytes
+        assert estimator.trunk + networks + it._sharing.nbytes <= model.memory.limit
+        tickets.append(ask(2))
+        for gate in gates:
+            gate.open()
+        assert tickets[2].wait(SECONDS)
+        assert it._sharing.nbytes == 0
+        assert [tokens_of(ticket) for ticket in tickets] == expected
+
+
 def test_idle_memory_is_freed_and_comes_back(predictor_checkpoint):
     model, tokenizer = load(predictor_checkpoint, cache=False, dtype=mx.float32)
     with scheduler(model, tokenizer, idle_timeout=0.2) as it:
@@ -500,7 +583,7 @@ def test_closing_lets_running_answers_end_if_they_do_in_time(shared):
     short = it.submit(request, Sampling(max_tokens=30))
     endless = it.submit(request, Sampling(max_tokens=10**6, logits_processors=(gate,)))
     waiting = it.submit(request, Sampling(max_tokens=30))
-    until(lambda: it.info.running == 2)
+    until(lambda: it.info.running == 2 and gate.calls)
     gate.open(100)
     closing = threading.Thread(target=it.close, args=(1.0,))
     closing.start()

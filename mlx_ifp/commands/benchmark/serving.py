@@ -44,9 +44,10 @@ DENSE = "mlx_ifp.server, 4 tasks, dense prefill"
 STOCK, CHANGING = "mlx_lm.server, one export", "mlx_lm.server, 4 exports"
 # Row, what it is divided by.
 RATIOS = ((SEVERAL, STOCK), (ONE_TASK, STOCK), (DENSE, STOCK), (SEVERAL, CHANGING))
+# The numbers stand first, as kept keys and values of a common beginning would hide its cost.
 _TEXT = (
-    "A river begins in the mountains, passes three towns and two lakes, and ends in the sea. "
-    "Its longest bridge was built by {} people in {} years. Say what you think about number {}."
+    "{}.{}.{}: a river begins in the mountains, passes three towns and two lakes, and ends in the "
+    "sea. Its longest bridge was built by a thousand people. Say what you think about it."
 )
 _SECONDS = 600
 # mlx_lm.server lets five clients wait to be accepted, and the connections of more may break off.
@@ -219,12 +220,9 @@ def serve_and_measure(
         def bodies(
             trial: int, row: int, which: Callable[[int], dict[str, Any]]
         ) -> list[dict[str, Any]]:
-            # No prompt is repeated, as kept keys and values would hide its cost.
             return [
                 {
-                    "messages": [
-                        {"role": "user", "content": _TEXT.format(i, trial, 100 * row + i)}
-                    ],
+                    "messages": [{"role": "user", "content": _TEXT.format(i, row, trial)}],
                     "max_tokens": max_tokens,
                     "temperature": 0.0,
                 }

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mlx_ifp import IFPError
+from mlx_ifp.commands.server import command
 from mlx_ifp.commands.server.access import Access
 from mlx_ifp.commands.server.command import run
 from mlx_ifp.commands.server.options import setup_arg_parser
@@ -39,6 +40,26 @@ def test_the_command_refuses_an_open_address_before_it_loads(tmp_path, monkeypat
     args = setup_arg_parser().parse_args(["--host", "0.0.0.0", "--model", str(tmp_path / "none")])
     with pytest.raises(IFPError, match="--no-auth"):
         run(args)
+
+
+def test_flags_reach_what_serves(scripted_checkpoint, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def scheduler(*_, **options):
+        raise Stop(options)
+
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(command, "Scheduler", scheduler)
+    flags = "--prompt-cache-size 3 --prompt-cache-bytes 5MB --decode-concurrency 2"
+    flags += " --prompt-concurrency 1 --max-queue 4 --idle-timeout 9 --prefill-step-size 64"
+    given = ["--model", str(scripted_checkpoint), *flags.split()]
+    with pytest.raises(Stop) as caught:
+        run(setup_arg_parser().parse_args(given))
+    assert caught.value.args[0] == {
+        "kept_prompts": 3, "kv_bytes": 5_000_000, "decode_concurrency": 2, "prompt_concurrency": 1,
+        "max_queue": 4, "idle_timeout": 9, "prefill_step_size": 64,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import anthropic
 import openai
 import pytest
 
+from ...conftest import tiny_tokenizer
 from .conftest import NAME
 from .scripted import THOUGHT
 
@@ -187,6 +188,15 @@ def test_openai_s_answer_follows_a_schema(client):
     ).choices[0]
     assert choice.finish_reason == "stop"
     assert set(json.loads(choice.message.content)) == {"river", "long"}
+    choice = client.chat.completions.create(
+        model=NAME,
+        messages=ASK,
+        response_format={"type": "json_object"},
+        max_tokens=60,
+        # The grammar lets an object begin, and this ends it.
+        logit_bias={tiny_tokenizer().convert_tokens_to_ids("}"): 100},
+    ).choices[0]
+    assert json.loads(choice.message.content) == {}
     with pytest.raises(openai.BadRequestError, match="response_format"):
         bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}
         client.chat.completions.create(model=NAME, messages=ASK, response_format=bad)

@@ -77,6 +77,8 @@ BODIES = [
     ("a bias beyond the vocabulary", CHAT, chat(logit_bias={"999999": 1}), 400, "999999"),
     ("two answers", CHAT, chat(n=2), 400, "n must be 1"),
     ("a forced tool", CHAT, chat(tools=[TOOL], tool_choice="required"), 400, "tool_choice"),
+    ("a tool forced by its name", CHAT, chat(tools=[TOOL], tool_choice={
+        "type": "function", "function": {"name": "f"}}), 400, "tool_choice"),
     ("a tool without a name", CHAT, chat(tools=[{"type": "function"}]), 400, "tools"),
     ("a tool call without JSON", CHAT, chat(messages=[
         {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),

@@ -17,7 +17,12 @@ def blocks(language: str) -> list[str]:
 
 def test_the_launchd_plist_starts_the_server():
     (text,) = blocks("xml")
-    program, *arguments = plistlib.loads(text.encode())["ProgramArguments"]
+    job = plistlib.loads(text.encode())
+    # Keys of launchd.plist(5); launchd ignores a wrong one in silence.
+    assert set(job) == {"Label", "ProgramArguments", "RunAtLoad", "KeepAlive", "StandardErrorPath"}
+    assert job["RunAtLoad"] is True and job["KeepAlive"] == {"SuccessfulExit": False}
+    assert f"gui/$UID/{job['Label']}`" in MANUAL and f"LaunchAgents/{job['Label']}.plist" in MANUAL
+    program, *arguments = job["ProgramArguments"]
     assert program.endswith("/mlx_ifp.server")
     assert setup_arg_parser().parse_args(arguments).idle_timeout == 600
 
