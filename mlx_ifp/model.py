@@ -218,6 +218,8 @@ class IFPModel:
     ) -> ExampleScores:
         """Score channels by what the dense model's do while it answers examples of a task.
 
+        A fitted predictor's scores for the examples' prompts have a part in it.
+
         Answers that are missing are written by the dense model, greedily. It is in memory for that
         if there is room; if not, its FFNs are read anew for each token.
 
@@ -233,7 +235,8 @@ class IFPModel:
         limit = context_length(self.checkpoint.config)
         given = examples_of(examples, self.tokenizer, limit)
         if self.memory is not None:
-            self.memory.before_selecting("activations", max(len(each.tokens) for each in given))
+            selector = "predictor" if self.checkpoint.fitted else "activations"
+            self.memory.before_selecting(selector, max(len(each.tokens) for each in given))
         roomy = self.memory is None and self.reader.nbytes <= self.networks.max_bytes
         missing = sum(each.answer[0] == each.answer[1] for each in given)
         complete = with_answers(
@@ -245,7 +248,11 @@ class IFPModel:
             progress=progress,
         )
         return score_examples(
-            self.parent, complete, self.text_selector.scoring.statistic, written=missing
+            self.parent,
+            complete,
+            self.text_selector.scoring.statistic,
+            head=self.text_selector.fitted_head,
+            written=missing,
         )
 
     def selection_key(

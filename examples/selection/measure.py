@@ -166,8 +166,9 @@ def methods(args: argparse.Namespace, model: IFPModel, sets: dict, tasks: list[s
         name = f"task from {TASK_EXAMPLES} examples"
         found[f"{name}, seed {seed}"] = Method(task)
         found[f"mean prediction for {TASK_EXAMPLES} examples, seed {seed}"] = Method(guess)
-        both = blend((0.7, task), (0.3, guess))
-        found[f"{name}, 0.3 mean prediction, seed {seed}"] = Method(both)
+        # Both are of the same kind, so they are added as they are.
+        added = mean(0.7 * measured + 0.3 * predicted)
+        found[f"{name}, 0.3 mean prediction, seed {seed}"] = Method(added)
         found[f"{name}, 0.5 griffin, seed {seed}"] = Method(blend((0.5, task), (0.5, griffin)))
         found[f"{name}, 0.5 fit, seed {seed}"] = Method(blend((0.5, task), (0.5, fit)))
     return found

@@ -131,10 +131,12 @@ class TextStatistics:
     Attributes:
         values: float32 [N, L, d_ffn], in the order of the texts.
         ffns_read: how often an FFN was read.
+        states: final hidden states, float32 [N, hidden size]; None if they were not asked for.
     """
 
     values: np.ndarray
     ffns_read: int
+    states: np.ndarray | None = None
 
 
 def text_statistics(
@@ -143,6 +145,7 @@ def text_statistics(
     spans: Sequence[tuple[int, int]] | None = None,
     statistic: str = "griffin",
     *,
+    states_at: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     pass_tokens: int = PASS_TOKENS,
     progress: Callable[[int], object] = lambda _: None,
@@ -159,6 +162,7 @@ def text_statistics(
         spans (sequence): for each text its first token that counts, and the one after the last;
             None counts all. What stands before is read all the same.
         statistic (str): a name of :data:`STATISTICS`.
+        states_at (sequence): for each text the token whose final hidden state is kept.
         batch_tokens (int): the most tokens of a batch with padding, unless one text has more.
         pass_tokens (int): the most tokens, with padding, between two readings of the FFNs.
         progress (Callable): called with the number of texts of each pass that is finished.
@@ -169,6 +173,11 @@ def text_statistics(
     lengths = [len(text) for text in texts]
     spans = [(0, n) for n in lengths] if spans is None else spans
     made = np.zeros((len(texts), len(parent.ffns), parent.ffns[0].d_ffn), np.float32)
+    states = (
+        None
+        if states_at is None
+        else np.zeros((len(texts), parent.ffns[0].hidden_size), np.float32)
+    )
     reads = 0
     for batches in passes(lengths, batch_tokens, pass_tokens):
         pieces, weights = [], []
@@ -190,8 +199,12 @@ def text_statistics(
                     for i in range(0, len(totals), times)]  # fmt: skip
             values = STATISTICS[statistic].of_totals(mx.concatenate(sums))
             made[order, layer] = np.array(values)
+        if states is not None and states_at is not None:
+            for batch, hidden in zip(batches, result.hidden, strict=True):
+                at = mx.array([states_at[i] for i in batch])
+                states[batch] = np.array(hidden[mx.arange(len(batch)), at].astype(mx.float32))
         progress(len(order))
-    return TextStatistics(made, reads)
+    return TextStatistics(made, reads, states)
 
 
 def passes(

@@ -1,7 +1,8 @@
 """A task is shown by examples: what the dense LLM's channels do while it answers them.
 
 The scores are the mean of the examples' statistics, each scaled to unit norm in every layer. Only
-tokens of answers count: what a sub-network has to do is to answer.
+tokens of answers count: what a sub-network has to do is to answer. A fitted predictor adds what it
+predicts for the examples' prompts, because a few answers leave much to chance.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,11 +23,14 @@ from ..llm.prompt import template_tokens
 from ..llm.row_tokens import row_tokens
 from ..subnetwork.parent import Parent
 from .answers import write_answers
+from .predictor import PredictorHead
 
 # The most tokens of an answer that the dense LLM writes.
 MAX_TOKENS = 128
 # With fewer examples than this, chance decides about many channels.
 ENOUGH = 8
+# The weight of a fitted predictor's scores: with eight examples it lowered KL by 5 to 25%.
+_PREDICTED = 0.3
 # The statistics of so many examples are in memory together.
 _AT_ONCE = 128
 
@@ -213,6 +218,7 @@ def score_examples(
     examples: Sequence[Example],
     statistic: str = "griffin",
     *,
+    head: PredictorHead | None = None,
     written: int = 0,
     progress: Callable[[int], object] = lambda _: None,
 ) -> ExampleScores:
@@ -224,6 +230,8 @@ def score_examples(
         parent (Parent): the dense LLM, whose channels are read.
         examples (sequence): at least one, each with an answer.
         statistic (str): a name of :data:`~mlx_ifp.dense_pass.statistics.STATISTICS`.
+        head (PredictorHead): a fitted predictor, which is asked for the prompts if the statistic is
+            the one that it predicts, GRIFFIN's.
         written (int): how many of the answers the dense LLM wrote.
         progress (Callable): called with the number of examples that are finished.
 
@@ -231,6 +239,8 @@ def score_examples(
         IFPError: if channels cannot be read.
     """
     total = np.zeros((len(parent.ffns), parent.ffns[0].d_ffn), np.float64)
+    if statistic != "griffin":
+        head = None
     reads = 0
     for start in range(0, len(examples), _AT_ONCE):
         some = examples[start : start + _AT_ONCE]
@@ -239,9 +249,15 @@ def score_examples(
             [each.tokens for each in some],
             [each.answer for each in some],
             statistic,
+            # The last token of a prompt.
+            states_at=None if head is None else [each.answer[0] - 1 for each in some],
             progress=progress,
         )
-        total += unit_norm(found.values).sum(axis=0)
+        values = unit_norm(found.values)
+        if head is not None:
+            predicted = np.array(head(mx.array(found.states))).reshape(values.shape)
+            values = (1 - _PREDICTED) * values + _PREDICTED * unit_norm(predicted)
+        total += values.sum(axis=0)
         reads += found.ffns_read
     lengths = [each.answer[1] - each.answer[0] for each in examples]
     mean = (total / len(examples)).astype(np.float32)

@@ -167,6 +167,16 @@ class Selector:
             ]
             return mx.array(blended(np.array(scores), prior, scoring.blend)), parts
 
+    @property
+    def fitted_head(self) -> PredictorHead | None:
+        """The predictor that reads the LLM's own states, loaded at the first use; or None."""
+        if not self.checkpoint.fitted:
+            return None
+        if self._head is None:
+            self._head = load_head(self.checkpoint, self.parent.dtype)
+            self.predictor_loads += 1
+        return self._head
+
     def _predicted(
         self, tokens: list[int], run_dense: RunDense | None
     ) -> tuple[mx.array, list[Part]]:
@@ -174,11 +184,10 @@ class Selector:
         if not self.checkpoint.fitted:
             scores = self.predictor.scores(tokens)
             return scores, [Part(scores, None)]
-        if self._head is None:
-            self._head = load_head(self.checkpoint, self.parent.dtype)
-            self.predictor_loads += 1
         blend = self.scoring.blend
-        both = fitted_scores(self.parent, self._head, tokens, run_dense=run_dense)
+        head = self.fitted_head
+        assert head is not None  # as was just asked
+        both = fitted_scores(self.parent, head, tokens, run_dense=run_dense)
         for scores in both:
             # Ranks would hide numbers that are not finite.
             check_finite(scores, self._computed_in("predictor"))

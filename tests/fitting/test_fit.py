@@ -21,8 +21,8 @@ from .conftest import fit
 QUESTION = [{"role": "user", "content": "What is the car, and the tree?"}]
 
 
-def by_hand(model, tokens):
-    """Scores from the whole model's hidden state and its recorded activations."""
+def run_dense(model, tokens):
+    """The whole model's final states [n, d], and shares of squared activations [L, n, d_ffn]."""
     dense, inputs = model.dense(), []
     for layer in dense.layers:
 
@@ -32,14 +32,24 @@ def by_hand(model, tokens):
                 return super().__call__(z)
 
         layer.mlp.down_proj.__class__ = Recorded
-    hidden = np.array(dense.model(mx.array([tokens])))[0, -1]
+    hidden = np.array(dense.model(mx.array([tokens])))[0]
+    squares = np.stack(inputs) ** 2
+    return hidden, squares / squares.sum(axis=-1, keepdims=True)
+
+
+def predicted(model, hidden):
+    """What the head says of a state [d]: [L, d_ffn]."""
     head = mx.load(str(model.checkpoint.path / "predictor" / "head.safetensors"))
     head = {name: np.array(array.astype(mx.float32)) for name, array in head.items()}
     x = head["linear1.weight"] @ hidden + head["linear1.bias"]
-    predicted = (head["linear2.weight"] @ x + head["linear2.bias"]).reshape(2, 128)
-    squares = np.stack(inputs) ** 2
-    own = np.sqrt((squares / squares.sum(axis=-1, keepdims=True)).sum(axis=1))
-    return 0.3 * ranks(own) + 0.7 * ranks(predicted)
+    return (head["linear2.weight"] @ x + head["linear2.bias"]).reshape(2, 128)
+
+
+def by_hand(model, tokens):
+    """Scores from the whole model's hidden state and its recorded activations."""
+    hidden, shares = run_dense(model, tokens)
+    own = np.sqrt(shares.sum(axis=1))
+    return 0.3 * ranks(own) + 0.7 * ranks(predicted(model, hidden[-1]))
 
 
 def test_scores_are_those_of_the_dense_model_by_hand(fitted):
@@ -50,6 +60,28 @@ def test_scores_are_those_of_the_dense_model_by_hand(fitted):
     np.testing.assert_allclose(scores, by_hand(model, tokens), atol=2e-2)
     # Numbers that are nearly equal may change places; nearly all have the same rank.
     assert (np.abs(scores - by_hand(model, tokens)) < 1e-5).mean() > 0.95
+
+
+def test_a_task_from_examples_has_a_part_of_what_is_predicted_for_their_prompts(fitted):
+    model, tokenizer = mlx_ifp.load(fitted, cache=False)
+    expected = []
+    rows = [
+        {"prompt": "The car?", "completion": "The car is near a tree."},
+        {"prompt": "The tree, and the house?", "completion": "The tree is old."},
+    ]
+    for row in rows:
+        asked = [{"role": "user", "content": row["prompt"]}]
+        prompt = list(tokenizer.apply_chat_template(asked, add_generation_prompt=True))
+        answer = tokenizer.encode(row["completion"], add_special_tokens=False)
+        hidden, shares = run_dense(model, prompt + answer)
+        parts = (
+            np.sqrt(shares[:, len(prompt) :].sum(axis=1)),
+            predicted(model, hidden[len(prompt) - 1]),
+        )
+        measured, guess = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in parts)
+        expected.append(0.7 * measured + 0.3 * guess)
+    found = model.score_examples(rows)
+    np.testing.assert_allclose(found.scores, np.mean(expected, axis=0), atol=1e-5)
 
 
 def test_a_first_prompt_is_one_pass_of_the_dense_model(fitted, monkeypatch):
