@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -166,9 +166,10 @@ class Reading:
         """Wait for them: see :meth:`ChannelReader.read`."""
         self.start()
         assert self._futures is not None  # they were just started
-        wait(self._futures)
-        for future in self._futures:
-            future.result()
+        # If one fails, the others must not read on behind the caller's back.
+        failures = [future.exception() for future in self._futures]
+        for failure in filter(None, failures):
+            raise failure
         self._reader.check(self._groups)
         if not self._shared:
             self._arrays = [
