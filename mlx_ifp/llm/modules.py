@@ -128,13 +128,15 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def evaluate(model: nn.Module, prefix: str = "", leave_out: tuple[str, ...] = ()) -> None:
+def evaluate(
+    model: nn.Module | list[nn.Module], prefix: str = "", leave_out: tuple[str, ...] = ()
+) -> None:
     """Evaluate all arrays of a model, also those that are no parameters (rotary tables).
 
     A lazy array belongs to the stream of the thread that made it: no other thread could use it.
 
     Args:
-        model (nn.Module): the model.
+        model: the model, or several modules.
         prefix (str): only what is below this path.
         leave_out (tuple): paths of modules that stay as they are.
     """

@@ -1,5 +1,7 @@
 """Trunk + chosen FFN channels -> a plain mlx-lm model with a narrower FFN."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -92,17 +94,21 @@ def set_ffn(module: nn.Module, rows: FFNRows, config: dict[str, Any]) -> None:
             module[projection] = quantized_linear(weight, scales, biases, how, bias)
 
 
-def assemble(parent: Parent, rows: list[FFNRows]) -> nn.Module:
+def assemble(parent: Parent, rows: Iterable[FFNRows]) -> nn.Module:
     """A sub-network: a stock mlx-lm model that shares the trunk.
 
     Args:
         parent (Parent): the one whose trunk it shares.
-        rows (list): L of them, one for each FFN.
+        rows: L of them, one for each FFN. They may be read while others are put in.
     """
+    rows = iter(rows)
+    first = next(rows)
+    # The modules are copied while the next layers are read.
     model = share(parent.trunk)
-    for layer in rows:
-        module = get_module(model, layer.ffn.path)
-        set_ffn(module, layer, parent.config)
-        # Only the FFN is evaluated here; the trunk was evaluated when it was loaded.
-        evaluate(module)
+    modules = []
+    for layer in itertools.chain([first], rows):
+        modules.append(get_module(model, layer.ffn.path))
+        set_ffn(modules[-1], layer, parent.config)
+    # Only the FFNs are evaluated here; the trunk was evaluated when it was loaded.
+    evaluate(modules)
     return model

@@ -4,8 +4,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,11 +22,18 @@ _THREADS = 4
 # Rows that are closer in the file than this are read together with what lies between them, because
 # one request of some more bytes costs less than two. In a small tensor the mean of all gaps counts.
 _GAP_BYTES = 64 << 10
+# Rows of at least this length are read without what lies between: that takes longer than a request.
+_LONG_ROW_BYTES = 8 << 10
 # A run of at least this length is read straight to where it belongs. Shorter ones are read with
 # their surroundings and picked out.
 _RUN_BYTES = 256 << 10
 # Such reads have this size, so that they stay in the processor's cache until rows are picked out.
 _BLOCK_BYTES = 1 << 20
+# A thread reads tensors for at least so many bytes of rows at a time.
+_WORK_BYTES = 512 << 10
+
+# What a thread reads: rows of a tensor in a file, to uint8 [k, bytes of a row].
+_Read = tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]
 
 
 class ChannelReader:
@@ -81,50 +87,98 @@ class ChannelReader:
         Raises:
             IFPError: if a file has been changed since it was opened, or cannot be read.
         """
-        wanted = [self._shape_and_type(group) for group in groups]
-        shared = shares_memory()
-        if shared:
-            arrays = [mx.zeros(*each) for each in wanted]
-            targets = row_bytes(arrays)
-        else:
-            targets = [
-                np.empty((shape[0], math.prod(shape[1:]) * dtype.size), np.uint8)
-                for shape, dtype in wanted
-            ]
-        self._read_into(groups, targets)
-        if not shared:
-            arrays = [
-                copy_to_device(target).view(dtype).reshape(shape)
-                for target, (shape, dtype) in zip(targets, wanted, strict=True)
-            ]
-            mx.eval(arrays)
+        return self.begin(groups).arrays()
+
+    def begin(self, groups: list[list[Part]]) -> "Reading":
+        """Begin to read rows; the arguments are those of :meth:`read`."""
+        return Reading(self, groups)
+
+    def count(self, nbytes: int) -> None:
+        """Add to :attr:`bytes_read`."""
         with self._lock:
-            self._bytes_read += sum(array.nbytes for array in arrays)
-        return arrays
+            self._bytes_read += nbytes
 
     def _count(self, part: Part) -> int:
         name, rows = part
         return self._tensors[name].shape[0] if rows is None else len(rows)
 
-    def _shape_and_type(self, group: list[Part]) -> tuple[tuple[int, ...], mx.Dtype]:
+    def shape_and_type(self, group: list[Part]) -> tuple[tuple[int, ...], mx.Dtype]:
         """Those of the array that a group's parts are read to."""
         first = self._tensors[group[0][0]]
         return (sum(map(self._count, group)), *first.shape[1:]), DTYPES[first.dtype]
 
-    def _read_into(self, groups: list[list[Part]], targets: list[np.ndarray]) -> None:
-        """Read each group's rows to its target, uint8 [rows, bytes of a row]."""
-        reads = []
+    def submit(self, groups: list[list[Part]], targets: list[np.ndarray]) -> list[Future]:
+        """Let the pool read each group's rows to its target, uint8 [rows, bytes of a row]."""
+        works: list[list[_Read]] = [[]]
         for group, target in zip(groups, targets, strict=True):
             start = 0
             for part in group:
                 name, rows = part
                 info, stop = self._tensors[name], start + self._count(part)
-                reads.append((self._files[info.path], info, rows, target[start:stop]))
+                # A thread gets several small tensors at once.
+                if sum(read[-1].nbytes for read in works[-1]) >= _WORK_BYTES:
+                    works.append([])
+                works[-1].append((self._files[info.path], info, rows, target[start:stop]))
                 start = stop
-        list(self.pool.map(_read_rows, reads))
-        # This finds any change since the file was opened, also one that no read has noticed.
-        for file in {file for file, *_ in reads}:
-            file.check()
+        return [self.pool.submit(_read_all, work) for work in works]
+
+    def check(self, groups: list[list[Part]]) -> None:
+        """Raises IFPError if a file of these was changed, also if no read has noticed."""
+        for path in {self._tensors[name].path for group in groups for name, _ in group}:
+            self._files[path].check()
+
+
+class Reading:
+    """Rows that are being read.
+
+    Their arrays are made at once, in the background. A read can begin when they are there.
+
+    Args:
+        reader (ChannelReader): what reads.
+        groups (list): as in :meth:`ChannelReader.read`.
+    """
+
+    def __init__(self, reader: ChannelReader, groups: list[list[Part]]) -> None:
+        self._reader, self._groups = reader, groups
+        self._wanted = [reader.shape_and_type(group) for group in groups]
+        self._shared = shares_memory()
+        self._arrays: list[mx.array] = []
+        self._targets: list[np.ndarray] = []
+        self._futures: list[Future] | None = None
+        if self._shared:
+            self._arrays = [mx.zeros(*each) for each in self._wanted]
+            mx.async_eval(self._arrays)
+
+    def start(self) -> None:
+        """Let the pool read, unless it does already."""
+        if self._futures is not None:
+            return
+        if self._shared:
+            self._targets = row_bytes(self._arrays)
+        else:
+            self._targets = [
+                np.empty((shape[0], math.prod(shape[1:]) * dtype.size), np.uint8)
+                for shape, dtype in self._wanted
+            ]
+        self._futures = self._reader.submit(self._groups, self._targets)
+
+    def arrays(self) -> list[mx.array]:
+        """Wait for them: see :meth:`ChannelReader.read`."""
+        self.start()
+        assert self._futures is not None  # they were just started
+        # If one fails, the others must not read on behind the caller's back.
+        failures = [future.exception() for future in self._futures]
+        for failure in filter(None, failures):
+            raise failure
+        self._reader.check(self._groups)
+        if not self._shared:
+            self._arrays = [
+                copy_to_device(target).view(dtype).reshape(shape)
+                for target, (shape, dtype) in zip(self._targets, self._wanted, strict=True)
+            ]
+            mx.eval(self._arrays)
+        self._reader.count(sum(array.nbytes for array in self._arrays))
+        return self._arrays
 
 
 def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
@@ -143,9 +197,15 @@ def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     ]
 
 
-def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) -> None:
+def _read_all(reads: list[_Read]) -> None:
+    for read in reads:
+        _read_rows(*read)
+
+
+def _read_rows(
+    file: "_File", info: TensorInfo, rows: np.ndarray | None, target: np.ndarray
+) -> None:
     """Read rows of a tensor to ``target``, uint8 [k, bytes of a row]."""
-    file, info, rows, target = read
     if info.places is not None:
         _read_places(file, info, info.places if rows is None else info.places[rows], target)
         return
@@ -153,23 +213,26 @@ def _read_rows(read: tuple["_File", TensorInfo, np.ndarray | None, np.ndarray]) 
         file.read_into(target, info.offset)
         return
     row = target.shape[1]
+    # numpy takes rows by numbers of this type without another copy of them.
+    rows = rows.astype(np.intp)
     span = int(rows[-1] - rows[0]) + 1
     if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
         # All are read at once: in a small tensor it costs more to find wide gaps than to read them.
-        stretches: Iterable[tuple[int, int]] = [(0, len(rows))]
+        stretches = [(0, len(rows), int(rows[0]), span)]
     else:
-        stretches = _stretches(rows, row)
-    for start, stop in stretches:
-        first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
-        part = target[start:stop]
-        offset = info.offset + first * row
+        starts, stops = _stretches(rows, row)
+        heights = rows[stops - 1] - rows[starts] + 1
+        columns = (starts, stops, rows[starts], heights)
+        stretches = list(zip(*(column.tolist() for column in columns), strict=True))
+    for start, stop, top, height in stretches:
+        part, offset = target[start:stop], info.offset + top * row
         if height == stop - start:
             file.read_into(part, offset)
         else:
             block = _scratch(height * row).reshape(height, row)
             file.read_into(block, offset)
             # mode="clip" lets numpy write to `out` directly; the rows are all there.
-            np.take(block, rows[start:stop] - first, axis=0, out=part, mode="clip")
+            block.take(rows[start:stop] - top, axis=0, out=part, mode="clip")
 
 
 def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> None:
@@ -179,7 +242,7 @@ def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np
     rows = places[order]
     # Each row is one item, which numpy moves as a whole.
     target = target.view(f"V{row}")[:, 0]
-    for start, stop in _stretches(rows, row, cut_runs=True) if len(rows) else ():
+    for start, stop in zip(*_stretches(rows, row, cut_runs=True), strict=True):
         first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
         block = _scratch(height * row)
         file.read_into(block, info.offset + first * row)
@@ -200,27 +263,43 @@ def _scratch(nbytes: int) -> np.ndarray:
     return have[:nbytes]
 
 
-def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> Iterator[tuple[int, int]]:
-    """Cut ascending rows of ``row`` bytes into stretches to read at once: (start, stop).
+def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Cut ascending rows of ``row`` bytes into stretches to read at once.
 
-    A long run is a stretch of its own. Shorter ones are read some rows at a time, together with
-    their gaps if those are small. With ``cut_runs`` long runs are treated in the same way.
+    A long run is a stretch of its own, and with long rows every run is. Others are read some rows
+    at a time, together with their gaps if those are small. With ``cut_runs`` all runs are treated
+    in this way.
+
+    Returns:
+        tuple: where each stretch starts among the rows, and where it stops: int64 [n].
     """
+    block, run = max(1, _BLOCK_BYTES // row), -(-_RUN_BYTES // row)
     steps = np.diff(rows)
-    starts = np.concatenate([[0], np.flatnonzero(steps != 1) + 1])
-    cuts = (steps[starts[1:] - 1] - 1) * row > _GAP_BYTES
+    every_run = not cut_runs and row >= _LONG_ROW_BYTES
+    # A run as long as this is one if its last row is that far from its first.
+    long_runs = not cut_runs and bool((rows[run - 1 :] - rows[: 1 - run or None] == run - 1).any())
+    cuts = steps > (1 if every_run else 1 + _GAP_BYTES // row)
+    if long_runs and not every_run:
+        ends = np.flatnonzero(steps != 1) + 1
+        long = np.diff(ends, prepend=0, append=len(rows)) >= run
+        cuts[ends[long[1:] | long[:-1]] - 1] = True
+    ends = np.flatnonzero(cuts) + 1
+    starts, stops = np.append(0, ends)[: len(rows)], np.append(ends, len(rows))[: len(rows)]
+    heights = rows[stops - 1] - rows[starts] + 1
+    large = heights > block
     if not cut_runs:
-        long = np.diff(starts, append=len(rows)) * row >= _RUN_BYTES
-        cuts |= long[1:] | long[:-1]
-    cuts = starts[1:][cuts].tolist()
-    block = max(1, _BLOCK_BYTES // row)
-    for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-        while start < stop:
-            end = start + int(np.searchsorted(rows[start:stop], rows[start] + block))
-            if not cut_runs and rows[stop - 1] - rows[start] + 1 == stop - start:
-                end = stop
-            yield start, end
-            start = end
+        large &= heights != stops - starts
+    if not large.any():
+        return starts, stops
+    edges = [
+        np.searchsorted(rows[:stop], np.arange(rows[start], rows[stop - 1] + 1 + block, block))
+        if is_large
+        else np.array([start, stop])
+        for start, stop, is_large in zip(starts, stops, large, strict=True)
+    ]
+    starts = np.concatenate([each[:-1] for each in edges])
+    stops = np.concatenate([each[1:] for each in edges])
+    return starts[starts < stops], stops[starts < stops]
 
 
 class _File:

@@ -5,6 +5,7 @@ for bit, and no array that is in use elsewhere is changed.
 """
 
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,12 +15,20 @@ import numpy as np
 
 from ..checkpoint.rows import parts_of, stored_as
 from ..device import shares_memory
-from ..files.tensor_files import cast
 from ..llm.ffn import FFN
 from ..selection.selection import Selection, digest_of
 from .channels import ChannelReader, Part, row_bytes
 from .parent import Parent
-from .rows import FFNRows, apply_soft_values, folded_parts, read_ffn, read_layer
+from .rows import (
+    FFNReading,
+    FFNRows,
+    apply_soft_values,
+    begin_ffn,
+    begin_layer,
+    cast_all,
+    folded_parts,
+    read_in_turn,
+)
 
 # At most this many sub-networks are compared, those used last. One of 30 layers takes 1.5 ms, and
 # old tasks are seldom the nearest.
@@ -74,15 +83,15 @@ def _match(channels: np.ndarray, soft_values: np.ndarray | None, resident: Layer
     return _Match(positions, shared, stale, factor)
 
 
-def read_ffn_again(
+def begin_ffn_again(
     reader: ChannelReader,
     ffn: FFN,
     channels: np.ndarray,
     soft_values: np.ndarray | None,
     dtype: mx.Dtype | None,
     resident: LayerRows,
-) -> FFNRows:
-    """As :func:`~mlx_ifp.subnetwork.rows.read_ffn`, bit for bit, but resident rows are reused.
+) -> FFNReading:
+    """As :func:`~mlx_ifp.subnetwork.rows.begin_ffn`, bit for bit, but resident rows are reused.
 
     Soft values are folded into a few parts of the rows (the up projection, or its scales and
     biases). If a resident row has another soft value than the wanted one in it, these parts of the
@@ -95,7 +104,7 @@ def read_ffn_again(
     """
     match = _match(channels, soft_values, resident)
     if not match.shared.any():
-        return read_ffn(reader, ffn, channels, soft_values, dtype)
+        return begin_ffn(reader, ffn, channels, soft_values, dtype)
     folded = folded_parts(ffn, resident.rows.arrays)
     plans, groups = {}, {}
     for key, names in parts_of(ffn, reader).items():
@@ -112,16 +121,18 @@ def read_ffn_again(
         wanted: list[Part] = [(name, channels[s]) for name, s in zip(names, slots, strict=True)]
         if len(plans[key][1]):
             groups[key] = wanted
-    fresh = dict(zip(groups, reader.read(list(groups.values())), strict=True))
-    bytes_read = sum(array.nbytes for array in fresh.values())
-    fresh = {key: cast(array, dtype) for key, array in fresh.items()}
-    mx.eval(list(fresh.values()))
-    arrays = _merged(resident.rows.arrays, plans, fresh, reader.pool)
-    rows = FFNRows(ffn, arrays, bytes_read, channels_reused=int(match.shared.sum()))
-    if soft_values is not None:
-        factor = None if match.factor is None else mx.array(match.factor)
-        apply_soft_values(rows, mx.array(soft_values), factor)
-    return rows
+
+    def finish(read: list[mx.array]) -> FFNRows:
+        fresh = cast_all(groups, read, dtype)
+        arrays = _merged(resident.rows.arrays, plans, fresh, reader.pool)
+        bytes_read = sum(array.nbytes for array in read)
+        rows = FFNRows(ffn, arrays, bytes_read, channels_reused=int(match.shared.sum()))
+        if soft_values is not None:
+            factor = None if match.factor is None else mx.array(match.factor)
+            apply_soft_values(rows, mx.array(soft_values), factor)
+        return rows
+
+    return FFNReading(reader.begin(list(groups.values())), finish)
 
 
 def _merged(
@@ -192,7 +203,7 @@ class Residents:
         Args:
             network (nn.Module): the one that decides, by its life, how long they are offered.
             selection (Selection): its channels; None for the dense model.
-            rows (list): L of them, from :meth:`read`.
+            rows (list): L of them, from :meth:`read_all`.
         """
         name = digest_of(selection)
 
@@ -241,15 +252,16 @@ class Residents:
                 best, most = layers, saved
         return best
 
-    def read_all(self, selection: Selection | None, names: list[str]) -> list[FFNRows]:
+    def read_all(self, selection: Selection | None, names: list[str]) -> Iterator[FFNRows]:
         """The rows of all L layers of a selection; None takes all channels. ``names`` as above."""
         source = self.nearest(selection, names)
-        return [self.read(selection, i, source) for i in range(len(self._parent.ffns))]
+        layers = range(len(self._parent.ffns))
+        return read_in_turn(self.begin(selection, i, source) for i in layers)
 
-    def read(
+    def begin(
         self, selection: Selection | None, layer: int, source: list[LayerRows] | None
-    ) -> FFNRows:
-        """One layer's rows of a selection.
+    ) -> FFNReading:
+        """Begin to read one layer's rows of a selection.
 
         Args:
             selection (Selection): None for all channels.
@@ -257,12 +269,12 @@ class Residents:
             source (list): from :meth:`nearest`.
 
         Returns:
-            FFNRows: as :func:`~mlx_ifp.subnetwork.rows.read_ffn` gives them.
+            FFNReading: as :func:`~mlx_ifp.subnetwork.rows.begin_ffn` gives them.
         """
         parent = self._parent
         if source is None:
-            return read_layer(parent.reader, parent.ffns, selection, layer, parent.dtype)
-        return read_ffn_again(
+            return begin_layer(parent.reader, parent.ffns, selection, layer, parent.dtype)
+        return begin_ffn_again(
             parent.reader,
             parent.ffns[layer],
             *self._wanted(selection, layer),

@@ -1,5 +1,7 @@
 """The rows of one layer's FFN that a sub-network keeps."""
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,7 +11,11 @@ from ..checkpoint.rows import parts_of
 from ..files.tensor_files import cast
 from ..llm.ffn import FFN
 from ..selection.selection import Selection
-from .channels import ChannelReader, Part
+from .channels import ChannelReader, Part, Reading
+
+# So many layers are read, or their arrays are made, before the first of them is used. What is cast
+# is held twice only in these.
+_AHEAD = 3
 
 
 @dataclass
@@ -40,14 +46,38 @@ class FFNRows:
         return nbytes
 
 
-def read_ffn(
+class FFNReading:
+    """The rows of one layer's FFN while they are read.
+
+    Args:
+        reading (Reading): of the arrays.
+        finish (Callable): makes the rows of the arrays that were read.
+    """
+
+    def __init__(self, reading: Reading, finish: Callable[[list[mx.array]], FFNRows]) -> None:
+        self._reading, self._finish = reading, finish
+
+    def start(self) -> None:
+        """See :meth:`Reading.start`."""
+        self._reading.start()
+
+    def rows(self) -> FFNRows:
+        """Wait for the rows.
+
+        Raises:
+            IFPError: if a file has been changed since it was opened, or cannot be read.
+        """
+        return self._finish(self._reading.arrays())
+
+
+def begin_ffn(
     reader: ChannelReader,
     ffn: FFN,
     channels: np.ndarray | None,
     soft_values: np.ndarray | None = None,
     dtype: mx.Dtype | None = None,
-) -> FFNRows:
-    """Read the rows of one layer's FFN.
+) -> FFNReading:
+    """Begin to read the rows of one layer's FFN.
 
     Args:
         reader (ChannelReader): of the checkpoint.
@@ -61,14 +91,35 @@ def read_ffn(
     wanted: dict[tuple[str, str], list[Part]] = {
         key: [(name, channels) for name in names] for key, names in parts_of(ffn, reader).items()
     }
-    arrays = dict(zip(wanted, reader.read(list(wanted.values())), strict=True))
-    bytes_read = sum(array.nbytes for array in arrays.values())
-    arrays = {key: cast(array, dtype) for key, array in arrays.items()}
-    mx.eval(list(arrays.values()))
-    rows = FFNRows(ffn, arrays, bytes_read)
-    if soft_values is not None:
-        apply_soft_values(rows, mx.array(soft_values))
-    return rows
+
+    def finish(read: list[mx.array]) -> FFNRows:
+        rows = FFNRows(ffn, cast_all(wanted, read, dtype), sum(array.nbytes for array in read))
+        if soft_values is not None:
+            apply_soft_values(rows, mx.array(soft_values))
+        return rows
+
+    return FFNReading(reader.begin(list(wanted.values())), finish)
+
+
+def cast_all(
+    keys: Iterable[tuple[str, str]], arrays: list[mx.array], dtype: mx.Dtype | None
+) -> dict[tuple[str, str], mx.array]:
+    """Name arrays, and cast floats to a type; None keeps them."""
+    named = dict(zip(keys, arrays, strict=True))
+    changed = {key: cast(array, dtype) for key, array in named.items()}
+    mx.eval([array for key, array in changed.items() if array is not named[key]])
+    return changed
+
+
+def read_ffn(
+    reader: ChannelReader,
+    ffn: FFN,
+    channels: np.ndarray | None,
+    soft_values: np.ndarray | None = None,
+    dtype: mx.Dtype | None = None,
+) -> FFNRows:
+    """Read the rows of one layer's FFN: see :func:`begin_ffn`."""
+    return begin_ffn(reader, ffn, channels, soft_values, dtype).rows()
 
 
 def folded_parts(ffn: FFN, arrays: dict[tuple[str, str], mx.array]) -> list[tuple[str, str]]:
@@ -111,6 +162,20 @@ def apply_soft_values(rows: FFNRows, soft_values: mx.array, factor: mx.array | N
     mx.eval(list(rows.arrays.values()))
 
 
+def begin_layer(
+    reader: ChannelReader,
+    ffns: list[FFN],
+    selection: Selection | None,
+    layer: int,
+    dtype: mx.Dtype | None = None,
+) -> FFNReading:
+    """Begin to read the rows of one layer that a selection keeps; None takes all."""
+    if selection is None:
+        return begin_ffn(reader, ffns[layer], None, dtype=dtype)
+    soft_values = None if selection.soft_values is None else selection.soft_values[layer]
+    return begin_ffn(reader, ffns[layer], selection.layers[layer], soft_values, dtype)
+
+
 def read_layer(
     reader: ChannelReader,
     ffns: list[FFN],
@@ -118,8 +183,25 @@ def read_layer(
     layer: int,
     dtype: mx.Dtype | None = None,
 ) -> FFNRows:
-    """The rows of one layer that a selection keeps; None takes all. See :func:`read_ffn`."""
-    if selection is None:
-        return read_ffn(reader, ffns[layer], None, dtype=dtype)
-    soft_values = None if selection.soft_values is None else selection.soft_values[layer]
-    return read_ffn(reader, ffns[layer], selection.layers[layer], soft_values, dtype)
+    """The rows of one layer that a selection keeps: see :func:`begin_layer`."""
+    return begin_layer(reader, ffns, selection, layer, dtype).rows()
+
+
+def read_in_turn(readings: Iterable[FFNReading]) -> Iterator[FFNRows]:
+    """The rows of layers in order, while those of the next layers are read.
+
+    Args:
+        readings: gives those of each layer; each begins when it is taken from this.
+    """
+    begun: deque[FFNReading] = deque()
+    for reading in readings:
+        # The arrays of the last one have been made while the ones before it were read.
+        if begun:
+            begun[-1].start()
+        begun.append(reading)
+        if len(begun) > _AHEAD:
+            yield begun.popleft().rows()
+    while begun:
+        # There may be only one, which nothing has started.
+        begun[-1].start()
+        yield begun.popleft().rows()

@@ -15,6 +15,7 @@ from .build import assemble
 from .cache import SubnetworkCache
 from .parent import Parent
 from .residents import Residents
+from .rows import FFNRows
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,14 @@ class SubnetworkStore:
         make_room(selection)
         if selection is not None:
             check_selection(selection, self.parent.ffns)
-        rows = self.residents.read_all(selection, self.cache.digests)
-        network = assemble(self.parent, rows)
+        rows: list[FFNRows] = []
+
+        def noted() -> Iterator[FFNRows]:
+            for layer in self.residents.read_all(selection, self.cache.digests):
+                rows.append(layer)
+                yield layer
+
+        network = assemble(self.parent, noted())
         self.residents.add(network, selection, rows)
         _set_width(network, self.parent.ffns[0].d_ffn if selection is None else selection.k)
         loaded = Loaded(

@@ -86,13 +86,13 @@ def test_networks_make_room_for_the_pass(checkpoint, estimator, monkeypatch):
     for i in range(3):
         model.subnetwork(random_selection(3, 2048, 64, seed=i))
     assert model.networks.info.entries > 1
-    held, read = [], ChannelReader.read
+    held, read = [], ChannelReader.begin
 
     def looking(self, groups):
         held.append(model.networks.nbytes)
         return read(self, groups)
 
-    monkeypatch.setattr(ChannelReader, "read", looking)
+    monkeypatch.setattr(ChannelReader, "begin", looking)
     prompt = list(range(20, 40))
     generate(model, tokenizer, prompt, selection=random_selection(3, 2048, 64), max_tokens=4)
     assert held[:3] == [0, 0, 0]

@@ -11,7 +11,7 @@ from mlx_ifp import IFPError, load
 from mlx_ifp.checkpoint.directory import open_checkpoint
 from mlx_ifp.convert import convert
 from mlx_ifp.files.tensor_files import read_header
-from mlx_ifp.subnetwork import channels, residents
+from mlx_ifp.subnetwork import channels, residents, rows
 from mlx_ifp.subnetwork.channels import ChannelReader
 
 from ..conftest import make_dense
@@ -144,7 +144,7 @@ def test_stretches_cover_all_rows_once(monkeypatch, seed):
         monkeypatch.setattr(channels, name, value)
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(np.repeat(rng.random(80) < 0.1 + seed / 8, rng.integers(1, 9, 80)))
-    stretches = list(channels._stretches(rows, 10))
+    stretches = list(zip(*channels._stretches(rows, 10), strict=True))
     assert [i for start, stop in stretches for i in range(start, stop)] == list(range(len(rows)))
     for start, stop in stretches:
         steps = np.diff(rows[start:stop])
@@ -174,6 +174,58 @@ def test_only_short_gaps_are_read_too(copied, monkeypatch):
     # 64 floats a row: three rows, five with two of a gap among them, one.
     assert sorted(asked) == [256, 3 * 256, 5 * 256]
     assert reader.bytes_read == 7 * 256
+
+
+def test_nothing_between_long_rows_is_read(copied, monkeypatch):
+    """A request for each run costs less than to read a long row that nobody wants."""
+    tensors = copied[1]
+    asked = []
+    preadv = os.preadv
+
+    def count(fd, views, at):
+        asked.append(len(views[0]))
+        return preadv(fd, views, at)
+
+    monkeypatch.setattr(os, "preadv", count)
+    monkeypatch.setattr(channels, "_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(channels, "_LONG_ROW_BYTES", 256)
+    name = next(name for name in tensors if name.endswith("weight"))
+    rows = np.array([0, 1, 2, 80, 81, 84, 159], np.int32)
+    (some,) = ChannelReader(tensors).read([[(name, rows)]])
+    assert sorted(asked) == [256, 256, 2 * 256, 3 * 256]
+    assert mx.array_equal(some, mx.load(str(copied[0]))[name][mx.array(rows)])
+
+
+def test_a_thread_reads_several_small_tensors(tiny_checkpoint):
+    model, _ = load(tiny_checkpoint, cache=False)
+    submitted = []
+    submit = model.reader.pool.submit
+    model.reader.pool.submit = lambda *work: submitted.append(work) or submit(*work)
+    model.subnetwork(random_selection(3, 160, 64))
+    assert len(submitted) == 3  # one a layer, which has three tensors
+
+
+def test_the_next_layers_are_read_while_one_is_used():
+    said = []
+
+    class Layer:
+        def __init__(self, i):
+            self.i = i
+            said.append(("begin", i))
+
+        def start(self):
+            said.append(("start", self.i))
+
+        def rows(self):
+            said.append(("rows", self.i))
+            return self.i
+
+    assert list(rows.read_in_turn(map(Layer, range(6)))) == list(range(6))
+    for i in range(6):
+        before = said[: said.index(("rows", i))]
+        begun = [layer for what, layer in before if what == "begin"]
+        assert begun == list(range(min(i + rows._AHEAD + 1, 6)))
+        assert all(("start", layer) in before for layer in range(min(i + rows._AHEAD, 6)))
 
 
 @pytest.fixture
