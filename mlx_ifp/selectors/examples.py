@@ -254,7 +254,7 @@ def score_examples(
             progress=progress,
         )
         values = unit_norm(found.values)
-        if head is not None:
+        if head is not None and found.states is not None:
             predicted = np.array(head(mx.array(found.states))).reshape(values.shape)
             values = (1 - _PREDICTED) * values + _PREDICTED * unit_norm(predicted)
         total += values.sum(axis=0)
