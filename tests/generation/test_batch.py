@@ -239,7 +239,8 @@ def test_every_busy_group_has_its_share_of_steps(shared, monkeypatch, by_turns):
     last = {group: len(order) - order[::-1].index(group) for group in groups}
     first = max(order.index(group) for group in groups)
     busy = order[first : min(last.values())]
-    assert len(busy) >= 4 * 30
+    # The last one to join may miss some turns.
+    assert len(busy) >= 4 * 20
     shares = [busy.count(group) for group in groups]
     assert max(shares) - min(shares) <= TURN
 
