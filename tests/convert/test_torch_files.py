@@ -182,7 +182,7 @@ def test_a_distributed_tensor_is_loaded_once(tmp_path, monkeypatch):
     assert len(loads) == 1
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_truncated_file(tmp_path, legacy):
     file = tmp_path / "model.pt"
     torch.save({"a": torch.randn(5000)}, file, _use_new_zipfile_serialization=not legacy)

@@ -426,6 +426,7 @@ def test_a_gguf_file_is_read_as_mlx_ifp_reads_it(smollm2_gguf, tmp_path):
 # -- all of it
 
 
+@pytest.mark.slow
 def test_the_default_model_in_one_command(chat_model, tmp_path):
     chance = random.Random(2)
     given = write_rows(
