@@ -586,7 +586,7 @@ def test_closing_lets_running_answers_end_if_they_do_in_time(shared):
     waiting = it.submit(request, Sampling(max_tokens=30))
     until(lambda: it.info.running == 2 and gate.calls)
     gate.open(100)
-    closing = threading.Thread(target=it.close, args=(1.0,))
+    closing = threading.Thread(target=it.close, args=(4.0,))
     closing.start()
     with pytest.raises(ClosedError):
         waiting.wait()
