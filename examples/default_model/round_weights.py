@@ -25,14 +25,18 @@ from mlx_ifp.checkpoint.directory import (
     CHANNELS,
     HEAD_STEM,
     TRUNK,
+    Checkpoint,
     open_checkpoint,
     write_checkpoint,
 )
+from mlx_ifp.checkpoint.expected import quantized_modules
 from mlx_ifp.checkpoint.precision import Precisions
 from mlx_ifp.checkpoint.weights import load_tensors
+from mlx_ifp.cli.dispatch import script
 from mlx_ifp.convert.requantize import plan_requantized
 from mlx_ifp.convert.streams import Tensors, dequantized
 from mlx_ifp.dense_pass.layers import Piece, run_layers
+from mlx_ifp.errors import IFPError
 from mlx_ifp.files.atomic import new_directory
 from mlx_ifp.files.tensor_files import LazyTensor
 from mlx_ifp.fitting.examples import make_examples, read_rows
@@ -187,6 +191,20 @@ def floats_of(tensors: Tensors, module: str, config: dict) -> np.ndarray:
     return np.concatenate([np.array(block.astype(mx.float32)) for block in weight.blocks()])
 
 
+def check(checkpoint: Checkpoint, fitted: Checkpoint, modules: list[str]) -> None:
+    """Raises IFPError if these are not two forms of one model, as the script takes them."""
+    if not fitted.fitted:
+        raise IFPError(f"{fitted.path} has no predictor of mlx_ifp.fit.")
+    if checkpoint.ffns != fitted.ffns or checkpoint.head or quantized_modules(fitted.channels):
+        raise IFPError(f"{checkpoint.path} and {fitted.path} are not the same model without and "
+                       "with a predictor, the second one in floats.")  # fmt: skip
+    stored = checkpoint.trunk | checkpoint.channels
+    for module in (EMBEDDING, *modules):
+        if f"{module}.biases" not in stored:
+            raise IFPError(f"{checkpoint.path}: {module} must be quantized, in the mode affine.")
+
+
+@script
 def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -202,25 +220,23 @@ def main() -> None:
     how = {"group_size": args.group_size, "bits": args.bits, "mode": "affine"}
     size = args.bits, args.group_size
     checkpoint, fitted = open_checkpoint(args.checkpoint), open_checkpoint(args.fitted)
-    of_layers, of_output = products_of_inputs(str(args.fitted), args.data, args.rows)
-    plan = plan_requantized(args.checkpoint, args.keep, Precisions())
-    trunk, channels, config = plan.tensors[TRUNK], plan.tensors[CHANNELS], plan.config
-    rounded = round_columns(floats_of(trunk, EMBEDDING, config), of_output, *size)
-    replace_module(trunk, EMBEDDING, config, how, rounded)
     modules = [ffn.module_path("down_proj") for ffn in checkpoint.ffns]
-    for module, products in zip(tqdm(modules), of_layers, strict=True):
-        rounded = round_rows(floats_of(channels, module, config), products, *size)
-        replace_module(channels, module, config, how, rounded)
-    head = load_tensors(fitted.head, None)
-    plan.tensors[HEAD_STEM] = {name: LazyTensor.of(array) for name, array in head.items()}
-    # What selects is taken from the fitted checkpoint, and all else from the quantized one.
-    ifp = replace(
-        fitted.ifp,
-        k=plan.ifp.k,
-        files={},
-        source=plan.ifp.source | {"fit": fitted.ifp.source["fit"]},
-    )
+    check(checkpoint, fitted, modules)
+    # What is wrong with the output is found out before minutes are spent.
     with new_directory(args.output) as directory:
+        of_layers, of_output = products_of_inputs(str(args.fitted), args.data, args.rows)
+        plan = plan_requantized(args.checkpoint, args.keep, Precisions())
+        trunk, channels, config = plan.tensors[TRUNK], plan.tensors[CHANNELS], plan.config
+        rounded = round_columns(floats_of(trunk, EMBEDDING, config), of_output, *size)
+        replace_module(trunk, EMBEDDING, config, how, rounded)
+        for module, products in zip(tqdm(modules), of_layers, strict=True):
+            rounded = round_rows(floats_of(channels, module, config), products, *size)
+            replace_module(channels, module, config, how, rounded)
+        head = load_tensors(fitted.head, None)
+        plan.tensors[HEAD_STEM] = {name: LazyTensor.of(array) for name, array in head.items()}
+        # What selects is taken from the fitted checkpoint, and all else from the quantized one.
+        source = plan.ifp.source | {"fit": fitted.ifp.source["fit"]}
+        ifp = replace(fitted.ifp, k=plan.ifp.k, files={}, source=source)
         for file in plan.extra_files:
             shutil.copy(file, directory)
         write_checkpoint(directory, config, ifp, plan.tensors)

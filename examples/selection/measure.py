@@ -24,6 +24,7 @@ from judge import Method, judge, report
 from tqdm import tqdm
 
 import mlx_ifp
+from mlx_ifp.cli.dispatch import script
 from mlx_ifp.dense_pass.statistics import text_statistics
 from mlx_ifp.files.atomic import new_file
 from mlx_ifp.fitting.collect import Statistics, collect
@@ -174,6 +175,7 @@ def methods(args: argparse.Namespace, model: IFPModel, sets: dict, tasks: list[s
     return found
 
 
+@script
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])

@@ -156,17 +156,22 @@ def test_stretches_cover_all_rows_once(monkeypatch, seed):
             assert max(map(len, runs)) < 80 // 10
 
 
-def test_only_short_gaps_are_read_too(copied, monkeypatch):
-    """What is asked of the system: runs alone if the gaps are wide."""
-    tensors = copied[1]
-    asked = []
-    preadv = os.preadv
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """The bytes of each request to the system."""
+    sizes, preadv = [], os.preadv
 
     def count(fd, views, at):
-        asked.append(len(views[0]))
+        sizes.append(len(views[0]))
         return preadv(fd, views, at)
 
     monkeypatch.setattr(os, "preadv", count)
+    return sizes
+
+
+def test_only_short_gaps_are_read_too(copied, asked, monkeypatch):
+    """What is asked of the system: runs alone if the gaps are wide."""
+    tensors = copied[1]
     monkeypatch.setattr(channels, "_GAP_BYTES", 2 * 256)
     reader = ChannelReader(tensors)
     name = next(name for name in tensors if name.endswith("weight"))
@@ -176,17 +181,9 @@ def test_only_short_gaps_are_read_too(copied, monkeypatch):
     assert reader.bytes_read == 7 * 256
 
 
-def test_nothing_between_long_rows_is_read(copied, monkeypatch):
+def test_nothing_between_long_rows_is_read(copied, asked, monkeypatch):
     """A request for each run costs less than to read a long row that nobody wants."""
     tensors = copied[1]
-    asked = []
-    preadv = os.preadv
-
-    def count(fd, views, at):
-        asked.append(len(views[0]))
-        return preadv(fd, views, at)
-
-    monkeypatch.setattr(os, "preadv", count)
     monkeypatch.setattr(channels, "_BLOCK_BYTES", 1024)
     monkeypatch.setattr(channels, "_LONG_ROW_BYTES", 256)
     name = next(name for name in tensors if name.endswith("weight"))
