@@ -72,11 +72,11 @@ def load_examples(
     max_length: int = 1024,
     chunk_size: int = 256,
     descriptions: dict[str, str] | None = None,
+    chat_format: bool = False,
 ) -> list[Example]:
     """Read and tokenize a JSONL file (paper, section 3.2).
 
-    Stage ``sft``: the first user message selects, raw, or the description of the row's task; the
-    last assistant message is predicted. Stage ``pretrain``: a text is cut into chunks, and chunk c
+    Stage ``sft``: the first user message selects, or the description of the row's task; the last assistant message is predicted. Stage ``pretrain``: a text is cut into chunks, and chunk c
     selects for the prediction of chunk c + 1, which sees everything before it (equation 5).
 
     Args:
@@ -86,10 +86,12 @@ def load_examples(
         max_length (int): in tokens; longer rows are left out, long texts lose their beginning.
         chunk_size (int): in tokens, for ``pretrain``.
         descriptions (dict): task -> the text that selects for it, instead of the prompt.
+        chat_format (bool): whether the text that selects is wrapped as a user's message; else it
+            is raw.
     """
     rows = list(read_rows(path))
     if stage == "sft":
-        examples = _answers(rows, tokenizer, selector_tokenizer, descriptions)
+        examples = _answers(rows, tokenizer, selector_tokenizer, descriptions, chat_format)
     else:
         examples = _chunks(rows, tokenizer, selector_tokenizer, chunk_size, max_length)
     kept = [example for example in examples if len(example.tokens) <= max_length]
@@ -130,6 +132,7 @@ def _answers(
     tokenizer: Any,
     selector_tokenizer: Any,
     descriptions: dict[str, str] | None,
+    chat_format: bool,
 ) -> list[Example]:
     for where, row in rows:
         _check_messages(where, row)
@@ -142,8 +145,12 @@ def _answers(
     whole = _encode_chats(tokenizer, conversations, False)
     prompts = _encode_chats(tokenizer, [messages[:-1] for messages in conversations], True)
     texts = [selecting_text(where, row, descriptions) for where, row in rows]
-    # With special tokens, as mlx_ifp tokenizes a raw text.
-    selecting = selector_tokenizer(texts)["input_ids"]
+    if chat_format:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        selecting = _encode_chats(selector_tokenizer, turns, True)
+    else:
+        # With special tokens, as mlx_ifp tokenizes a raw text.
+        selecting = selector_tokenizer(texts)["input_ids"]
     ending = _ending(tokenizer) if any(row.get("truncated") for _, row in rows) else 0
     examples = []
     for (where, row), tokens, prompt, selects in zip(rows, whole, prompts, selecting, strict=True):
@@ -229,6 +236,7 @@ class Batch:
         labels: int64 [N], the tokens they predict.
         answer: float32 [N], 1 where the answer is predicted, else 0.
         every: float32 [N], 1 where any token is predicted, 0 for padding.
+        prompt: bool [B, S, 1], True for the tokens before the answer or chunk.
         indices: which examples these are.
     """
 
@@ -239,6 +247,7 @@ class Batch:
     labels: Tensor
     answer: Tensor
     every: Tensor
+    prompt: Tensor
     indices: list[int]
 
 
@@ -287,9 +296,11 @@ class DeviceData:
         parts = [part.flatten()[places] for part in (labels, answer.float(), every.float())]
         padding = (0, -len(places) % self.block)
         parts = [self._to_device(functional.pad(part, padding)) for part in (places, *parts)]
+        prompt = torch.arange(tokens.shape[1]) < offsets[:, None]
         return Batch(
-            self._to_device(tokens), selecting, selecting_mask, *parts, indices=indices.tolist()
-        )
+            self._to_device(tokens), selecting, selecting_mask, *parts,
+            prompt=self._to_device(prompt[..., None]), indices=indices.tolist(),
+        )  # fmt: skip
 
     def counts(self, indices: np.ndarray) -> tuple[int, int]:
         """How many tokens of some examples are predicted: of answers, and of all."""

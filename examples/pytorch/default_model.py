@@ -142,7 +142,7 @@ def settings(args: argparse.Namespace, memory: float) -> dict[str, list[object]]
                 "--valid-prompts-count", 6, "--split-valid", 12, "--batch-size", 16,
             ],
             "train": ["--batch-tokens", 1024, "--dtype", "float32", "--warm-start-iters", 3,
-                      "--predictor-layers", 2, "--valid-examples", 8],
+                      "--predictor-llm", "--predictor-head", 8, "--valid-examples", 8],
             "static": ["--batch-tokens", 1024, "--dtype", "float32", "--warm-start-iters", 3,
                        "--valid-examples", 8],
             "evaluate": ["--examples", 12, "--max-answer-tokens", 8],
@@ -151,8 +151,9 @@ def settings(args: argparse.Namespace, memory: float) -> dict[str, list[object]]
     # an H200: 15.5 GB at 16,384). With 16,384 tokens a step took 0.17 s and the GPU mostly waited
     # for its host, so batches are as large as fits.
     tokens = int(max(2048, min(65536, (memory - 6) / 0.001 // 2048 * 2048)))
-    both = ["--batch-tokens", tokens, "--learning-rate", args.learning_rate,
-            "--warm-start-iters", 200, "--valid-examples", 256, "--schedule", "linear"]  # fmt: skip
+    both = ["--batch-tokens", tokens, "--learning-rate", args.learning_rate, "--warmup-iters", 50,
+            "--warm-start-iters", 1000, "--warm-start-examples", 16384, "--valid-examples", 256,
+            "--schedule", "linear"]  # fmt: skip
     if memory:
         both.append("--compile")
     else:
@@ -160,7 +161,7 @@ def settings(args: argparse.Namespace, memory: float) -> dict[str, list[object]]
     return {
         "synthesize": ["--prompts-count", 8850, "--valid-prompts-count", 240,
                        "--split-valid", 480, *(["--count", 1000] if args.data else [])],
-        "train": [*both, "--predictor-layers", 4,
+        "train": [*both, "--predictor-llm", "--predictor-head", 64,
                   "--predictor-learning-rate", args.predictor_learning_rate],
         # Too short to be worth a compilation.
         "static": [*(flag for flag in both if flag != "--compile"), "--valid-examples", 64,
@@ -187,9 +188,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="a directory that is empty or not there yet")
     add("--work", type=Path, help="a new directory for models and data (default: a temporary one)")
-    # 6e-4 and 2e-4 at 16,384 tokens a batch diverged after 320 steps.
-    add("--learning-rate", type=float, default=4e-4)
-    add("--predictor-learning-rate", type=float, default=1e-4)
+    # With a predictor of four layers, 6e-4 and 2e-4 diverged at 16,384 tokens a batch.
+    add("--learning-rate", type=float, default=5e-4)
+    add("--predictor-learning-rate", type=float, default=2e-4)
     add(
         "--data",
         type=Path,
@@ -197,6 +198,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="conversations that the model wrote earlier; then few new ones are made, to validate",
     )
     add("--q-group-size", type=int, choices=[32, 64, 128], default=64)
+    add("--q-bits-of", nargs="+", default=[], metavar="NAME=BITS", help="as for train.py")
+    add("--floats", action="store_true", help="hand over the floats; larger than rounded weights")
     add("--no-static", action="store_true", help="leave out the static mask, for a longer training")
     add("--seed", type=int, default=0)
     add("--tiny", action="store_true", help="small settings: to try it on a CPU with a tiny model")
@@ -241,7 +244,7 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     keep = channels_kept(dense)
 
     # A third of the time, from the start, is for data; less if most of it is there.
-    seconds = (0.2 if args.data else 0.33) * limit - (limit - runner.left)
+    seconds = (0.12 if args.data else 0.33) * limit - (limit - runner.left)
     data, report = work / "train.jsonl", output / "synthesize.json"
     given = ["--prompts", args.prompts] if args.prompts else []
     if args.valid_prompts:
@@ -256,7 +259,7 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     runner.note("synthesize", **{name: made[name] for name in names if name in made})
     valid = work / "train-valid.jsonl"
     if args.data:
-        append_rows(args.data, data)
+        append_rows(args.data, data, work / "train-valid.jsonl")
     if not data.exists() or data.stat().st_size == 0:
         if not args.prompts:
             return False
@@ -265,15 +268,19 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     keep_samples(data, valid, output)
 
     # What follows the training: its evaluation, and the static mask with a fifth of its time.
-    after = min(90, 0.25 * limit)
+    after = min(75, 0.25 * limit)
     # Imports, compilation and first validation come before any training.
     before_training = min(25, 0.1 * limit)
-    seconds = (runner.left - after - before_training) / (1 if args.no_static else 1.2)
+    seconds = runner.left - after
+    if not args.no_static:
+        seconds = (seconds - before_training) / 1.2
     checked = ["--valid", valid] if valid.exists() else []
+    bits_of = ["--q-bits-of", *args.q_bits_of] if args.q_bits_of else []
     common = [
         "--model", dense, "--data", data, *checked, "--keep", keep[0], keep[-1],
-        "--distill-weight", 1, "--distill-on", "all", "--quantize-from", 0.8, "--q-bits", 4,
-        "--q-group-size", args.q_group_size, "--seed", args.seed,
+        "--prefill", "dense", "--distill-weight", 1, "--distill-on", "all",
+        "--quantize-from", 0.75, "--q-bits", 4, "--q-group-size", args.q_group_size, *bits_of,
+        "--seed", args.seed,
     ]  # fmt: skip
     trained = work / "prompt"
     # Nothing cuts it but the limit: without its weights all was in vain.
@@ -295,13 +302,17 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     copy_log(trained, output / "log.jsonl")
     if not (trained / MANIFEST).exists():
         return False
-    packed = output / "packed"
+    # Packed codes have four bits each.
     group = ["--q-group-size", args.q_group_size]
-    if not runner.stage("pack", "pack_model.py", trained, packed, *group, timeout=120):
+    floats = args.floats or args.q_bits_of
+    if floats or not runner.stage(
+        "pack", "pack_model.py", trained, output / "packed", *group, timeout=120
+    ):
         # As it is, if it cannot be packed: larger, but not lost.
         shutil.copytree(trained, output / "checkpoint", ignore=shutil.ignore_patterns("state*"))
 
     evaluation = ["--dense", dense, "--keep", *keep, "--rounded", 4, args.q_group_size]
+    evaluation += ["--rounded-bits-of", *args.q_bits_of] if args.q_bits_of else []
     evaluation += flags["evaluate"]
     if valid.exists():
         evaluation += ["--data", valid]
@@ -343,11 +354,19 @@ def run(args: argparse.Namespace, gguf: Path | None, work: Path) -> bool:
     return True
 
 
-def append_rows(source: Path, data: Path) -> None:
-    """Add the rows of a file, gzipped or not, to the training data."""
+def append_rows(source: Path, data: Path, valid: Path) -> None:
+    """Add the rows of a file, gzipped or not, to the training data; no prompt of ``valid``."""
+    held_out = set()
+    if valid.exists():
+        held_out = {first_message(line) for line in valid.read_text("utf-8").splitlines()}
     opened = gzip.open if source.suffix == ".gz" else open
     with opened(source, "rt", encoding="utf-8") as rows, open(data, "a", encoding="utf-8") as file:
-        shutil.copyfileobj(rows, file)
+        file.writelines(line for line in rows if first_message(line) not in held_out)
+
+
+def first_message(line: str) -> str:
+    """The first message of a row of training data."""
+    return json.loads(line)["messages"][0]["content"].strip().lower()
 
 
 def keep_samples(data: Path, valid: Path, output: Path) -> None:

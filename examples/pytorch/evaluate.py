@@ -20,7 +20,7 @@ import torch
 from data import DataError, DeviceData, by_length, load_examples
 from model import MaskedLM, ModelError, load_llm
 from output import write_text
-from rounding import Rounding
+from rounding import Rounding, bits_of_parts
 from save import load_checkpoint
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -34,12 +34,17 @@ def fail(text: object) -> SystemExit:
     return SystemExit(f"evaluate.py: {text}")
 
 
-def rounding_of(model: MaskedLM, rounded: list[int] | None) -> Any:
-    """A context in which the LLM's weights are rounded to (bits, group size), or as they are."""
+def rounding_of(model: MaskedLM, rounded: list[int] | None, parts: list[str]) -> Any:
+    """A context in which the LLM's weights are rounded to (bits, group size), or as they are.
+
+    ``parts`` are ``NAME=BITS``, for weights with other bits.
+    """
     if rounded is None:
         return nullcontext()
     try:
-        return Rounding(model.llm, model.downs, *rounded, DTYPES["float16"])
+        return Rounding(
+            model.llm, model.downs, *rounded, DTYPES["float16"], bits_of_parts(parts)
+        )
     except ValueError as error:
         raise fail(error) from error
 
@@ -101,7 +106,8 @@ def greedy_answers(
         for question in questions
     ]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    selecting = predictor_tokenizer(questions)["input_ids"]
+    # Whoever reads the LLM's own states reads the prompt as the LLM does.
+    selecting = prompts if model.reads_own_state else predictor_tokenizer(questions)["input_ids"]
     wanted = [(i, k) for k in keep for i in range(len(questions))]
     answers: list[str] = []
     for start in range(0, len(wanted), rows):
@@ -182,6 +188,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="with the LLM's weights as convert -q rounds them",
     )
     add(
+        "--rounded-bits-of",
+        nargs="+",
+        default=[],
+        metavar="NAME=BITS",
+        help="other bits for weights with this in their name",
+    )
+    add(
         "--questions",
         type=Path,
         metavar="FILE",
@@ -241,11 +254,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if model.channels < max(args.keep) or min(args.keep) < 1:
             raise fail(f"--keep must be between 1 and the {model.channels} channels of a layer.")
         model.to(device)
-        with rounding_of(model, args.rounded):
+        with rounding_of(model, args.rounded, args.rounded_bits_of):
             if args.data:
                 examples = load_examples(
-                    args.data, tokenizer, predictor_tokenizer, max_length=args.max_length
-                )
+                    args.data, tokenizer, predictor_tokenizer, max_length=args.max_length,
+                    chat_format=model.reads_own_state,
+                )  # fmt: skip
                 if args.examples and args.examples < len(examples):
                     chosen = np.linspace(0, len(examples) - 1, args.examples).astype(int)
                     examples = [examples[i] for i in chosen]

@@ -70,31 +70,50 @@ def _is_ffn(module: nn.Module) -> bool:
 
 
 def _apply_mask(down: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """The hook before each down projection; its module holds the mask, [B or 1, 1, F]."""
-    if down.ifp_mask is None:
+    """The hook before each down projection.
+
+    Its module holds the mask [B or 1, 1, F], and where it does not hold: bool [B, S, 1], or True
+    for every call of more than one token.
+    """
+    dense = down.ifp_dense
+    if down.ifp_mask is None or (dense is True and args[0].shape[1] > 1):
         return None
-    return (args[0] * down.ifp_mask.to(args[0].dtype), *args[1:])
+    mask = down.ifp_mask.to(args[0].dtype)
+    if isinstance(dense, Tensor):
+        mask = torch.where(dense, 1, mask)
+    return (args[0] * mask, *args[1:])
 
 
 class Predictor(nn.Module):
     """The sparsity predictor: a backbone, and a head that reads its last token's hidden state.
 
     The head is the one of the layout "manifest": a LayerNorm without parameters, then
-    Linear(D, 128), LeakyReLU(0.1), Linear(128, L * F). Its names are those of the file, too.
+    Linear(D, P), LeakyReLU(0.1), Linear(P, L * F). Its names are those of the file, too.
 
     Args:
-        extractor (nn.Module): a body of transformers (``AutoModel``) with hidden size D.
+        extractor (nn.Module): a body of transformers (``AutoModel``) with hidden size D; None if
+            the head reads what the LLM itself, with all of its channels, makes of the prompt.
         layers (int): L, of the LLM.
         channels (int): F.
+        hidden_size (int): D, if there is no extractor.
+        head_width (int): P.
     """
 
-    def __init__(self, extractor: nn.Module, layers: int, channels: int) -> None:
+    def __init__(
+        self,
+        extractor: nn.Module | None,
+        layers: int,
+        channels: int,
+        hidden_size: int | None = None,
+        head_width: int = HEAD_WIDTH,
+    ) -> None:
         super().__init__()
         self.extractor = extractor
         self.shape = (layers, channels)
-        width = extractor.config.get_text_config().hidden_size
-        first = nn.Linear(width, HEAD_WIDTH)
-        last = nn.Linear(HEAD_WIDTH, layers * channels, bias=False)
+        if extractor is not None:
+            hidden_size = extractor.config.get_text_config().hidden_size
+        first = nn.Linear(hidden_size, head_width)
+        last = nn.Linear(head_width, layers * channels, bias=False)
         # A small last layer: no text differs from another at first.
         nn.init.zeros_(first.bias)
         nn.init.normal_(last.weight, std=0.01)
@@ -102,10 +121,11 @@ class Predictor(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores, float32 [B, L, F], of texts [B, n] that are padded on the right."""
-        # The backbone is causal: what stands right of a text's last token does not reach it.
         hidden = self.extractor(input_ids=input_ids, use_cache=False).last_hidden_state
-        last = attention_mask.sum(dim=-1) - 1
-        feature = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return self.head(last_token(hidden, attention_mask))
+
+    def head(self, feature: Tensor) -> Tensor:
+        """Scores, float32 [B, L, F], of the last tokens' hidden states [B, D]."""
         with torch.autocast(feature.device.type, enabled=False):
             feature = functional.layer_norm(feature.float(), feature.shape[-1:], eps=1e-5)
             scores = self.mlp(feature.to(self.mlp[0].weight.dtype)).float()
@@ -117,6 +137,15 @@ class Predictor(nn.Module):
         self.mlp[0].weight[0] = 0
         self.mlp[0].bias[0] = 1
         self.mlp[2].weight[:, 0] = mean.flatten()
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last token's state [B, D] of hidden states [B, n, D] of texts padded on the right.
+
+    The backbone is causal: what stands right of a text's last token does not reach it.
+    """
+    last = attention_mask.sum(dim=-1) - 1
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 class StaticScores(nn.Module):
@@ -165,6 +194,8 @@ class MaskedLM(nn.Module):
         predictor (nn.Module): a Predictor or StaticScores; None if only given masks are used.
         k (int): channels kept in each layer, if a call does not say; None for all.
         operator, temperature, mode (str, float, str): of :func:`masks.mask_of`.
+        prefill (str): ``pruned``, or ``dense`` if all channels read the prompt, and the mask holds
+            for the answer's tokens only.
     """
 
     def __init__(
@@ -176,9 +207,11 @@ class MaskedLM(nn.Module):
         operator: str = "sigmoid",
         temperature: float = 0.1,
         mode: str = "straight_through",
+        prefill: str = "pruned",
     ) -> None:
         super().__init__()
         self.llm, self.predictor = llm, predictor
+        self.prefill = prefill
         downs = find_ffns(llm)
         self.layers, self.channels = len(downs), downs[0].in_features
         self.k = self.channels if k is None else k
@@ -190,13 +223,31 @@ class MaskedLM(nn.Module):
         for down in downs:
             if not hasattr(down, "ifp_mask"):
                 down.register_forward_pre_hook(_apply_mask)
-            down.ifp_mask = None
+            down.ifp_mask = down.ifp_dense = None
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Scores of texts that select: int [B, n], padded on the right -> float32 [B, L, F]."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if self.reads_own_state:
+            return self.predictor.head(self.own_state(input_ids, attention_mask))
         return self.predictor(input_ids, attention_mask)
+
+    @property
+    def reads_own_state(self) -> bool:
+        """Whether the predictor is a head on what the LLM itself makes of the prompt."""
+        return isinstance(self.predictor, Predictor) and self.predictor.extractor is None
+
+    @torch.no_grad()
+    def own_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The dense LLM's final state [B, d] of the last token of texts [B, n].
+
+        The head learns from it; the LLM does not learn through it.
+        """
+        feature = last_token(self.hidden(input_ids), attention_mask)
+        # Weights that autocast keeps from here would have no gradients in the next pass.
+        torch.clear_autocast_cache()
+        return feature
 
     def masks(
         self,
@@ -211,10 +262,13 @@ class MaskedLM(nn.Module):
             scores, k or self.k, self.operator, temperature or self.temperature, mode or self.mode
         )
 
-    def set_masks(self, masks: Tensor | None, blend: float = 1.0) -> None:
+    def set_masks(
+        self, masks: Tensor | None, blend: float = 1.0, dense: Tensor | bool | None = None
+    ) -> None:
         """Let the next calls of the LLM run under masks [B, L, F] or [L, F]; None is dense.
 
-        With ``blend`` a channel is ``h * (1 - blend) + blend * h * m``.
+        With ``blend`` a channel is ``h * (1 - blend) + blend * h * m``. ``dense`` says for which
+        positions all channels are used: bool [B, S, 1], or True for calls of several tokens.
         """
         if masks is not None:
             masks = masks[None] if masks.ndim == 2 else masks
@@ -225,11 +279,15 @@ class MaskedLM(nn.Module):
             masks = masks if blend == 1.0 else 1 - blend + blend * masks
         for i, down in enumerate(self.downs):
             down.ifp_mask = None if masks is None else masks[:, i, None, :]
+            down.ifp_dense = None if masks is None else dense
 
     @contextlib.contextmanager
     def masked(self, masks: Tensor | None) -> Iterator[nn.Module]:
-        """The LLM under masks, for instance to ``generate``; dense again afterwards."""
-        self.set_masks(masks)
+        """The LLM under masks, for instance to ``generate``; dense again afterwards.
+
+        Where the prompt is read by all channels, a call of several tokens is the prompt.
+        """
+        self.set_masks(masks, dense=self.prefill == "dense" or None)
         try:
             yield self.llm
         finally:
@@ -241,12 +299,14 @@ class MaskedLM(nn.Module):
         masks: Tensor | None = None,
         blend: float = 1.0,
         attention_mask: Tensor | None = None,
+        dense: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [B, S, d] of tokens [B, S], under masks or dense.
 
-        Rows padded on the right need no attention mask.
+        Rows padded on the right need no attention mask. ``dense``, bool [B, S, 1], says where the
+        mask does not hold.
         """
-        self.set_masks(masks, blend)
+        self.set_masks(masks, blend, dense)
         try:
             body = self.llm.get_decoder()
             return body(

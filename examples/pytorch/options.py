@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from data import DataError
 from masks import OPERATORS
-from rounding import BITS, GROUP_SIZES
+from rounding import BITS, GROUP_SIZES, bits_of_parts
 
 DTYPES = ("bfloat16", "float16", "float32")
 STATE = "state"  # in the output directory, of a run that can be resumed
@@ -37,6 +37,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--task-descriptions", help="YAML file: task -> description, for --select-by task")
     add("--predictor-layers", type=int, help="The predictor is the LLM's first so many layers")
     add("--predictor-model", help="Directory of a pretrained predictor backbone")
+    add("--predictor-llm", action="store_true",
+        help="The predictor is a head that reads what the whole LLM makes of the prompt; needs "
+        "--prefill dense")  # fmt: skip
+    add("--predictor-head", type=int, default=128, metavar="P", help="Width of its hidden layer")
+    add("--prefill", choices=["pruned", "dense"], default="pruned",
+        help="Who reads the prompt: dense, the LLM with all of its channels")  # fmt: skip
     add("--mask", choices=["soft", "straight_through"], default="straight_through",
         help="Values of the mask in training; straight_through is 0 or 1")  # fmt: skip
     add("--mask-operator", choices=OPERATORS, default="sigmoid", help="SoftTopK")
@@ -71,6 +77,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="From this share of the run on the weights are those of convert -q")  # fmt: skip
     add("--q-bits", type=int, default=4, help="As for mlx_ifp.convert")
     add("--q-group-size", type=int, default=64, help="As for mlx_ifp.convert")
+    add("--q-bits-of", nargs="+", default=[], metavar="NAME=BITS",
+        help="Other bits for weights with this in their name, for instance embed_tokens=5")  # fmt: skip
     group = parser.add_argument_group("memory and speed")
     add = group.add_argument
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
@@ -103,6 +111,7 @@ def check_options(args: argparse.Namespace) -> None:
         ("steps_per_report", 1, math.inf), ("max_length", 2, math.inf), ("seed", 0, 2**32 - 1),
         ("chunk_size", 1, math.inf), ("skip_above", 1, math.inf),
         ("blend_iters", 0, math.inf), ("warmup_iters", 0, math.inf),
+        ("predictor_head", 1, math.inf),
     ):  # fmt: skip
         if not low <= getattr(args, name) <= high:
             flag = "--" + name.replace("_", "-")
@@ -113,14 +122,23 @@ def check_options(args: argparse.Namespace) -> None:
             raise fail(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.q_bits not in BITS or args.q_group_size not in GROUP_SIZES:
         raise fail(f"--q-bits must be one of {BITS}, --q-group-size one of {GROUP_SIZES}")
+    try:
+        bits_of_parts(args.q_bits_of)
+    except ValueError as error:
+        raise fail(f"--q-bits-of: {error}") from error
     if args.iters is None and args.minutes is None:
         raise fail("say how long to train: --iters or --minutes")
     if len(args.keep) > 2:
         raise fail("--keep takes one number, or the two ends of a range")
-    if args.select_by == "static" and (args.predictor_layers or args.predictor_model):
-        raise fail("--select-by static has no predictor; leave out --predictor-layers or -model")
-    if args.predictor_layers and args.predictor_model:
-        raise fail("the predictor is --predictor-layers or --predictor-model, not both")
+    named = [args.predictor_layers, args.predictor_model, args.predictor_llm]
+    if args.select_by == "static" and any(named):
+        raise fail(
+            "--select-by static has no predictor; leave out --predictor-layers, -model or -llm"
+        )
+    if sum(map(bool, named)) > 1:
+        raise fail("the predictor is one of --predictor-layers, --predictor-model, --predictor-llm")
+    if args.predictor_llm and (args.prefill != "dense" or args.stage == "pretrain"):
+        raise fail("--predictor-llm needs --prefill dense and --stage sft: the LLM reads prompts")
     if (args.select_by == "task") != (args.task_descriptions is not None):
         raise fail("--select-by task and --task-descriptions go together")
     if args.select_by == "task" and args.stage == "pretrain":

@@ -9,6 +9,7 @@ from typing import Any
 from options import STATE, fail
 
 SAME = ("model", "teacher", "stage", "keep", "select_by", "predictor_layers", "predictor_model",
+        "predictor_llm", "predictor_head", "prefill",
         "mask", "mask_operator", "mask_temperature", "mask_temperature_start", "blend_iters",
         "distill_weight", "distill_on", "batch_tokens", "grad_accumulation_steps", "seed",
         "dtype")  # fmt: skip

@@ -12,6 +12,21 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
 
+def bits_of_parts(parts: list[str]) -> dict[str, int]:
+    """``["down_proj=5"]`` as ``{"down_proj": 5}``.
+
+    Raises:
+        ValueError: if a part is not of that form, or its bits are none of :data:`BITS`.
+    """
+    made = {}
+    for part in parts:
+        name, _, bits = part.partition("=")
+        if not name or bits not in map(str, BITS):
+            raise ValueError(f"{part!r} must be NAME=BITS, with bits from {BITS}")
+        made[name] = int(bits)
+    return made
+
+
 def _scales(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and bias of groups from their smallest and largest weights, all float32.
 
@@ -106,6 +121,7 @@ class Rounding:
             stores a channel's weights as a row.
         bits, group_size (int): as for :func:`quantize`.
         dtype (torch.dtype): what the weights are stored in before they are quantized.
+        parts (dict): other bits for weights with such a part in their module's name.
     """
 
     def __init__(
@@ -115,19 +131,24 @@ class Rounding:
         bits: int = 4,
         group_size: int = 64,
         dtype: torch.dtype = torch.float16,
+        parts: dict[str, int] | None = None,
     ) -> None:
         if bits not in BITS or group_size not in GROUP_SIZES:
             raise ValueError(f"bits must be one of {BITS}, the group size one of {GROUP_SIZES}")
-        self.bits, self.group_size, self.dtype = bits, group_size, dtype
+        self.group_size, self.dtype = group_size, dtype
         turned = {id(down.weight) for down in downs}
-        found = {}
-        for module in llm.modules():
+        found: dict[int, tuple[Tensor, int]] = {}
+        for name, module in llm.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 weight = module.weight
+                own = [n for part, n in (parts or {}).items() if part in name]
                 if weight.shape[0 if id(weight) in turned else 1] % group_size == 0:
-                    found[id(weight)] = weight
-        self.weights = [(_own(weight), name in turned) for name, weight in found.items()]
-        if any(turned and weight.shape[0] % group_size for weight, turned in self.weights):
+                    # An embedding comes before the output layer that shares its weight.
+                    found.setdefault(id(weight), (weight, own[0] if own else bits))
+        self.weights = [
+            (_own(weight), key in turned, own) for key, (weight, own) in found.items()
+        ]
+        if any(turned and weight.shape[0] % group_size for weight, turned, _ in self.weights):
             raise ValueError(
                 f"the processes' parts of the hidden size are no multiples of {group_size}; use "
                 "fewer processes or no --quantize-from"
@@ -136,15 +157,15 @@ class Rounding:
 
     @torch.no_grad()
     def __enter__(self) -> "Rounding":
-        self._floats = [weight.detach().clone() for weight, _ in self.weights]
-        for weight, turned in self.weights:
+        self._floats = [weight.detach().clone() for weight, *_ in self.weights]
+        for weight, turned, bits in self.weights:
             rows = weight.T if turned else weight
-            new = rounded(rows, self.bits, self.group_size, self.dtype)
+            new = rounded(rows, bits, self.group_size, self.dtype)
             weight.copy_(new.T if turned else new)
         return self
 
     @torch.no_grad()
     def __exit__(self, *_: object) -> None:
-        for (weight, _), floats in zip(self.weights, self._floats, strict=True):
+        for (weight, *_), floats in zip(self.weights, self._floats, strict=True):
             weight.copy_(floats)
         self._floats = []

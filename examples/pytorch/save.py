@@ -81,7 +81,8 @@ def save_checkpoint(
         # What inference does: a mask that was trained hard is used hard.
         "keep_soft_values": model.mode == "soft",
         "softtopk_iters": 40,
-        "chat_template_format": "raw",
+        "chat_template_format": "chat" if model.reads_own_state else "raw",
+        "prefill": model.prefill,
     }
     if isinstance(predictor, StaticScores):
         save_file({"scores": _stored(of_predictor["scores"], torch.float32)}, temporary / STATIC)
@@ -89,12 +90,15 @@ def save_checkpoint(
     else:
         tensors = {name: _stored(tensor, dtype) for name, tensor in of_predictor.items()}
         save_file(tensors, temporary / PREDICTOR)
-        predictor.extractor.config.save_pretrained(temporary / CONFIG_DIRECTORY)
-        _set_dtype(temporary / CONFIG_DIRECTORY / "config.json", dtype)
-        predictor_tokenizer.save_pretrained(temporary / TOKENIZER_DIRECTORY)
         manifest["predictor_hidden_dim"] = predictor.mlp[0].out_features
-        # A path relative to this directory.
-        manifest["predictor_model"] = CONFIG_DIRECTORY
+        if predictor.extractor is None:
+            manifest["predictor_backbone"] = "llm"
+        else:
+            predictor.extractor.config.save_pretrained(temporary / CONFIG_DIRECTORY)
+            _set_dtype(temporary / CONFIG_DIRECTORY / "config.json", dtype)
+            predictor_tokenizer.save_pretrained(temporary / TOKENIZER_DIRECTORY)
+            # A path relative to this directory.
+            manifest["predictor_model"] = CONFIG_DIRECTORY
     (temporary / MANIFEST).write_text(json.dumps(manifest | more, indent=2) + "\n")
     for new in sorted(temporary.iterdir()):
         old = output / new.name
@@ -150,8 +154,9 @@ def load_checkpoint(
             predictor.start_from_mean(scores)
         else:
             predictor = _load_predictor(path, manifest, llm).to(dtype)
-            _share_embedding(llm, predictor)
-            predictor_tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER_DIRECTORY)
+            if predictor.extractor is not None:
+                _share_embedding(llm, predictor)
+                predictor_tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER_DIRECTORY)
         model = MaskedLM(
             llm,
             predictor,
@@ -159,6 +164,7 @@ def load_checkpoint(
             operator=manifest.get("mask_operator", "sigmoid"),
             temperature=manifest["mask_temperature"],
             mode="soft" if manifest.get("keep_soft_values") else "hard",
+            prefill=manifest.get("prefill", "pruned"),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -167,11 +173,17 @@ def load_checkpoint(
 
 
 def _load_predictor(path: Path, manifest: dict[str, Any], llm: nn.Module) -> Predictor:
-    config = path / manifest["predictor_model"] / "config.json"
-    backbone = backbone_from_config(json.loads(config.read_text()))
+    backbone = None
+    if manifest.get("predictor_backbone") != "llm":
+        config = path / manifest["predictor_model"] / "config.json"
+        backbone = backbone_from_config(json.loads(config.read_text()))
     downs = find_ffns(llm)
-    predictor = Predictor(backbone, len(downs), downs[0].in_features)
-    predictor.load_state_dict(load_file(path / PREDICTOR))
+    tensors = load_file(path / PREDICTOR)
+    predictor = Predictor(
+        backbone, len(downs), downs[0].in_features, downs[0].out_features,
+        head_width=len(tensors["mlp.0.weight"]),
+    )  # fmt: skip
+    predictor.load_state_dict(tensors)
     return predictor
 
 
@@ -184,7 +196,8 @@ def _share_embedding(llm: nn.Module, predictor: Predictor) -> None:
 
 def load_models(args: Any) -> tuple[MaskedLM, MaskedLM, Any, Any]:
     """What a run starts from: the model to train, the frozen dense one, and both tokenizers."""
-    if is_checkpoint(args.model) and not (args.predictor_layers or args.predictor_model):
+    named = args.predictor_layers or args.predictor_model or args.predictor_llm
+    if is_checkpoint(args.model) and not named:
         model, tokenizer, predictor_tokenizer, manifest = load_checkpoint(args.model)
         if args.select_by != "static" and manifest.get("select_by") == "static":
             raise ModelError(f"{args.model} has no predictor; name --predictor-layers")
@@ -193,15 +206,24 @@ def load_models(args: Any) -> tuple[MaskedLM, MaskedLM, Any, Any]:
         tokenizer = predictor_tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = MaskedLM(llm)
         shape = (model.layers, model.channels)
+        # The width of the LLM's own states.
+        hidden_size, head_width = model.downs[0].out_features, args.predictor_head
         if args.select_by == "static":
             model.predictor = StaticScores(*shape)
         elif args.predictor_model:
-            model.predictor = Predictor(load_backbone(args.predictor_model), *shape)
+            backbone = load_backbone(args.predictor_model)
+            model.predictor = Predictor(backbone, *shape, head_width=head_width)
             predictor_tokenizer = AutoTokenizer.from_pretrained(args.predictor_model)
         elif args.predictor_layers:
-            model.predictor = Predictor(first_layers(llm, args.predictor_layers), *shape)
+            backbone = first_layers(llm, args.predictor_layers)
+            model.predictor = Predictor(backbone, *shape, head_width=head_width)
+        elif args.predictor_llm:
+            model.predictor = Predictor(None, *shape, hidden_size, head_width)
         else:
-            raise ModelError("name the predictor: --predictor-layers N or --predictor-model DIR")
+            raise ModelError(
+                "name the predictor: --predictor-layers N, --predictor-model DIR or --predictor-llm"
+            )
+        model.prefill = args.prefill
     model.operator, model.mode = args.mask_operator, args.mask
     model.temperature = args.mask_temperature
     model.check_logits()

@@ -55,7 +55,8 @@ class Step(nn.Module):
         model, (teacher, dtype, block) = self.model, self.settings
         scores = model.scores(batch.selecting, batch.selecting_mask)
         masks = model.masks(scores, k, temperature=temperature)
-        hidden = model.hidden(batch.tokens, masks, blend).flatten(0, 1)
+        dense_on = batch.prompt if model.prefill == "dense" else None
+        hidden = model.hidden(batch.tokens, masks, blend, dense=dense_on).flatten(0, 1)
         dense = None
         if teacher is not None and kl:
             with torch.no_grad():

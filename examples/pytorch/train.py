@@ -31,7 +31,7 @@ from model import ModelError
 from optimizer import OddSteps, make_optimizer, rate
 from options import check_options, count_of, fail, setup_arg_parser, task_descriptions
 from resume import identity, load_state, save_state, states
-from rounding import Rounding
+from rounding import Rounding, bits_of_parts
 from save import load_models, save_checkpoint
 from step import Step
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class Trainer:
             examples = load_examples(
                 path, *self.tokenizers, stage=args.stage, max_length=args.max_length,
                 chunk_size=args.chunk_size, descriptions=descriptions,
+                chat_format=self.model.reads_own_state,
             )  # fmt: skip
             return DeviceData(examples, self.device, self.block)
 
@@ -124,7 +125,7 @@ class Trainer:
             # Of the weights as they are now: several processes may hold a part each.
             self.rounding = Rounding(
                 self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
-                getattr(torch, args.save_dtype),
+                getattr(torch, args.save_dtype), bits_of_parts(args.q_bits_of),
             )  # fmt: skip
         if args.resume:
             self._resume()
@@ -361,7 +362,8 @@ class Trainer:
                         "seconds": round(time.time() - START, 1),
                     },
                     "quantization": None if self.rounding is None
-                    else {"bits": args.q_bits, "group_size": args.q_group_size},
+                    else {"bits": args.q_bits, "group_size": args.q_group_size,
+                          "bits_of": bits_of_parts(args.q_bits_of)},
                 },
                 dtype=getattr(torch, args.save_dtype), shard_size=args.shard_size,
                 state={name.removeprefix("model."): tensor for name, tensor in state.items()},

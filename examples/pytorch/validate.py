@@ -50,7 +50,8 @@ def validate(
         own = model.masks(model.scores(batch.selecting, batch.selecting_mask), k, mode=mode)
         masks.append(own > 0)
         order += batch.indices
-        hidden = model.hidden(batch.tokens, own).flatten(0, 1)
+        dense_on = batch.prompt if model.prefill == "dense" else None
+        hidden = model.hidden(batch.tokens, own, dense=dense_on).flatten(0, 1)
         theirs = teacher.hidden(batch.tokens).flatten(0, 1)
         sums = torch.zeros(len(indices), 4, device=data.device)
         for first in range(0, len(batch.places), block):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def activation_statistics(
-    teacher: MaskedLM, data: DeviceData, batches: list[np.ndarray]
+    teacher: MaskedLM, data: DeviceData, batches: list[np.ndarray], prefill: str = "pruned"
 ) -> dict[int, Tensor]:
-    """GRIFFIN's statistic of each channel, on prompt and answer alike, for each example.
+    """GRIFFIN's statistic of each channel, on the tokens that the mask holds for, by example.
 
-    ``sqrt(sum of w * z^2 / |z|^2)`` over its tokens, where the weights w of the answer's tokens add
-    up to 1, and so do those of the prompt's: the mask holds while the prompt is read, too.
+    ``sqrt(sum of w * z^2 / |z|^2)`` over these tokens. If the pruned model reads the prompt, the
+    weights w of the answer's tokens add up to 1, and so do those of the prompt's; if the dense
+    model does, those of the answer's tokens alone count.
 
     Returns:
         dict: example -> float16 [L, F], on the device.
@@ -29,7 +30,7 @@ def activation_statistics(
     found: dict[int, Tensor] = {}
     downs = teacher.downs
     for indices in batches:
-        weights = _halves(data, indices)
+        weights = _weights(data, indices, prefill)
         totals: list[Tensor] = []
 
         def record(_: nn.Module, args: tuple[Tensor, ...], weights=weights, totals=totals) -> None:
@@ -48,16 +49,21 @@ def activation_statistics(
     return found
 
 
-def _halves(data: DeviceData, indices: np.ndarray) -> Tensor:
+def _weights(data: DeviceData, indices: np.ndarray, prefill: str) -> Tensor:
     """Weights of positions, float32 [B, S]: 1 spread over the prompt's, 1 over the answer's.
 
-    Position t predicts token t + 1, and belongs where that belongs.
+    Position t predicts token t + 1, and belongs where that belongs. If the dense model reads the
+    prompt, the answer's are the positions that hold a token of it, and the prompt's count nothing.
     """
     width = -(-int(data.lengths[indices].max()) // 64) * 64
+    lengths, offsets = data.lengths[indices][:, None], data.offsets[indices][:, None]
     token = np.arange(1, width + 1)[None]
-    inside = token < data.lengths[indices][:, None]
-    answer = inside & (token >= data.offsets[indices][:, None])
-    parts = [part.astype(np.float32) for part in (answer, inside & ~answer)]
+    inside = token < lengths
+    if prefill == "dense":
+        parts = [((token > offsets) & inside).astype(np.float32)]
+    else:
+        answer = inside & (token >= offsets)
+        parts = [part.astype(np.float32) for part in (answer, inside & ~answer)]
     weights = sum(part / np.maximum(part.sum(axis=1, keepdims=True), 1) for part in parts)
     return torch.from_numpy(weights).to(data.device)
 
@@ -67,6 +73,16 @@ def standardized(statistics: Tensor) -> Tensor:
     logs = statistics.float().clamp(min=1e-4).log()
     logs = logs - logs.mean(dim=-1, keepdim=True)
     return logs / logs.std(dim=-1, keepdim=True, unbiased=False).clamp(min=1e-6)
+
+
+def _own_states(
+    model: MaskedLM, data: DeviceData, batches: list[np.ndarray]
+) -> dict[int, Tensor]:
+    """What the head reads of each example: example -> [d]."""
+    found: dict[int, Tensor] = {}
+    for indices in batches:
+        found |= dict(zip(indices.tolist(), model.own_state(*data.selecting(indices)), strict=True))
+    return found
 
 
 def fit_predictor(
@@ -97,7 +113,7 @@ def fit_predictor(
         learning_rate (float): of the head; the backbone learns at a tenth of it.
     """
     batches = by_length(data, batch_tokens, examples)
-    statistics = activation_statistics(teacher, data, batches)
+    statistics = activation_statistics(teacher, data, batches, model.prefill)
     used = np.array(sorted(statistics))
     mean = sum(standardized(statistics[i]) for i in used.tolist()) / len(used)
     predictor = model.predictor
@@ -105,7 +121,12 @@ def fit_predictor(
     if not hasattr(predictor, "extractor"):
         return
     shared = {id(parameter) for parameter in model.llm.parameters()}
-    backbone = [p for p in predictor.extractor.parameters() if id(p) not in shared]
+    backbone = []
+    if model.reads_own_state:
+        # The LLM does not change here: each text is read once.
+        states = _own_states(model, data, batches)
+    else:
+        backbone = [p for p in predictor.extractor.parameters() if id(p) not in shared]
     groups = [
         {"params": list(predictor.mlp.parameters()), "lr": learning_rate},
         {"params": backbone, "lr": learning_rate / 10},
@@ -115,8 +136,11 @@ def fit_predictor(
     for step in range(1, iters + 1):
         indices = random.choice(used, min(batch_size, len(used)), replace=False)
         wanted = standardized(torch.stack([statistics[i].float() for i in indices.tolist()]))
-        selecting, mask = data.selecting(indices)
-        loss = (model.scores(selecting, mask) - wanted).square().mean()
+        if model.reads_own_state:
+            scores = predictor.head(torch.stack([states[i] for i in indices.tolist()]))
+        else:
+            scores = model.scores(*data.selecting(indices))
+        loss = (scores - wanted).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -471,6 +471,58 @@ def test_convert_rounds_a_saved_checkpoint_to_what_was_trained(tmp_path):
     assert np.abs(narrow - logits).max() < 2e-2 * np.abs(logits).max()
 
 
+# -- prompts that the dense model reads
+
+
+def own_state_model(**options) -> MaskedLM:
+    """A tiny model whose predictor is a head on the LLM's own states."""
+    torch.manual_seed(2)
+    predictor = Predictor(None, L, F, hidden_size=64, head_width=16)
+    torch.nn.init.normal_(predictor.mlp[2].weight, std=0.3)
+    return MaskedLM(make_llm(), predictor, **{"k": K, "prefill": "dense"} | options)
+
+
+@torch.no_grad()
+def test_masks_hold_for_the_answer_alone_where_the_dense_model_reads_the_prompt():
+    model = own_state_model(mode="hard")
+    ids, prompt = torch.randint(3, 384, (2, 11)), 6
+    masks = model.masks(model.scores(ids[:, :prompt]))
+    read = (torch.arange(ids.shape[1]) < prompt)[None, :, None].expand(2, -1, 1)
+    logits = model.logits(model.hidden(ids, masks, dense=read))
+    # As at inference: the prompt is read first, then the answer with its keys and values.
+    first = model.llm(input_ids=ids[:, :prompt], use_cache=True)
+    model.set_masks(masks)
+    rest = model.llm(input_ids=ids[:, prompt:], past_key_values=first.past_key_values)
+    model.set_masks(None)
+    assert torch.allclose(logits[:, :prompt], first.logits, atol=1e-5)
+    assert torch.allclose(logits[:, prompt:], rest.logits, atol=1e-4)
+    assert not torch.allclose(logits[:, prompt:], model(ids)[:, prompt:], atol=1e-2)
+
+
+def test_a_head_on_the_own_state_learns_and_so_does_the_llm(data):
+    """In bfloat16, too, where weights that were cast without gradients could be used again."""
+    model, teacher = own_state_model(), MaskedLM(make_llm(5).requires_grad_(False))
+    tokenizer = tiny_tokenizer()
+    examples = load_examples(data / "train.jsonl", tokenizer, tokenizer, chat_format=True)
+    assert all(e.tokens[: e.offset] == e.selecting for e in examples)
+    batch = DeviceData(examples, torch.device("cpu"), block=16).batch(np.array([0, 1, 5]))
+    step = train.Step(model, teacher, torch.bfloat16, 16)
+    step("loss", batch, K, 0.1, 1.0, 0.0, 0.1)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_run_whose_predictor_reads_the_own_state(tmp_path, dense, data):
+    flags = [flag for flag in options(dense, data, tmp_path / "run")]
+    where = flags.index("--predictor-layers")
+    flags[where : where + 2] = ["--predictor-llm", "--predictor-head", 16, "--prefill", "dense"]
+    run(*flags, "--warm-start-iters", 20, "--quantize-from", 0.5, "--q-bits-of", "down_proj=5")
+    model, _, _, manifest = load_checkpoint(tmp_path / "run")
+    assert model.reads_own_state and model.prefill == "dense"
+    assert manifest["quantization"]["bits_of"] == {"down_proj": 5}
+    assert losses(tmp_path / "run")[-1] > 0
+
+
 # -- the command
 
 
