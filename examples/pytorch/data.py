@@ -76,7 +76,8 @@ def load_examples(
 ) -> list[Example]:
     """Read and tokenize a JSONL file (paper, section 3.2).
 
-    Stage ``sft``: the first user message selects, or the description of the row's task; the last assistant message is predicted. Stage ``pretrain``: a text is cut into chunks, and chunk c
+    Stage ``sft``: the first user message selects, or the description of the row's task; the last
+    assistant message is predicted. Stage ``pretrain``: a text is cut into chunks, and chunk c
     selects for the prediction of chunk c + 1, which sees everything before it (equation 5).
 
     Args:

@@ -42,9 +42,7 @@ def rounding_of(model: MaskedLM, rounded: list[int] | None, parts: list[str]) ->
     if rounded is None:
         return nullcontext()
     try:
-        return Rounding(
-            model.llm, model.downs, *rounded, DTYPES["float16"], bits_of_parts(parts)
-        )
+        return Rounding(model.llm, model.downs, *rounded, DTYPES["float16"], bits_of_parts(parts))
     except ValueError as error:
         raise fail(error) from error
 

@@ -78,7 +78,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--q-bits", type=int, default=4, help="As for mlx_ifp.convert")
     add("--q-group-size", type=int, default=64, help="As for mlx_ifp.convert")
     add("--q-bits-of", nargs="+", default=[], metavar="NAME=BITS",
-        help="Other bits for weights with this in their name, for instance embed_tokens=5")  # fmt: skip
+        help="Other bits for weights with this in their name: embed_tokens=5")  # fmt: skip
     group = parser.add_argument_group("memory and speed")
     add = group.add_argument
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16",

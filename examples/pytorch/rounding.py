@@ -145,9 +145,7 @@ class Rounding:
                 if weight.shape[0 if id(weight) in turned else 1] % group_size == 0:
                     # An embedding comes before the output layer that shares its weight.
                     found.setdefault(id(weight), (weight, own[0] if own else bits))
-        self.weights = [
-            (_own(weight), key in turned, own) for key, (weight, own) in found.items()
-        ]
+        self.weights = [(_own(weight), key in turned, own) for key, (weight, own) in found.items()]
         if any(turned and weight.shape[0] % group_size for weight, turned, _ in self.weights):
             raise ValueError(
                 f"the processes' parts of the hidden size are no multiples of {group_size}; use "

@@ -75,9 +75,7 @@ def standardized(statistics: Tensor) -> Tensor:
     return logs / logs.std(dim=-1, keepdim=True, unbiased=False).clamp(min=1e-6)
 
 
-def _own_states(
-    model: MaskedLM, data: DeviceData, batches: list[np.ndarray]
-) -> dict[int, Tensor]:
+def _own_states(model: MaskedLM, data: DeviceData, batches: list[np.ndarray]) -> dict[int, Tensor]:
     """What the head reads of each example: example -> [d]."""
     found: dict[int, Tensor] = {}
     for indices in batches:
