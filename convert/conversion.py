@@ -41,6 +41,12 @@ from .request import ConversionRequest
 from .sources.files import PICKLES
 from .trained import plan_trained
 
+# Options for a predictor with a backbone of its own, whose head may be quantized, too.
+_OF_A_BACKBONE = (
+    *("predictor_config", "predictor_tokenizer"),
+    *("predictor_q_bits", "predictor_q_group_size", "head_q_bits"),
+)
+
 # This much is left for the tokenizer, the configs and the file system's own needs.
 SPARE_BYTES = 64 << 20
 
@@ -184,7 +190,10 @@ def _plan_checkpoint(request: ConversionRequest, precisions: Precisions, path: P
             f"{request.model} is a checkpoint of mlx_ifp already: only its precision, k and "
             "the order of its channels can be changed."
         )
-    return plan_requantized(path, request.keep, precisions, request.dequantize_weights)
+    plan = plan_requantized(path, request.keep, precisions, request.dequantize_weights)
+    if plan.ifp.predictor_backbone == "llm":
+        _refuse(request, "predictor_dtype", *_OF_A_BACKBONE, why="and is copied as it is")
+    return plan
 
 
 def _plan_dense(
@@ -216,9 +225,21 @@ def _plan_trained(
         print_missing(trained)
     if trained.predictor is None and request.for_predictor:
         raise IFPError(f"{request.model} is a static run: it has no predictor.")
+    if trained.predictor is not None and trained.predictor.reads_own_state:
+        _refuse(request, *_OF_A_BACKBONE, why="in floats, without a backbone or tokenizer")
     return plan_trained(
         trained, _source(request), precisions, request.text_format, request.trust_remote_code
     )
+
+
+def _refuse(request: ConversionRequest, *options: str, why: str) -> None:
+    """Raises IFPError if an option is given that a head on the LLM's own state has no use for."""
+    for name in options:
+        if getattr(request, name):
+            raise IFPError(
+                f"The predictor of {request.model} is a head that reads the LLM's own state, "
+                f"{why}; leave out --{name.replace('_', '-')}."
+            )
 
 
 def _source(request: ConversionRequest) -> dict[str, Any]:

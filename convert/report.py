@@ -64,9 +64,10 @@ def print_dry_run(plan: Plan, mlx_path: Path) -> None:
     print(f"LLM:         {plan.config['model_type']}, {plan.layers} layers (L)")
     print(f"d_ffn:       {plan.d_ffn}")
     print(f"k:           {ifp.k}")
-    if backbone is not None and ifp.head is not None:
+    if ifp.head is not None:
         head = " -> ".join(map(str, ifp.head.widths))
-        print(f"predictor:   {backbone['model_type']}, head {head}, {ifp.head.activation}")
+        reads = "the LLM's own state" if backbone is None else backbone["model_type"]
+        print(f"predictor:   {reads}, head {head}, {ifp.head.activation}")
         values = "soft values kept" if ifp.mask.keep_soft_values else "hard"
         print(f"mask:        {ifp.mask.operator}, {values}")
     how = "as they are stored" if plan.layout == CHECKPOINT else "by mlx-lm"

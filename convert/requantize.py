@@ -68,10 +68,11 @@ def plan_requantized(
     config, tensors, notes = _llm(checkpoint, precisions.llm, dequantize)
     predictor_config, predictor_files = None, []
     infos = [checkpoint.trunk, checkpoint.channels, checkpoint.static, checkpoint.order]
-    if checkpoint.fitted:
+    if checkpoint.reads_own_state:
         if precisions.head.quantize:
             raise IFPError(
-                f"The head of {path} was fitted and stays in floats; leave out --head-q-bits."
+                f"The head of {path} reads the LLM's own state and stays in floats; leave out "
+                "--head-q-bits."
             )
         # What it reads changes as little as the LLM does.
         tensors[HEAD_STEM] = _lazy(checkpoint.head)

@@ -78,11 +78,17 @@ def plan_trained(
         notes=trained.notes + llm.notes + notes,
     )
     if trained.predictor is not None:
-        _add_predictor(plan, trained.predictor, llm, how, precisions, trust_remote_code)
-        plan.ifp.text.format = text_format or "raw"
+        if trained.predictor.reads_own_state:
+            _add_own_state_head(plan, trained.predictor, llm, precisions)
+        else:
+            _add_predictor(plan, trained.predictor, llm, how, precisions, trust_remote_code)
+        plan.ifp.text.format = text_format or trained.predictor.text_format
+        _check_template(plan, trained)
     elif trained.static is not None:
         plan.tensors[Path(STATIC_FILE).stem] = {"scores": _scores(trained.static, layers, d_ffn)}
         plan.sources["static"] = {trained.static.name: "scores"}
+    if trained.prefill != ifp.prefill_with(ifp.selector):
+        ifp.prefill = trained.prefill
     trunk, channels = split_tensors(llm, ffns, how, precisions.llm.dtype)
     plan.tensors = {TRUNK: trunk, CHANNELS: channels} | plan.tensors
     return plan
@@ -99,11 +105,12 @@ def _add_predictor(
     """Add to the plan of an LLM the predictor that selects its channels."""
     # plan_trained has refused a checkpoint that lacks one of them.
     assert predictor.config is not None and predictor.tokenizer is not None
+    assert predictor.backbone is not None  # as plan_trained has seen
     backbone = name_tensors(
         predictor.config, predictor.backbone, "the predictor's backbone", body_only=True
     )
     head = predictor.head_config()
-    _check_head(predictor, head.widths, plan, backbone)
+    _check_head(predictor, head.widths, plan, _hidden_size(backbone), "backbone")
     config, how, _ = quantize_config(backbone.config, [], precisions.predictor)
     own = open_tokenizer(predictor.tokenizer, trust_remote_code)
     plan.predictor_tokenizer = own
@@ -127,12 +134,39 @@ def _add_predictor(
     plan.ifp.selector, plan.ifp.head = "predictor", head
     plan.ifp.text = text_of(backbone.config, "raw")
     plan.tensors |= {PREDICTOR_STEM: body, HEAD_STEM: linears}
-    plan.sources |= {
-        "backbone": backbone.mapped,
-        "head": {tensor.name: name for name, tensor in predictor.head.items()},
-    }
+    plan.sources |= {"backbone": backbone.mapped, "head": _mapped(predictor)}
     plan.skipped["backbone"] = backbone.skipped
     plan.notes += backbone.notes + head_notes
+
+
+def _add_own_state_head(
+    plan: Plan, predictor: TrainedPredictor, llm: NamedModel, precisions: Precisions
+) -> None:
+    """Add to the plan of an LLM a head that reads the LLM's own hidden state, in floats."""
+    head = predictor.head_config()
+    _check_head(predictor, head.widths, plan, llm.ffns[0].hidden_size, "LLM")
+    linears = {name: tensor.lazy() for name, tensor in predictor.head.items()}
+    linears, _ = split_model(llm.network, linears, [], {}, precisions.head.dtype)
+    # The head alone selects: what the prompt's own channels do had no part in its training.
+    plan.ifp.selector, plan.ifp.head, plan.ifp.blend = "predictor", head, 0.0
+    plan.ifp.predictor_backbone = "llm"
+    plan.tensors |= {HEAD_STEM: linears}
+    plan.sources |= {"head": _mapped(predictor)}
+
+
+def _mapped(predictor: TrainedPredictor) -> dict[str, str]:
+    """The head's tensors by the source's names -> ours."""
+    return {tensor.name: name for name, tensor in predictor.head.items()}
+
+
+def _check_template(plan: Plan, trained: TrainedModel) -> None:
+    """Raises IFPError if the LLM's tokenizer reads the text that selects, and cannot wrap it."""
+    wraps = plan.ifp.predictor_backbone == "llm" and plan.ifp.text.format == "chat_template"
+    if wraps and plan.tokenizer is not None and not plan.tokenizer.has_chat_template:
+        raise IFPError(
+            f"{trained.tokenizer} has no chat template, which wraps the prompts that the head "
+            "reads; name a --tokenizer that has one."
+        )
 
 
 def _scores(static: SourceTensor, layers: int, d_ffn: int) -> LazyTensor:
@@ -157,9 +191,17 @@ def _check_shape(trained: TrainedModel, layers: int, d_ffn: int) -> None:
             )
 
 
+def _hidden_size(backbone: NamedModel) -> int:
+    """The width of a backbone's hidden states."""
+    body = get_module(backbone.network, find_body(backbone.network))
+    embedding = next(m for _, m in body.named_modules() if isinstance(m, nn.Embedding))
+    return embedding.weight.shape[-1]
+
+
 def _check_head(
-    predictor: TrainedPredictor, widths: list[int], plan: Plan, backbone: NamedModel
+    predictor: TrainedPredictor, widths: list[int], plan: Plan, hidden_size: int, whose: str
 ) -> None:
+    """Raises IFPError if a head does not take these hidden states, or score all channels."""
     first, last = predictor.head["linear1.weight"], predictor.head["linear2.weight"]
     scores = plan.layers * plan.d_ffn
     if widths[-1] != scores:
@@ -167,10 +209,8 @@ def _check_head(
             f"{last.path}: {last.name} gives {widths[-1]} scores, but {plan.layers} layers of "
             f"{plan.d_ffn} channels need {scores}."
         )
-    body = get_module(backbone.network, find_body(backbone.network))
-    embedding = next(m for _, m in body.named_modules() if isinstance(m, nn.Embedding))
-    if widths[0] != embedding.weight.shape[-1]:
+    if widths[0] != hidden_size:
         raise IFPError(
-            f"{first.path}: {first.name} takes {widths[0]} values, but the backbone gives "
-            f"{embedding.weight.shape[-1]}."
+            f"{first.path}: {first.name} takes {widths[0]} values, but the {whose} gives "
+            f"{hidden_size}."
         )

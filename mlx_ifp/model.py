@@ -251,7 +251,7 @@ class IFPModel:
             self.parent,
             complete,
             self.text_selector.scoring.statistic,
-            head=self.text_selector.fitted_head,
+            head=self.text_selector.own_state_head if self.checkpoint.fitted else None,
             written=missing,
         )
 

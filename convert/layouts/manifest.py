@@ -7,12 +7,18 @@ A directory of this layout holds the LLM as transformers saves it, with its toke
   ``mlp.2.weight`` [L * d_ffn, P]. A LayerNorm without parameters stands before the head. An
   embedding that equals the LLM's bit for bit is converted with the LLM's, if both tokenizers are
   equal, too.
-- ``predictor_tokenizer/``: the predictor's tokenizer.
+- ``predictor_tokenizer/``: the predictor's tokenizer. There is neither this nor ``extractor.*`` if
+  the head reads the LLM's own hidden state, the final one of the prompt's last token.
 - ``static.safetensors``, in place of the two: ``scores`` float32 [L, d_ffn], the same for every
   text. Such a run converts to the selector ``static``.
 - ``ifpruning_config.json``: an object with these fields:
 
   - ``num_layers``, ``full_intermediate_dim``, ``target_intermediate_dim``: L, d_ffn and k;
+  - ``predictor_backbone`` (optional, ``own``): ``llm`` if the head reads the LLM's own state;
+  - ``chat_template_format`` (optional, ``chat``): ``chat`` if such a head was trained on prompts
+    that the chat template wraps, ``raw`` if not. With a backbone of its own it is ignored;
+  - ``prefill`` (optional): who read the prompts in training, ``dense`` for the LLM with all of its
+    channels or ``pruned``, as ``prefill`` in ``ifp_config.json``;
   - ``predictor_hidden_dim`` (optional): P;
   - ``predictor_model`` (optional): where the backbone's ``config.json`` is: a file or a directory,
     relative to the checkpoint or absolute, or a hub id. Without it the user names one;
@@ -31,8 +37,9 @@ Other fields are ignored.
 from pathlib import Path
 from typing import Any
 
-from mlx_ifp.checkpoint.config import ACTIVATIONS, MaskConfig
+from mlx_ifp.checkpoint.config import ACTIVATIONS, BACKBONES, MaskConfig
 from mlx_ifp.checkpoint.directory import STATIC_FILE
+from mlx_ifp.choices import PREFILLS
 from mlx_ifp.errors import IFPError
 
 from ..sources.files import below, open_tensors, read_json
@@ -54,6 +61,9 @@ _HEAD = {
     "mlp.0.bias": "linear1.bias",
     "mlp.2.weight": "linear2.weight",
 }
+_EXTRACTOR = "extractor."
+# What a manifest says of a text that selects -> what ifp_config.json says.
+_TEXT_FORMATS = {"chat": "chat_template", "raw": "raw"}
 _FIELDS = ("num_layers", "full_intermediate_dim", "target_intermediate_dim")
 
 
@@ -73,6 +83,9 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
         if not isinstance(manifest.get(name), int):
             raise IFPError(f"{path / MANIFEST}: {name} must be a number.")
     mask = _mask(manifest, path)
+    prefill = manifest.get("prefill")
+    if prefill is not None:
+        _one_of(path, "prefill", prefill, PREFILLS)
     static = manifest.get("static_scores")
     return TrainedModel(
         layout="manifest",
@@ -80,6 +93,7 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
         llm_config=read_config(given.llm_config or str(path)),
         predictor=None if static else _predictor(given, manifest, path),
         static=_static(static, path) if static else None,
+        prefill=prefill,
         mask=mask,
         keep=given.keep if given.keep is not None else manifest["target_intermediate_dim"],
         layers=manifest["num_layers"],
@@ -105,22 +119,46 @@ def _mask(manifest: dict[str, Any], path: Path) -> MaskConfig:
 
 def _predictor(given: Given, manifest: dict[str, Any], path: Path) -> TrainedPredictor:
     activation = manifest.get("head_activation", "leaky_relu")
-    if activation not in ACTIVATIONS:
-        choices = ", ".join(ACTIVATIONS)
-        raise IFPError(f"{path / MANIFEST}: head_activation must be one of {choices}.")
+    _one_of(path, "head_activation", activation, ACTIVATIONS)
+    backbone = manifest.get("predictor_backbone", "own")
+    _one_of(path, "predictor_backbone", backbone, BACKBONES)
     tensors = open_tensors(path / _PREDICTOR)
-    head = {name: t for name, t in tensors.items() if not name.startswith("extractor.")}
+    extractor = [name for name in tensors if name.startswith(_EXTRACTOR)]
+    if extractor and backbone == "llm":
+        raise IFPError(
+            f"{path / _PREDICTOR}: {extractor[0]} is a tensor of a backbone, but "
+            f"predictor_backbone in {MANIFEST} is 'llm', which has no other; only one of them can "
+            "be right."
+        )
+    if not extractor and backbone == "own":
+        raise IFPError(
+            f"{path / _PREDICTOR}: the backbone's tensors {_EXTRACTOR}* are missing; if the head "
+            f"reads the LLM's own state, {MANIFEST} must have the predictor_backbone 'llm'."
+        )
+    head = {name: t for name, t in tensors.items() if name not in extractor}
     head = take_head(head, _HEAD, str(path / _PREDICTOR))
-    width = head["linear1.weight"].shape[0]
+    width = (*head["linear1.weight"].shape, 0)[0]
     said = manifest.get("predictor_hidden_dim", width)
     if said != width:
         raise IFPError(
             f"{path / MANIFEST}: predictor_hidden_dim is {said}, but mlp.0.weight gives "
             f"{width} values."
         )
+    if backbone == "llm":
+        text = manifest.get("chat_template_format", "chat")
+        _one_of(path, "chat_template_format", text, tuple(_TEXT_FORMATS))
+        return TrainedPredictor(
+            backbone=None,
+            config=None,
+            head=head,
+            activation=activation,
+            feature_norm="layer_norm",
+            tokenizer=None,
+            text_format=_TEXT_FORMATS[text],
+        )
     tokenizer = path / "predictor_tokenizer"
     return TrainedPredictor(
-        backbone=below(tensors, "extractor."),
+        backbone=below(tensors, _EXTRACTOR),
         config=_backbone_config(given, manifest, path),
         head=head,
         activation=activation,
@@ -128,6 +166,14 @@ def _predictor(given: Given, manifest: dict[str, Any], path: Path) -> TrainedPre
         tokenizer=given.predictor_tokenizer
         or (str(tokenizer) if has_tokenizer(tokenizer) else None),
     )
+
+
+def _one_of(path: Path, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises IFPError if a field of the manifest has another value than these."""
+    if value not in choices:
+        raise IFPError(
+            f"{path / MANIFEST}: {name} must be one of {', '.join(choices)}, not {value!r}."
+        )
 
 
 def _backbone_config(given: Given, manifest: dict[str, Any], path: Path) -> dict[str, Any] | None:

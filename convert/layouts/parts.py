@@ -37,19 +37,28 @@ class TrainedPredictor:
     """A predictor whose tensors are not read yet.
 
     Attributes:
-        backbone: tensors by the names that Hugging Face's classes give them.
+        backbone: tensors by the names that Hugging Face's classes give them; None if the head reads
+            the LLM's own hidden state.
         config: Hugging Face's config of the backbone; None if the user has to name it.
         head: ``linear1.weight`` [P, D], ``linear1.bias``, ``linear2.weight`` [L * d_ffn, P], ...
         activation, feature_norm: the head's, as in ``ifp_config.json``.
-        tokenizer: where it is; None if the user has to name it.
+        tokenizer: where it is; None if the user has to name it. With the LLM as backbone there is
+            neither this nor a config, and nothing to name.
+        text_format: how the text that selects is tokenized, as in ``ifp_config.json``.
     """
 
-    backbone: dict[str, SourceTensor]
+    backbone: dict[str, SourceTensor] | None
     config: dict[str, Any] | None
     head: dict[str, SourceTensor]
     activation: str
     feature_norm: str
     tokenizer: str | None
+    text_format: str = "raw"
+
+    @property
+    def reads_own_state(self) -> bool:
+        """Whether the head reads the LLM's own hidden state."""
+        return self.backbone is None
 
     def head_config(self) -> HeadConfig:
         """Check the head's shape and return its config.
@@ -94,6 +103,7 @@ class TrainedModel:
         layers, d_ffn: what the layout says about the LLM, or None.
         tokenizer: where the LLM's tokenizer is.
         static: scores float32 [L, d_ffn] that are the same for every text.
+        prefill: who read the prompts in training, ``dense`` or ``pruned``; None if it is not said.
         extra_files: files of the LLM that are copied as they are.
         others: source tensors that belong to neither, and why they are not used.
         missing: what the user has to name, as ``--flag (what it is)``.
@@ -110,6 +120,7 @@ class TrainedModel:
     d_ffn: int | None
     tokenizer: str | None
     static: SourceTensor | None = None
+    prefill: str | None = None
     extra_files: list[Path] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -121,7 +132,7 @@ class TrainedModel:
             "--tokenizer": (self.tokenizer, "the LLM's tokenizer"),
             "--keep": (self.keep, "k, the channels kept in each layer"),
         }
-        if (own := self.predictor) is not None:
+        if (own := self.predictor) is not None and not own.reads_own_state:
             needed["--predictor-config"] = (own.config, "the config.json of its backbone")
             needed["--predictor-tokenizer"] = (own.tokenizer, "the predictor's tokenizer")
         self.missing += [f"{flag} ({what})" for flag, (it, what) in needed.items() if it is None]
@@ -131,7 +142,7 @@ class TrainedModel:
         """All tensors that are used."""
         groups = [self.llm]
         if self.predictor is not None:
-            groups += [self.predictor.backbone, self.predictor.head]
+            groups += [self.predictor.backbone or {}, self.predictor.head]
         static = [] if self.static is None else [self.static]
         return [tensor for group in groups for tensor in group.values()] + static
 

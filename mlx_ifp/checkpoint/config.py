@@ -120,14 +120,14 @@ class IFPConfig:
     """The whole of ``ifp_config.json``; docs/checkpoint.md explains each field.
 
     Attributes:
-        predictor_backbone: ``own``, or ``llm`` if the head reads the dense LLM's own hidden state;
-            the LLM was not trained with it.
+        predictor_backbone: ``own``, or ``llm`` if the head reads the dense LLM's own hidden state.
         predictor_embedding: ``own``, or ``llm`` if the backbone uses the LLM's embedding and
             tokenizer and has neither in ``predictor/``.
         channel_order: ``original``, or ``stored`` if ``order.safetensors`` says which channel
             each row is.
         blend: the weight of the prompt's ranks, 0 to 1. In ``glass`` the rest is the prior's, and
-            in a predictor whose backbone is the LLM it is the prediction's.
+            in a predictor whose backbone is the LLM it is the prediction's; with 0 the head's
+            scores alone select.
         keep_by_layer: whether one threshold over all layers says how many channels each keeps, with
             ``k`` as their mean.
         prefill: who reads the prompt, ``dense`` or ``pruned``, unless a call says it; None for what
@@ -219,11 +219,13 @@ class IFPConfig:
     def prefill_with(self, selector: str) -> str:
         """Who reads a prompt, ``dense`` or ``pruned``, if ``selector`` selects.
 
-        An LLM that was trained with its predictor is itself only as a sub-network. Without training
-        the keys and values of the whole model are the better ones.
+        Unless ``prefill`` says it, prompts are pruned only where a predictor with a backbone of its
+        own selects: an LLM that was trained with it is itself only as a sub-network. Without
+        training the keys and values of the whole model are the better ones, and a head that reads
+        the LLM's own state needs the whole model's pass anyway.
         """
-        trained = selector == "predictor" and self.predictor_backbone == "own"
-        return self.prefill or ("pruned" if trained else "dense")
+        own = selector == "predictor" and self.predictor_backbone == "own"
+        return self.prefill or ("pruned" if own else "dense")
 
     def to_json(self) -> str:
         """The text of the file."""

@@ -83,14 +83,25 @@ class Checkpoint:
         return self.ffns[0].d_ffn
 
     @property
-    def fitted(self) -> bool:
+    def reads_own_state(self) -> bool:
         """Whether it has a predictor whose backbone is the dense LLM."""
         return bool(self.head) and self.ifp.predictor_backbone == "llm"
 
     @property
+    def fitted(self) -> bool:
+        """Whether its predictor is one of ``mlx_ifp.fit``: its scores are GRIFFIN's statistic.
+
+        Such a head is a linear map, while one that was trained has a norm before it. The scores of
+        a trained one mean nothing but their order.
+        """
+        head = self.ifp.head
+        linear = head is not None and (head.activation, head.feature_norm) == ("none", "none")
+        return self.reads_own_state and linear
+
+    @property
     def has_predictor_tokenizer(self) -> bool:
         """Whether the predictor reads with a tokenizer of its own."""
-        return not self.fitted and self.ifp.predictor_embedding == "own"
+        return not self.reads_own_state and self.ifp.predictor_embedding == "own"
 
     @property
     def selectors(self) -> list[str]:
@@ -148,7 +159,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     _check_k(path, ifp, ffns)
     predictor_config, predictor_rows = None, None
     if ifp.head is not None and ifp.predictor_backbone == "llm":
-        _check_fitted_head(path, ifp.head, ffns, files.get(HEAD_FILE, {}))
+        _check_own_head(path, ifp.head, ffns, files.get(HEAD_FILE, {}))
     elif ifp.head is not None:
         predictor_config = _load_llm_config(path / PREDICTOR)
         backbone = _check_predictor(path, ifp, predictor_config, model, tensors(PREDICTOR_STEM))
@@ -292,7 +303,7 @@ def _check_head(
     check_tensors(path / HEAD_FILE, tensors, head_tensors(head, config, tensors))
 
 
-def _check_fitted_head(
+def _check_own_head(
     path: Path, head: HeadConfig, ffns: list[FFN], tensors: dict[str, TensorInfo]
 ) -> None:
     """Check a head that reads the LLM's own hidden state."""

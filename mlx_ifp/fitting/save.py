@@ -24,8 +24,11 @@ _ROWS = 1 << 14
 
 
 def check_fittable(checkpoint: Checkpoint) -> None:
-    """Raises IFPError if a checkpoint has a trained predictor, which its LLM belongs to."""
-    if checkpoint.predictor:
+    """Raises IFPError if a checkpoint has a trained predictor, which its LLM belongs to.
+
+    A predictor that was fitted may be fitted anew.
+    """
+    if checkpoint.head and not checkpoint.fitted:
         raise IFPError(
             f"{checkpoint.path} has a predictor that was trained together with its LLM; fit one "
             "for a checkpoint of the dense model."

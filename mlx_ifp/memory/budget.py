@@ -180,7 +180,7 @@ class Estimator:
     def predictor(self) -> int:
         """Bytes of the predictor: head and backbone, without anything that the trunk has."""
         checkpoint = self.checkpoint
-        if checkpoint.fitted:
+        if checkpoint.reads_own_state:
             return sum(map(self._nbytes, checkpoint.head.values()))
         tensors = [*checkpoint.predictor.values(), *checkpoint.head.values()]
         body = get_module(self._backbone, find_body(self._backbone))
@@ -217,7 +217,7 @@ class Estimator:
         if selector == "static":
             return stored, 0
         generation = Generation(tokens, prefill_step_size=PREFILL_STEP_SIZE)
-        if selector == "predictor" and not self.checkpoint.fitted:
+        if selector == "predictor" and not self.checkpoint.reads_own_state:
             return self.predictor, self.kv(generation, backbone=True, selector=True)
         scores = stored if selector == "glass" else 0
         head = self.predictor if selector == "predictor" else 0

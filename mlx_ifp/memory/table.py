@@ -15,7 +15,7 @@ def table(estimator: Estimator, use: Use, limit: int | None = None) -> str:
     if use.selector == "predictor":
         shared = checkpoint.ifp.predictor_embedding == "llm"
         what = "backbone and head" + ", embedding in the trunk" * shared
-        if checkpoint.fitted:
+        if checkpoint.reads_own_state:
             what = "head, and one layer's FFN at a time"
         rows.append(("predictor", what, budget.selector_weights))
     elif use.selector is not None:

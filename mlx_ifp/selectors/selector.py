@@ -26,7 +26,7 @@ from ..selection.ranks import blended
 from ..selection.selection import Selection, check_finite
 from ..subnetwork.parent import Parent
 from .activations import activation_scores
-from .fitted import fitted_scores
+from .own_state import own_state_scores
 from .predictor import Predictor, PredictorHead, load_head, load_predictor
 from .scoring import Part, Scoring, norms_of, select
 from .text import selector_tokens
@@ -168,9 +168,9 @@ class Selector:
             return mx.array(blended(np.array(scores), prior, scoring.blend)), parts
 
     @property
-    def fitted_head(self) -> PredictorHead | None:
+    def own_state_head(self) -> PredictorHead | None:
         """The predictor that reads the LLM's own states, loaded at the first use; or None."""
-        if not self.checkpoint.fitted:
+        if not self.checkpoint.reads_own_state:
             return None
         if self._head is None:
             self._head = load_head(self.checkpoint, self.parent.dtype)
@@ -181,19 +181,23 @@ class Selector:
         self, tokens: list[int], run_dense: RunDense | None
     ) -> tuple[mx.array, list[Part]]:
         """The predictor's scores, with its own backbone or with the LLM as such."""
-        if not self.checkpoint.fitted:
+        head = self.own_state_head
+        if head is None:
             scores = self.predictor.scores(tokens)
             return scores, [Part(scores, None)]
         blend = self.scoring.blend
-        head = self.fitted_head
-        assert head is not None  # as was just asked
-        both = fitted_scores(self.parent, head, tokens, run_dense=run_dense)
-        for scores in both:
+        predicted, own = own_state_scores(
+            self.parent, head, tokens, with_own=blend > 0, run_dense=run_dense
+        )
+        # What a fitted head predicts is GRIFFIN's statistic, too.
+        statistic = "griffin" if self.checkpoint.fitted else None
+        if own is None:
+            # Not their ranks, because soft values come from the scores themselves.
+            return predicted, [Part(predicted, statistic)]
+        for scores in (own, predicted):
             # Ranks would hide numbers that are not finite.
             check_finite(scores, self._computed_in("predictor"))
-        own, predicted = both
-        # What is predicted is GRIFFIN's statistic, too.
-        parts = [Part(own, "griffin", blend), Part(predicted, "griffin", 1 - blend)]
+        parts = [Part(own, "griffin", blend), Part(predicted, statistic, 1 - blend)]
         return mx.array(blended(np.array(own), np.array(predicted), blend)), parts
 
     @cached_property
@@ -209,7 +213,7 @@ class Selector:
         Raises:
             IFPError: if its backbone is the LLM, which is no network of its own.
         """
-        if self.checkpoint.fitted:
+        if self.checkpoint.reads_own_state:
             raise IFPError(
                 f"The predictor of {self.checkpoint.path} has the LLM as its backbone, so it is no "
                 "network of its own."
@@ -341,7 +345,7 @@ class Selector:
         if selector == "static":
             return None
         checkpoint = self.checkpoint
-        own = selector == "predictor" and not checkpoint.fitted
+        own = selector == "predictor" and not checkpoint.reads_own_state
         weights = checkpoint.predictor if own else checkpoint.trunk
         return computing_type(self.parent.dtype, weights.values())
 
@@ -370,7 +374,7 @@ class Selector:
         }
         if selector in ("activations", "glass"):
             settings["statistic"] = self.scoring.statistic
-        if selector == "glass" or (selector == "predictor" and self.checkpoint.fitted):
+        if selector == "glass" or (selector == "predictor" and self.checkpoint.reads_own_state):
             settings["blend"] = self.scoring.blend
         if selector == "glass":
             given = b"" if prior is None else np.ascontiguousarray(prior, np.float32).tobytes()

@@ -84,6 +84,23 @@ def save_run(path: Path, layout: str, change: Any = None, *, llm: dict | None = 
     return {"model": str(path), "predictor_config": str(path / "predictor_config")}
 
 
+def save_own_state_run(path: Path, **manifest: Any) -> Path:
+    """Write a run of the layout "manifest" whose head reads the LLM's own state.
+
+    Args:
+        path: a directory that does not exist; beside it is the LLM alone, ``NAME-llm``.
+        manifest: more fields; None takes one out.
+    """
+    save_run(path, "manifest")
+    for name in ("predictor_config", "predictor_tokenizer"):
+        shutil.rmtree(path / name)
+    mx.save_safetensors(str(path / "predictor.safetensors"), head_tensors("manifest"))
+    said = {"predictor_model": None, "predictor_backbone": "llm", "prefill": "dense"}
+    said |= {"predictor_hidden_dim": WIDTH, "chat_template_format": "chat"}
+    edit_json(path / "ifpruning_config.json", **said | manifest)
+    return path
+
+
 def head_tensors(layout: str) -> dict[str, mx.array]:
     """A random head under a layout's names."""
     names, keys = HEADS[layout], mx.random.split(mx.random.key(5), 4)

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ifp import load
 from mlx_ifp.checkpoint.config import TextConfig
 from mlx_ifp.commands.plot.training_curves import read_logs
 from mlx_ifp.convert import convert
+from mlx_ifp.dense_pass.prefill import dense_prefill
 from mlx_ifp.selection import masks as mlx_masks
 from mlx_ifp.selectors.text import selector_tokens
 from mlx_ifp.tuner.batches import make_batch
@@ -480,6 +482,39 @@ def own_state_model(**options) -> MaskedLM:
     predictor = Predictor(None, L, F, hidden_size=64, head_width=16)
     torch.nn.init.normal_(predictor.mlp[2].weight, std=0.3)
     return MaskedLM(make_llm(), predictor, **{"k": K, "prefill": "dense"} | options)
+
+
+@torch.no_grad()
+def test_a_saved_own_state_converts_and_equals_pytorch(tmp_path):
+    model, tokenizer = own_state_model(mode="hard"), tiny_tokenizer()
+    save_checkpoint(tmp_path / "run", model, tokenizer, tokenizer, {}, dtype=torch.float32)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not names & {"predictor_config", "predictor_tokenizer"}
+    theirs, wrapped = load(convert(str(tmp_path / "run"), tmp_path / "ifp"), cache=False)
+    ifp = theirs.checkpoint.ifp
+    assert (ifp.predictor_backbone, ifp.blend, ifp.prefill_with("predictor")) == ("llm", 0, "dense")
+    question = "What is 2 + 2?"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert selector_tokens(wrapped, question, ifp.text) == asked
+    for prompt in (asked, [300], list(range(3, 200, 7))):
+        answer = [17, 130, 9, 301, 5]
+        tokens = torch.tensor([prompt + answer])
+        scores = model.scores(torch.tensor([prompt]))
+        mask = model.masks(scores)
+        read = (torch.arange(tokens.shape[1]) < len(prompt))[None, :, None]
+        logits = model.logits(model.hidden(tokens, mask, dense=read))[0].numpy()
+        assert np.abs(np.array(theirs.scores(prompt)) - scores[0].numpy()).max() < 1e-4
+        selection = theirs.select(prompt)
+        assert (selection.mask == (mask[0] > 0).numpy()).all()
+        prefilled = dense_prefill(theirs.parent, prompt, make_prompt_cache(theirs.trunk))
+        last = np.array(prefilled.logits[0, 0])
+        assert np.abs(last - logits[len(prompt) - 1]).max() < 1e-4
+        network = theirs.subnetwork(selection)
+        rest = np.array(network(mx.array([answer]), cache=prefilled.cache)[0])
+        assert np.abs(rest - logits[len(prompt) :]).max() < 1e-4
 
 
 @torch.no_grad()

@@ -347,7 +347,7 @@ def _trial_notes(trials: list[Trial], saved: Task | None) -> list[str]:
 
 def _predictor_bytes(model: IFPModel) -> int:
     """What the predictor adds to the trunk; an embedding they share is the trunk's."""
-    if model.checkpoint.fitted:
+    if model.checkpoint.reads_own_state:
         return Estimator(model.checkpoint, model.dtype).predictor
     trunk = {id(array) for array in arrays_of(model.trunk)}
     predictor = model.predictor

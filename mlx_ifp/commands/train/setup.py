@@ -77,9 +77,9 @@ def predictor_start(args: types.SimpleNamespace, source: Source, dtype: Any) -> 
 def has_predictor(args: types.SimpleNamespace, source: Source) -> bool:
     """Whether training continues with the predictor that the source already has."""
     checkpoint = source.checkpoint
-    # A fitted head has no backbone of its own to go on with.
-    trained = checkpoint is not None and checkpoint.ifp.head is not None and not checkpoint.fitted
-    return trained and args.predictor_model is None and args.predictor_layers is None
+    # A head that reads the LLM has no backbone of its own to go on with.
+    own = checkpoint is not None and bool(checkpoint.head) and not checkpoint.reads_own_state
+    return own and args.predictor_model is None and args.predictor_layers is None
 
 
 def keep_range_of(args: types.SimpleNamespace, source: Source) -> KeepRange | None:
