@@ -22,8 +22,12 @@ _THREADS = 4
 # Rows that are closer in the file than this are read together with what lies between them, because
 # one request of some more bytes costs less than two. In a small tensor the mean of all gaps counts.
 _GAP_BYTES = 64 << 10
-# Rows of at least this length are read without what lies between: that takes longer than a request.
+# Rows of at least this length are read straight to where they belong also where they lie alone: one
+# request takes many targets, and what lies between goes to a scratch that stays in the processor's
+# cache. For shorter rows a list of targets takes longer than to pick them out.
 _LONG_ROW_BYTES = 8 << 10
+# The system takes so many targets in one request, at least 16 by POSIX.
+_TARGETS = min(1024, os.sysconf("SC_IOV_MAX")) if "SC_IOV_MAX" in os.sysconf_names else 16
 # A run of at least this length is read straight to where it belongs. Shorter ones are read with
 # their surroundings and picked out.
 _RUN_BYTES = 256 << 10
@@ -56,7 +60,7 @@ class ChannelReader:
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self._tensors = tensors
         self._lock = threading.Lock()
-        self._bytes_read = 0
+        self._bytes_read = self._bytes_touched = 0
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="channels")
         self._files = {path: _File(path) for path in {tensor.path for tensor in tensors.values()}}
 
@@ -64,6 +68,11 @@ class ChannelReader:
     def bytes_read(self) -> int:
         """Bytes of rows read so far, over all calls."""
         return self._bytes_read
+
+    @property
+    def bytes_touched(self) -> int:
+        """Bytes asked of the system so far: those of rows, and what was read between them."""
+        return self._bytes_touched
 
     @property
     def nbytes(self) -> int:
@@ -93,10 +102,11 @@ class ChannelReader:
         """Begin to read rows; the arguments are those of :meth:`read`."""
         return Reading(self, groups)
 
-    def count(self, nbytes: int) -> None:
-        """Add to :attr:`bytes_read`."""
+    def count(self, nbytes: int, touched: int) -> None:
+        """Add to :attr:`bytes_read` and :attr:`bytes_touched`."""
         with self._lock:
             self._bytes_read += nbytes
+            self._bytes_touched += touched
 
     def _count(self, part: Part) -> int:
         name, rows = part
@@ -177,7 +187,8 @@ class Reading:
                 for target, (shape, dtype) in zip(self._targets, self._wanted, strict=True)
             ]
             mx.eval(self._arrays)
-        self._reader.count(sum(array.nbytes for array in self._arrays))
+        touched = sum(future.result() for future in self._futures)
+        self._reader.count(sum(array.nbytes for array in self._arrays), touched)
         return self._arrays
 
 
@@ -197,24 +208,22 @@ def row_bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     ]
 
 
-def _read_all(reads: list[_Read]) -> None:
-    for read in reads:
-        _read_rows(*read)
+def _read_all(reads: list[_Read]) -> int:
+    """Read rows of some tensors; how many bytes were asked for."""
+    return sum(_read_rows(*read) for read in reads)
 
 
-def _read_rows(
-    file: "_File", info: TensorInfo, rows: np.ndarray | None, target: np.ndarray
-) -> None:
-    """Read rows of a tensor to ``target``, uint8 [k, bytes of a row]."""
+def _read_rows(file: "_File", info: TensorInfo, rows: np.ndarray | None, target: np.ndarray) -> int:
+    """Read rows of a tensor to ``target``, uint8 [k, bytes of a row]; the bytes asked for."""
     if info.places is not None:
-        _read_places(file, info, info.places if rows is None else info.places[rows], target)
-        return
+        return _read_places(file, info, info.places if rows is None else info.places[rows], target)
     if rows is None or not len(rows):
-        file.read_into(target, info.offset)
-        return
+        return file.read_into(target, info.offset)
     row = target.shape[1]
     # numpy takes rows by numbers of this type without another copy of them.
     rows = rows.astype(np.intp)
+    if row >= _LONG_ROW_BYTES:
+        return _read_long_rows(file, info, rows, target)
     span = int(rows[-1] - rows[0]) + 1
     if span * row <= _BLOCK_BYTES and (span - len(rows)) * row <= len(rows) * _GAP_BYTES:
         # All are read at once: in a small tensor it costs more to find wide gaps than to read them.
@@ -224,32 +233,59 @@ def _read_rows(
         heights = rows[stops - 1] - rows[starts] + 1
         columns = (starts, stops, rows[starts], heights)
         stretches = list(zip(*(column.tolist() for column in columns), strict=True))
+    touched = 0
     for start, stop, top, height in stretches:
         part, offset = target[start:stop], info.offset + top * row
         if height == stop - start:
-            file.read_into(part, offset)
+            touched += file.read_into(part, offset)
         else:
             block = _scratch(height * row).reshape(height, row)
-            file.read_into(block, offset)
+            touched += file.read_into(block, offset)
             # mode="clip" lets numpy write to `out` directly; the rows are all there.
             block.take(rows[start:stop] - top, axis=0, out=part, mode="clip")
+    return touched
 
 
-def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> None:
+def _read_long_rows(file: "_File", info: TensorInfo, rows: np.ndarray, target: np.ndarray) -> int:
+    """Read runs of rows straight to where they belong, many in one request."""
+    row = target.shape[1]
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    starts, stops = np.append(0, ends), np.append(ends, len(rows))
+    # The last run has nothing behind it.
+    gaps = np.append((rows[starts[1:]] - rows[stops[:-1] - 1] - 1) * row, _GAP_BYTES + 1)
+    between = _scratch(_GAP_BYTES).data
+    targets: list[memoryview] = []
+    touched = 0
+    columns = (starts, stops, rows[starts], gaps)
+    for start, stop, top, gap in zip(*(column.tolist() for column in columns), strict=True):
+        if not targets:
+            offset = info.offset + top * row
+        targets.append(target[start:stop].data.cast("B"))
+        if gap > _GAP_BYTES or len(targets) + 1 >= _TARGETS:
+            touched += file.read_all_into(targets, offset)
+            targets = []
+        else:
+            targets.append(between[:gap])
+    return touched
+
+
+def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np.ndarray) -> int:
     """Read channels that are stored in another order: row ``places[i]`` goes to ``i``."""
     row = target.shape[1]
     order = np.argsort(places)
     rows = places[order]
     # Each row is one item, which numpy moves as a whole.
     target = target.view(f"V{row}")[:, 0]
+    touched = 0
     for start, stop in zip(*_stretches(rows, row, cut_runs=True), strict=True):
         first, height = int(rows[start]), int(rows[stop - 1] - rows[start]) + 1
         block = _scratch(height * row)
-        file.read_into(block, info.offset + first * row)
+        touched += file.read_into(block, info.offset + first * row)
         block = block.view(f"V{row}")
         if height > stop - start:
             block = block[rows[start:stop] - first]
         target[order[start:stop]] = block
+    return touched
 
 
 _local = threading.local()
@@ -266,20 +302,18 @@ def _scratch(nbytes: int) -> np.ndarray:
 def _stretches(rows: np.ndarray, row: int, cut_runs: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Cut ascending rows of ``row`` bytes into stretches to read at once.
 
-    A long run is a stretch of its own, and with long rows every run is. Others are read some rows
-    at a time, together with their gaps if those are small. With ``cut_runs`` all runs are treated
-    in this way.
+    A long run is a stretch of its own. Others are read some rows at a time, together with their
+    gaps if those are small. With ``cut_runs`` all runs are treated in this way.
 
     Returns:
         tuple: where each stretch starts among the rows, and where it stops: int64 [n].
     """
     block, run = max(1, _BLOCK_BYTES // row), -(-_RUN_BYTES // row)
     steps = np.diff(rows)
-    every_run = not cut_runs and row >= _LONG_ROW_BYTES
     # A run as long as this is one if its last row is that far from its first.
     long_runs = not cut_runs and bool((rows[run - 1 :] - rows[: 1 - run or None] == run - 1).any())
-    cuts = steps > (1 if every_run else 1 + _GAP_BYTES // row)
-    if long_runs and not every_run:
+    cuts = steps > 1 + _GAP_BYTES // row
+    if long_runs:
         ends = np.flatnonzero(steps != 1) + 1
         long = np.diff(ends, prepend=0, append=len(rows)) >= run
         cuts[ends[long[1:] | long[:-1]] - 1] = True
@@ -326,12 +360,16 @@ class _File:
         if self._now() != self._state:
             raise IFPError(f"{self._path} was changed while in use. Load the checkpoint again.")
 
-    def read_into(self, target: np.ndarray, offset: int) -> None:
-        """Fill a contiguous array with the bytes from an offset on."""
-        view = target.data.cast("B") if target.size else memoryview(b"")
-        while view:
+    def read_into(self, target: np.ndarray, offset: int) -> int:
+        """Fill a contiguous array with the bytes from an offset on; how many there were."""
+        return self.read_all_into([target.data.cast("B")], offset) if target.size else 0
+
+    def read_all_into(self, targets: list[memoryview], offset: int) -> int:
+        """Fill targets one after another with the bytes from an offset on; how many there were."""
+        nbytes = sum(map(len, targets))
+        while targets:
             try:
-                count = os.preadv(self._descriptor, [view], offset)
+                count = os.preadv(self._descriptor, targets, offset)
             except OSError as error:
                 raise IFPError(f"{self._path} cannot be read: {error.strerror}.") from error
             if count == 0:
@@ -339,5 +377,12 @@ class _File:
                     f"{self._path} was changed while in use: it ends at byte {offset:,}. "
                     "Load the checkpoint again."
                 )
-            view = view[count:]
             offset += count
+            full = 0
+            while full < len(targets) and count >= len(targets[full]):
+                count -= len(targets[full])
+                full += 1
+            targets = targets[full:]
+            if targets:
+                targets[0] = targets[0][count:]
+        return nbytes

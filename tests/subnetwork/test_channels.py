@@ -178,19 +178,37 @@ def test_only_short_gaps_are_read_too(copied, asked, monkeypatch):
     reader.read([[(name, np.array([0, 1, 2, 80, 81, 84, 159], np.int32))]])
     # 64 floats a row: three rows, five with two of a gap among them, one.
     assert sorted(asked) == [256, 3 * 256, 5 * 256]
-    assert reader.bytes_read == 7 * 256
+    assert (reader.bytes_read, reader.bytes_touched) == (7 * 256, sum(asked))
 
 
-def test_nothing_between_long_rows_is_read(copied, asked, monkeypatch):
-    """A request for each run costs less than to read a long row that nobody wants."""
+@pytest.mark.parametrize("targets", [1024, 4])
+def test_long_rows_are_read_with_one_request_to_where_they_belong(copied, monkeypatch, targets):
+    """Narrow gaps go to a scratch, wide ones are not read, and no request has too many targets."""
     tensors = copied[1]
-    monkeypatch.setattr(channels, "_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(channels, "_GAP_BYTES", 2 * 256)
     monkeypatch.setattr(channels, "_LONG_ROW_BYTES", 256)
+    monkeypatch.setattr(channels, "_TARGETS", targets)
+    lengths, preadv = [], os.preadv
+
+    def count(fd, views, at):
+        lengths.append([len(view) // 256 for view in views])
+        # The system may return less than was asked for, and end inside of a target.
+        return preadv(fd, [views[0][:-100] or views[0]], at) if len(views) > 4 else preadv(
+            fd, views, at
+        )  # fmt: skip
+
+    monkeypatch.setattr(os, "preadv", count)
     name = next(name for name in tensors if name.endswith("weight"))
-    rows = np.array([0, 1, 2, 80, 81, 84, 159], np.int32)
-    (some,) = ChannelReader(tensors).read([[(name, rows)]])
-    assert sorted(asked) == [256, 256, 2 * 256, 3 * 256]
+    rows = np.array([0, 1, 2, 80, 81, 84, 85, 87, 90, 159], np.int32)
+    reader = ChannelReader(tensors)
+    (some,) = reader.read([[(name, rows)]])
     assert mx.array_equal(some, mx.load(str(copied[0]))[name][mx.array(rows)])
+    # Three gaps of at most two rows are read, unless a request ends there.
+    assert reader.bytes_touched == (14 if targets == 4 else 15) * 256
+    if targets == 4:
+        assert lengths == [[3], [2, 2, 2], [1, 2, 1], [1]]
+    else:
+        assert lengths[:2] == [[3], [2, 2, 2, 1, 1, 2, 1]] and lengths[-1] == [1]
 
 
 def test_a_thread_reads_several_small_tensors(tiny_checkpoint):

@@ -110,7 +110,7 @@ def _in_memory(path: Path) -> list[bool]:
 def cold_seconds(
     model: IFPModel, selection: Selection, nbytes: int, files: ColdFiles
 ) -> dict[str, float]:
-    """Loading a sub-network, and a sequential read of as many bytes, both from cold files.
+    """Loading a sub-network, and sequential reads to compare it with, all from cold files.
 
     The sub-networks in memory are dropped. Afterwards the files are warm again.
 
@@ -121,20 +121,26 @@ def cold_seconds(
         files (ColdFiles): the checkpoint's channels.
 
     Returns:
-        dict: both in seconds, and ``still_in_memory``, the share of the files that was not cold.
+        dict: seconds of loading; of a sequential read of as many bytes as the sub-network takes;
+        of one of as many as loading touched, which include what lies between wanted rows; these
+        bytes; and ``still_in_memory``, the share of the files that was not cold.
     """
     model.networks.clear()
-    still = files.drop()
+    still, before = files.drop(), model.reader.bytes_touched
     start = time.perf_counter()
     model.subnetwork(selection)
-    loading = time.perf_counter() - start
-    still = max(still, files.drop())
-    start = time.perf_counter()
-    files.read(nbytes)
-    reading = time.perf_counter() - start
+    loading, touched = time.perf_counter() - start, model.reader.bytes_touched - before
+    reading = []
+    for count in (nbytes, touched):
+        still = max(still, files.drop())
+        start = time.perf_counter()
+        files.read(count)
+        reading.append(time.perf_counter() - start)
     files.read()
     return {
         "cold_load_seconds": loading,
-        "sequential_read_seconds": reading,
+        "sequential_read_seconds": reading[0],
+        "touched_bytes": touched,
+        "touched_read_seconds": reading[1],
         "still_in_memory": still,
     }

@@ -70,6 +70,10 @@ def summary(measured: Measured) -> dict[str, Any]:
         return over(lambda t: t["prefill"][names[0]] / t["prefill"][names[1]])
 
     cold = "cold_load_seconds" in trials[0]
+
+    def cold_to(name: str) -> dict[str, float] | None:
+        return over(lambda t: t["cold_load_seconds"] / t[name]) if cold else None
+
     bytes_ratio = memory[FULL]["bytes_per_token"] / memory[REPEAT]["bytes_per_token"]
     weights = memory[FIRST]["weights_bytes"] + measured.predictor_bytes
     return {
@@ -89,11 +93,8 @@ def summary(measured: Measured) -> dict[str, Any]:
             "first_prompt_dense_to_pruned": dense_to_pruned("first"),
             "known_task_dense_to_pruned": dense_to_pruned("known"),
             "loading_to_copy": over(lambda t: loading_to(t, "copy_seconds")),
-            "cold_loading_to_read": over(
-                lambda t: t["cold_load_seconds"] / t["sequential_read_seconds"]
-            )
-            if cold
-            else None,
+            "cold_loading_to_read": cold_to("sequential_read_seconds"),
+            "cold_loading_to_touched_read": cold_to("touched_read_seconds"),
             "peak_to_weights": memory[FIRST]["peak_memory_bytes"] / weights,
             "peak_to_weights_and_caches": memory[FIRST]["peak_memory_bytes"]
             / (weights + measured.kv_bytes),
@@ -103,6 +104,7 @@ def summary(measured: Measured) -> dict[str, Any]:
         "copy_seconds": over(lambda t: t["copy_seconds"]),
         "cold_load_seconds": over(lambda t: t["cold_load_seconds"]) if cold else None,
         "sequential_read_seconds": over(lambda t: t["sequential_read_seconds"]) if cold else None,
+        "touched_bytes": over(lambda t: t["touched_bytes"]) if cold else None,
         "overlap": over(lambda t: t["overlap"]),
         "overlapping_bytes_expected": over(
             lambda t: (1 - t["overlap"]) * t["rows"][FIRST]["bytes_read"]
@@ -193,6 +195,10 @@ def _ratios(one: dict[str, Any]) -> list[str]:
         ),
         ("loading, warm / copy in memory", ratios["loading_to_copy"]),
         ("loading, cold / sequential read", ratios["cold_loading_to_read"]),
+        (
+            "loading, cold / read of what it touches",
+            ratios["cold_loading_to_touched_read"],
+        ),
         (
             "peak / (trunk + active channels + predictor)",
             f"{ratios['peak_to_weights']:.3f}, "
