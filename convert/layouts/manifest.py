@@ -28,6 +28,8 @@ A directory of this layout holds the LLM as transformers saves it, with its toke
     and its epsilon, as ``mask`` in ``ifp_config.json``;
   - ``keep_soft_values`` (optional, false): whether inference multiplies each kept channel by its
     soft value. If not, the mask was trained soft and is used hard, which selects the same channels;
+  - ``quantization`` (optional): an object with ``bits``, ``group_size`` and ``bits_of`` (part of a
+    weight's name -> its bits), if training saw rounded weights. The user is told;
   - ``static_scores`` (optional): true for a static run with ``static.safetensors``, or the name of
     another file that holds ``scores``.
 
@@ -100,7 +102,31 @@ def open_manifest(path: Path, given: Given) -> TrainedModel:
         d_ffn=manifest["full_intermediate_dim"],
         tokenizer=given.tokenizer or (str(path) if has_tokenizer(path) else None),
         extra_files=generation_config(path),
+        notes=_rounding(manifest, path),
     )
+
+
+def _rounding(manifest: dict[str, Any], path: Path) -> list[str]:
+    """What the user should know of a run that saw rounded weights: its floats mean little."""
+    how = manifest.get("quantization")
+    if how is None:
+        return []
+    parts = how.get("bits_of", {}) if isinstance(how, dict) else None
+    if not isinstance(parts, dict) or not all(
+        isinstance(n, int) for n in (how.get("bits"), how.get("group_size"), *parts.values())
+    ):
+        raise IFPError(
+            f"{path / MANIFEST}: quantization must have bits and group_size, and may have bits_of."
+        )
+    note = (
+        f"Training saw the LLM's weights in {how['bits']} bits in groups of {how['group_size']}. "
+        f"Only -q --q-bits {how['bits']} --q-group-size {how['group_size']} gives the weights that "
+        "were trained."
+    )
+    if parts:
+        named = ", ".join(f"{name} in {bits}" for name, bits in parts.items())
+        note += f" Some had other bits ({named}), which no option gives."
+    return [note]
 
 
 def _mask(manifest: dict[str, Any], path: Path) -> MaskConfig:

@@ -84,6 +84,12 @@ def pack_checkpoint(
     """Write a checkpoint of the layout "manifest" in files of about ``file_bytes`` at most."""
     if not (source / MANIFEST).is_file():
         raise fail(f"{source} is no trained checkpoint, it has no {MANIFEST}.")
+    manifest = json.loads((source / MANIFEST).read_text())
+    if (manifest.get("quantization") or {}).get("bits_of"):
+        raise fail(
+            f"{source} was trained with --q-bits-of, and all weights are packed in the same bits; "
+            "carry it as it is."
+        )
     llm = read_llm(source)
     shapes: dict[str, list[int]] = {}
     tensors: dict[str, Tensor] = {}

@@ -223,6 +223,15 @@ def test_the_head_of_a_converted_one_stays_as_it_is(tmp_path, converted, given):
         convert(str(converted), tmp_path / "out", **given)
 
 
+def test_the_user_is_told_that_training_saw_rounded_weights(tmp_path, other, capsys):
+    rounded = {"bits": 4, "group_size": 32, "bits_of": {"down_proj": 5}}
+    edit_json(other / MANIFEST, quantization=rounded)
+    convert(str(other), tmp_path / "ifp")
+    said = capsys.readouterr().err
+    assert "Only -q --q-bits 4 --q-group-size 32 gives the weights" in said
+    assert "(down_proj in 5), which no option gives" in said
+
+
 def test_no_other_predictor_is_fitted_for_its_llm(converted):
     checkpoint = open_checkpoint(converted)
     assert checkpoint.reads_own_state and not checkpoint.fitted
@@ -238,6 +247,8 @@ def test_no_other_predictor_is_fitted_for_its_llm(converted):
         ({"prefill": "half"}, "prefill must be one of dense, pruned, not 'half'"),
         ({"chat_template_format": "any"}, "chat_template_format must be one of chat, raw"),
         ({"predictor_hidden_dim": 8}, "predictor_hidden_dim is 8, but"),
+        ({"quantization": 4}, "quantization must have bits and group_size"),
+        ({"quantization": {"bits": 4}}, "quantization must have bits and group_size"),
         ({"predictor_backbone": None}, r"extractor\.\* are missing; if the head reads the LLM's"),
     ],
 )
