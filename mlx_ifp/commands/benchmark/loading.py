@@ -5,11 +5,13 @@ import statistics
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from ...errors import IFPError
 from ...model import IFPModel
 from ...selection.selection import Selection
+from ...subnetwork.rows import begin_layer, read_in_turn
 
 _COPY_BYTES = 256 << 20
 _COPIES = 5
@@ -34,6 +36,52 @@ def copy_seconds(nbytes: int) -> float:
         return time.perf_counter() - start
 
     return statistics.median(once() for _ in range(_COPIES))
+
+
+def loading_parts(model: IFPModel, selection: Selection) -> dict[str, float]:
+    """What loading consists of, each part alone, while the files are in the system's memory.
+
+    Returns:
+        dict: seconds of ``rows``, all of the sub-network's rows as loading reads them; of
+        ``arrays``, making as many arrays of their sizes; of ``read``, one thread's sequential read
+        of as many bytes as are touched; and ``touched_bytes``, which include what lies between
+        wanted rows.
+    """
+    reader, ffns, dtype = model.reader, model.checkpoint.ffns, model.parent.dtype
+    before, start = reader.bytes_touched, time.perf_counter()
+    readings = (begin_layer(reader, ffns, selection, i, dtype) for i in range(len(ffns)))
+    rows = list(read_in_turn(readings))
+    seconds = {"rows": time.perf_counter() - start}
+    touched = reader.bytes_touched - before
+    shapes = [(array.shape, array.dtype) for layer in rows for array in layer.arrays.values()]
+    del rows
+    start = time.perf_counter()
+    mx.eval([mx.zeros(*each) for each in shapes])
+    seconds["arrays"] = time.perf_counter() - start
+    paths = sorted({tensor.path for tensor in model.checkpoint.channels.values()})
+    start = time.perf_counter()
+    read_files(paths, touched)
+    return seconds | {"read": time.perf_counter() - start, "touched_bytes": touched}
+
+
+def read_files(paths: list[Path], nbytes: int | None = None) -> int:
+    """Read bytes one after another, from the beginning of some files on.
+
+    Args:
+        paths (list): of the files.
+        nbytes (int): how many; None reads all.
+
+    Returns:
+        int: how many there were.
+    """
+    size = sum(path.stat().st_size for path in paths)
+    left = wanted = size if nbytes is None else min(nbytes, size)
+    buffer = memoryview(bytearray(_READ_BYTES))
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while left and (count := file.readinto(buffer[: min(left, _READ_BYTES)])):
+                left -= count
+    return wanted - left
 
 
 class ColdFiles:
@@ -66,22 +114,8 @@ class ColdFiles:
         return sum(found) / len(found) if found else -1.0
 
     def read(self, nbytes: int | None = None) -> int:
-        """Read bytes one after another, from the beginning of the files on.
-
-        Args:
-            nbytes (int): how many; None reads all.
-
-        Returns:
-            int: how many there were.
-        """
-        size = sum(path.stat().st_size for path in self.paths)
-        left = wanted = size if nbytes is None else min(nbytes, size)
-        buffer = memoryview(bytearray(_READ_BYTES))
-        for path in self.paths:
-            with open(path, "rb", buffering=0) as file:
-                while left and (count := file.readinto(buffer[: min(left, _READ_BYTES)])):
-                    left -= count
-        return wanted - left
+        """See :func:`read_files`."""
+        return read_files(self.paths, nbytes)
 
 
 def check_cold() -> None:

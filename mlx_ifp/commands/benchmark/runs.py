@@ -21,7 +21,7 @@ from ...selection.selection import Selection
 from ...selection.task_library import Task
 from ...subnetwork.prepared import Prepared
 from .experts import experts_model
-from .loading import ColdFiles, cold_seconds, copy_seconds
+from .loading import ColdFiles, cold_seconds, copy_seconds, loading_parts
 from .prefill import prefill_seconds
 from .same_size import arrays_of, float_dtype, memory_of, same_size_model
 from .settings import Settings
@@ -207,8 +207,9 @@ class Measured:
         predictor_bytes: what it takes in memory besides the trunk; 0 if another selector ran.
         dtype: what the networks compute in.
         trials: each has ``rows``: row -> run; ``overlap`` of the two tasks' selections;
-            ``copy_seconds``; ``prefill``, what :func:`prefill_seconds` gives, if prompts are read
-            by the whole model; and, if asked for, what :func:`cold_seconds` gives.
+            ``copy_seconds``; ``loading_parts``, what the function of this name gives; ``prefill``,
+            what :func:`prefill_seconds` gives, if prompts are read by the whole model; and, if
+            asked for, what :func:`cold_seconds` gives.
         notes: what could not be alike.
     """
 
@@ -317,6 +318,7 @@ def _trial(bench: Bench, number: int, files: ColdFiles | None) -> Trial:
     trial: Trial = {
         "overlap": selection_of(first).overlap(selection_of(ready[OVERLAPPING]))[0],
         "copy_seconds": copy_seconds(first.bytes_read),
+        "loading_parts": loading_parts(bench.model, selection_of(first)),
     }
     rows = list(ready)
     turn = number % len(rows)

@@ -194,6 +194,7 @@ def _ratios(one: dict[str, Any]) -> list[str]:
             _first_tokens(one, "known_task_dense_to_pruned", "known"),
         ),
         ("loading, warm / copy in memory", ratios["loading_to_copy"]),
+        ("loading, warm, parts", _loading_parts(one)),
         ("loading, cold / sequential read", ratios["cold_loading_to_read"]),
         (
             "loading, cold / read of what it touches",
@@ -223,6 +224,18 @@ def _ratios(one: dict[str, Any]) -> list[str]:
         for name, value in said
         if value is not None
     ]
+
+
+def _loading_parts(one: dict[str, Any]) -> str:
+    """Medians of what loading consists of."""
+
+    def median(name: str) -> float:
+        return statistics.median(trial["loading_parts"][name] for trial in one["trials"])
+
+    return (
+        f"rows {median('rows'):.4f} s; alone, making their arrays {median('arrays'):.4f}, reading "
+        f"the {median('touched_bytes') / 1e6:.1f} MB that are touched {median('read'):.4f}"
+    )
 
 
 def _first_tokens(one: dict[str, Any], ratio: str, known: str) -> str | None:

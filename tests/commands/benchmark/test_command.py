@@ -162,6 +162,17 @@ def test_cold_loading_is_compared_with_a_cold_read(run):
         assert "loading, cold / sequential read:" in run[0].stdout
 
 
+def test_the_parts_of_loading_are_said(run):
+    # float32: k = 64 channels of 3 rows of 64 in 3 layers.
+    wanted = 4 * 64 * 3 * 64 * 3
+    for one in run[1]["lengths"]:
+        for trial in one["trials"]:
+            parts = trial["loading_parts"]
+            assert parts["touched_bytes"] >= wanted
+            assert min(parts["rows"], parts["arrays"], parts["read"]) > 0
+    assert "loading, warm, parts:" in run[0].stdout
+
+
 def test_only_a_new_task_selects_and_reads(run):
     # float32: k = 64 channels of 3 rows of 64 in 3 layers.
     channels = 4 * 64 * 3 * 64 * 3
