@@ -14,8 +14,8 @@ Range = tuple[Path, int, int]
 
 # macOS has a call of its own, which Python's fcntl does not name: see fcntl(2) there.
 _F_RDADVISE = 44
-# Its length is an int of 32 bits.
-_MOST_BYTES = 1 << 30
+# Linux begins to read no more than this for one request, and forgets the rest.
+_MOST_BYTES = 128 << 10
 
 
 def read_ahead(ranges: Callable[[], Iterable[Range]]) -> threading.Thread:
@@ -50,10 +50,10 @@ def _ask(ranges: Callable[[], Iterable[Range]]) -> None:
 
 def advise(descriptor: int, offset: int, nbytes: int) -> None:
     """Tell the system that a part of an open file will be needed."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
-    elif sys.platform == "darwin":
-        for start in range(offset, offset + nbytes, _MOST_BYTES):
-            length = min(_MOST_BYTES, offset + nbytes - start)
+    for start in range(offset, offset + nbytes, _MOST_BYTES):
+        length = min(_MOST_BYTES, offset + nbytes - start)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+        elif sys.platform == "darwin":
             # struct radvisory: off_t, int, and what fills it up.
             fcntl.fcntl(descriptor, _F_RDADVISE, struct.pack("=qi4x", start, length))
