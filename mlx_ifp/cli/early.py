@@ -14,7 +14,8 @@ def read_trunk_ahead(args: argparse.Namespace) -> None:
 
     Nothing is checked here: what is wrong with it is said by whoever opens it.
     """
-    if not getattr(args, "estimate_only", False):
+    # With a limit nothing is read before it is known to fit.
+    if not args.estimate_only and args.memory_limit is None:
         read_ahead(lambda: trunk_files(args.model))
 
 
