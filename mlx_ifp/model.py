@@ -38,6 +38,7 @@ from .selectors.examples import (
 from .selectors.predictor import Predictor
 from .selectors.scoring import Scoring
 from .selectors.selector import Selector, resolved_keep
+from .subnetwork.ahead import Ahead
 from .subnetwork.cache import SubnetworkCache
 from .subnetwork.channels import ChannelReader
 from .subnetwork.parent import Parent
@@ -81,6 +82,7 @@ class IFPModel:
         reuse_overlap: float | None = None,
         memory_limit: int | None = None,
         use: Use | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self.checkpoint, self.tokenizer, self.dtype = checkpoint, tokenizer, dtype
         ks = resolved_keep(checkpoint, keep)
@@ -95,7 +97,9 @@ class IFPModel:
             use = use or Use(ks, Generation(1), default, dense_prefill=dense_prefill)
             memory = MemoryLimit(memory_limit, Estimator(checkpoint, dtype), self.networks, use)
         self.memory = memory
-        self.parent = Parent.of(checkpoint, load_trunk(checkpoint, max(ks), dtype), dtype)
+        arrays = None if ahead is None else ahead.take_trunk()
+        trunk = load_trunk(checkpoint, max(ks), dtype, arrays)
+        self.parent = Parent.of(checkpoint, trunk, dtype)
         self.text_selector = Selector(
             checkpoint,
             self.parent,

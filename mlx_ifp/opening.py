@@ -1,5 +1,6 @@
 """Open a checkpoint and load it: from a path or a hub id to a model in use."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .selection.disk_cache import SelectionCache
 from .selection.keep import Keep
 from .selection.task_library import TaskLibrary
 from .selectors.scoring import Scoring
+from .subnetwork.ahead import Ahead
 from .subnetwork.reuse import check_overlap
 
 
@@ -22,9 +24,17 @@ def open_model(
     path_or_hf_repo: str | Path | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     revision: str | None = None,
+    begin: Callable[[Checkpoint], object] = lambda _: None,
 ) -> tuple[Checkpoint, TokenizerWrapper]:
-    """The first half of :func:`load`: configs, headers and tokenizer, but no weights."""
+    """The first half of :func:`load`: configs, headers and tokenizer, but no weights.
+
+    Args:
+        path_or_hf_repo, tokenizer_config, revision: as there.
+        begin (Callable): called with the checkpoint before the tokenizer is loaded, so that it can
+            begin to read what is needed later.
+    """
     checkpoint = open_checkpoint(resolve(path_or_hf_repo, revision))
+    begin(checkpoint)
     return checkpoint, load_tokenizer_of(checkpoint, tokenizer_config)
 
 
@@ -85,19 +95,28 @@ def load(
     """
     if reuse_overlap is not None:
         check_overlap(reuse_overlap)
-    checkpoint, tokenizer = open_model(path_or_hf_repo, tokenizer_config, revision)
+    dtype = dtype if dtype is not None else default_dtype()
+    selections = SelectionCache(cache_dir) if cache else None
+    ahead: list[Ahead] = []
+
+    def begin(opened: Checkpoint) -> None:
+        if memory_limit is None:
+            ahead.append(Ahead(opened, dtype, selector=selector, selections=selections))
+
+    checkpoint, tokenizer = open_model(path_or_hf_repo, tokenizer_config, revision, begin)
     model = IFPModel(
         checkpoint,
         tokenizer,
-        dtype=dtype if dtype is not None else default_dtype(),
+        dtype=dtype,
         keep=keep,
         selector=selector,
         scoring=Scoring.of(checkpoint, statistic, blend, keep_by_layer),
         cache_bytes=cache_bytes,
-        selection_cache=SelectionCache(cache_dir) if cache else None,
+        selection_cache=selections,
         tokenizer_config=tokenizer_config,
         task_library=TaskLibrary(checkpoint, cache_dir),
         reuse_overlap=reuse_overlap,
         memory_limit=memory_limit,
+        ahead=ahead[0] if ahead else None,
     )
     return model, tokenizer

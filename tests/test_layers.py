@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a name may import the names of earlier rows only.
 LAYERS = (
-    ("errors", "choices", "device", "lru"),
+    ("errors", "choices", "device", "fast_import", "lru"),
     ("files",),
     ("llm",),
     ("checkpoint",),

@@ -12,6 +12,8 @@ OPERATORS = ("topk", "sigmoid", "capped_exp")
 
 
 CONFIG_FILE = "ifp_config.json"
+# This is the package's own checkpoint, which is used if none is named.
+DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
 FORMAT_VERSION = 2
 # Fields that came with version 2 have defaults.
 READABLE_VERSIONS = (1, 2)

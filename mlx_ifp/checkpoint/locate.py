@@ -9,15 +9,13 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import IFPError, one_line
-from .config import CONFIG_FILE
+from .config import CONFIG_FILE, DEFAULT_MODEL
 
 # The hub's patterns match files in directories too, such as a tokenizer's other templates.
 TOKENIZER_PATTERNS = [
     *("*.json", "*.jsonl", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jinja"),
 ]
 HUB_PATTERNS = [*TOKENIZER_PATTERNS, "*.safetensors", "*.py"]
-# This is the package's own checkpoint, which is used if none is named.
-DEFAULT_MODEL = Path(__file__).parents[1] / "default_model"
 
 
 def source_name(model: str | Path) -> str:

@@ -68,16 +68,30 @@ def build_trunk(checkpoint: Checkpoint, width: int) -> nn.Module:
     return build_llm(with_width(checkpoint.config, width), checkpoint.trunk)
 
 
-def load_trunk(checkpoint: Checkpoint, width: int, dtype: mx.Dtype | None) -> nn.Module:
+def begin_trunk(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> dict[str, mx.array]:
+    """Begin to read the trunk's arrays for :func:`load_trunk`, while this thread goes on."""
+    arrays = load_tensors(checkpoint.trunk, dtype)
+    mx.async_eval(list(arrays.values()))
+    return arrays
+
+
+def load_trunk(
+    checkpoint: Checkpoint,
+    width: int,
+    dtype: mx.Dtype | None,
+    arrays: dict[str, mx.array] | None = None,
+) -> nn.Module:
     """Load a stock mlx-lm model with the trunk's arrays; its FFNs must still be set.
 
     Args:
         checkpoint (Checkpoint): an opened checkpoint.
         width (int): the ``intermediate_size`` that the model reports.
         dtype (mx.Dtype): cast floats to this type; None keeps them.
+        arrays (dict): of :func:`begin_trunk`, with this type; None reads them now.
     """
     model = build_trunk(checkpoint, width)
-    arrays = load_tensors(checkpoint.trunk, dtype)
+    if arrays is None:
+        arrays = load_tensors(checkpoint.trunk, dtype)
     model.load_weights(list(arrays.items()), strict=False)
     mx.eval(list(arrays.values()))
     evaluate(model, leave_out=tuple(ffn.path for ffn in checkpoint.ffns))

@@ -31,6 +31,7 @@ from ..selection.task_library import EXAMPLES, Task, TaskLibrary
 from ..selectors.scoring import Part, Scoring, norms_of, select
 from ..selectors.selector import resolved_keep
 from ..selectors.text import selecting_text, selector_tokens
+from ..subnetwork.ahead import Ahead
 
 
 def read_prompt(prompt: str) -> str:
@@ -263,8 +264,26 @@ def load_model(
     Raises:
         IFPError: if it does not fit the memory limit; no weight has been read then.
     """
-    checkpoint, tokenizer = open_model(args.model, _tokenizer_config(args), args.revision)
     dtype = getattr(mx, args.dtype) if args.dtype else default_dtype()
+    selections = None if args.no_cache else SelectionCache(args.cache_dir)
+    ahead: list[Ahead] = []
+
+    def begin(opened: Checkpoint) -> None:
+        # With a limit nothing is read before it is known to fit.
+        if getattr(args, "memory_limit", None) is None and not getattr(args, "estimate_only", 0):
+            given = ("selection", "task_name", "dense")
+            ahead.append(
+                Ahead(
+                    opened,
+                    dtype,
+                    selector=args.selector,
+                    prefill=getattr(args, "prefill", None),
+                    selections=selections,
+                    channels=not any(getattr(args, name, None) for name in given),
+                )
+            )
+
+    checkpoint, tokenizer = open_model(args.model, _tokenizer_config(args), args.revision, begin)
     limit = use = None
     if plan is not None and (args.memory_limit is not None or args.estimate_only):
         limit, use = args.memory_limit, plan(checkpoint, tokenizer)
@@ -285,10 +304,11 @@ def load_model(
         # With a task's scores glass needs no prior of the checkpoint, and the request names it.
         selector=None if getattr(args, "task_name", None) is not None else args.selector,
         scoring=scoring_of(args, checkpoint),
-        selection_cache=None if args.no_cache else SelectionCache(args.cache_dir),
+        selection_cache=selections,
         tokenizer_config=_tokenizer_config(args),
         task_library=TaskLibrary(checkpoint, args.cache_dir),
         memory_limit=limit,
         use=use,
+        ahead=ahead[0] if ahead else None,
     )
     return model, tokenizer

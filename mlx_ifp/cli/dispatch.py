@@ -1,7 +1,9 @@
 """The dispatcher ``mlx_ifp COMMAND``, and how every command starts and ends."""
 
+import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import os
 import signal
@@ -11,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from ..errors import IFPError, reason_of
+from ..fast_import import import_transformers
 from .streams import close_output, discard_output, open_streams, say
 
 # Name -> package.
@@ -35,9 +38,6 @@ COMMANDS = {
 def entry_point(package: str) -> Callable[[], None]:
     """The ``main`` of a command, for its installed script.
 
-    Flags are read first, so that help and a wrong flag answer without MLX. Only then is the module
-    imported that does the work.
-
     Args:
         package: the command's. Its module ``options`` has ``setup_arg_parser()``, and its module
             ``command`` has ``run(args)``.
@@ -45,11 +45,34 @@ def entry_point(package: str) -> Callable[[], None]:
 
     def main() -> None:
         with ending_in_one_line():
-            options = importlib.import_module(f"{package}.options")
-            args = options.setup_arg_parser().parse_args()
-            importlib.import_module(f"{package}.command").run(args)
+            run, args = ready(package)
+            run(args)
 
     return main
+
+
+def ready(package: str) -> tuple[Callable[[argparse.Namespace], None], argparse.Namespace]:
+    """Read a command's flags, and import what does the work.
+
+    Flags are read first, so that help and a wrong flag answer without MLX. What takes no library
+    begins before the rest is imported, which takes a second.
+
+    Args:
+        package: as for :func:`entry_point`. If its ``options`` say ``READS_ONE_CHECKPOINT``, the
+            system reads what ``--model`` names meanwhile.
+
+    Returns:
+        tuple: the command's ``run``, and its arguments.
+    """
+    options = importlib.import_module(f"{package}.options")
+    args = options.setup_arg_parser().parse_args()
+    if getattr(options, "READS_ONE_CHECKPOINT", False):
+        importlib.import_module("mlx_ifp.cli.early").read_trunk_ahead(args)
+    import_transformers()
+    run = importlib.import_module(f"{package}.command").run
+    # Modules live as long as the process, so the garbage collector need not look at them.
+    gc.freeze()
+    return run, args
 
 
 def script(main: Callable[[], None]) -> Callable[[], None]:

@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..device import default_cache_dir
 from ..errors import IFPError
 from ..files.atomic import by_last_use
@@ -69,6 +71,25 @@ class SelectionCache:
                 if path.stem != key:
                     return load_selection(path, checkpoint)
         return None
+
+    def always(self, checkpoint: str, last: int = 16) -> list[np.ndarray] | None:
+        """The channels that each of the last few selections keeps; None if there are none.
+
+        Returns:
+            list: int32 [n] for each of L layers, ascending; n may be 0.
+        """
+        common: list[np.ndarray] | None = None
+        for path in self._files(self._folder(checkpoint))[:last]:
+            with contextlib.suppress(IFPError, OSError):
+                layers = load_selection(path, checkpoint).layers
+                if common is None:
+                    common = list(layers)
+                else:
+                    common = [
+                        np.intersect1d(*pair, assume_unique=True)
+                        for pair in zip(common, layers, strict=True)
+                    ]
+        return common
 
     @staticmethod
     def _files(folder: Path) -> list[Path]:

@@ -288,6 +288,23 @@ def _read_places(file: "_File", info: TensorInfo, places: np.ndarray, target: np
     return touched
 
 
+def byte_ranges(info: TensorInfo, channels: np.ndarray | None) -> list[tuple[int, int]]:
+    """Where in its file a tensor's rows lie, with small gaps: (first byte, bytes) of each stretch.
+
+    Args:
+        info (TensorInfo): the tensor.
+        channels (np.ndarray): int [k], ascending; None for all.
+    """
+    if channels is None:
+        return [(info.offset, info.nbytes)]
+    rows = channels if info.places is None else np.sort(info.places[channels])
+    row = info.nbytes // info.shape[0]
+    return [
+        (info.offset + int(rows[start]) * row, int(rows[stop - 1] - rows[start] + 1) * row)
+        for start, stop in zip(*_stretches(rows, row, cut_runs=True), strict=True)
+    ]
+
+
 _local = threading.local()
 
 

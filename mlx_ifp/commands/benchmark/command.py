@@ -41,6 +41,7 @@ from ...model import IFPModel
 from ...selection.task_library import Task
 from ..plot.figures import DPI, check_matplotlib, check_output
 from .chart import chart
+from .first_prompt import first_prompt_table, measure_first_prompt
 from .loading import ColdFiles, check_cold
 from .options import OTHER_TASK, TASK
 from .runs import Bench, measure
@@ -198,6 +199,27 @@ def _run_server(
             write_text(file, json.dumps(result, indent=2) + "\n")
 
 
+def _run_first_prompt(args: argparse.Namespace, settings: Settings, directory: Path) -> None:
+    """Measure new processes, and say the figures."""
+    options = ["--trust-remote-code"] if args.trust_remote_code else []
+    for name in ("dtype", "keep", "selector", "statistic", "blend"):
+        if getattr(args, name) is not None:
+            options += [f"--{name}", str(getattr(args, name))]
+    result = measure_first_prompt(
+        options,
+        directory,
+        model=args.model,
+        revision=args.revision,
+        trials=settings.num_trials,
+        cold=args.cold,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    print(first_prompt_table(result))
+    if args.json is not None:
+        with new_file(args.json) as file:
+            write_text(file, json.dumps(result, indent=2) + "\n")
+
+
 def run(args: argparse.Namespace) -> None:
     """Run ``mlx_ifp.benchmark``."""
     settings = settings_of(args)
@@ -208,6 +230,10 @@ def run(args: argparse.Namespace) -> None:
         if args.shapes is not None:
             directory = tempfile.TemporaryDirectory(prefix="mlx_ifp-")
             geometry = _write_shapes(args, Path(stack.enter_context(directory)))
+        if args.first_prompt:
+            directory = tempfile.TemporaryDirectory(prefix="mlx_ifp-")
+            _run_first_prompt(args, settings, Path(stack.enter_context(directory)))
+            return
         model, _ = load_model(args)
         if args.server:
             directory = tempfile.TemporaryDirectory(prefix="mlx_ifp-")

@@ -27,6 +27,7 @@ examples:
   mlx_ifp.benchmark --model smollm2-ifp -p 128 512 4000 -g 100 --samples 4 --chart times.png
   mlx_ifp.benchmark --model smollm2-ifp --keep 0.25 --num-trials 10 --cold --json figures.json
   mlx_ifp.benchmark --model smollm2-ifp --server -g 64 -n 3
+  mlx_ifp.benchmark --first-prompt -n 3
   mlx_ifp.benchmark --shapes paper --scale 4 -q --q-bits 4 -p 4000 -g 100 --samples 4
 """
 
@@ -99,6 +100,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         type=parse_count,
         default=16,
         help="With --server: how many are sent at once (default: 16)",
+    )
+    parser.add_argument(
+        "--first-prompt",
+        action="store_true",
+        help="Instead: the time to the first token of mlx_ifp.generate in new processes, by stage; "
+        "-n counts, and --cold",
     )
     parser.add_argument("--json", metavar="FILE", help="Write all figures to a JSON file")
     parser.add_argument(

@@ -12,6 +12,9 @@ from ...cli.flags import (
     new_parser,
 )
 
+# What it reads can be read ahead while libraries are imported.
+READS_ONE_CHECKPOINT = True
+
 EXAMPLES = """examples:
   mlx_ifp.chat --model smollm2-ifp
   mlx_ifp.chat --model smollm2-ifp --task-name python --system-prompt "Answer in one sentence."

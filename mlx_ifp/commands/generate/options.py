@@ -13,6 +13,9 @@ from ...cli.flags import (
     parse_bool,
 )
 
+# What it reads can be read ahead while libraries are imported.
+READS_ONE_CHECKPOINT = True
+
 EXAMPLES = """examples:
   mlx_ifp.generate --model smollm2-ifp --prompt "Name three rivers in France."
   mlx_ifp.generate --model smollm2-ifp --task "You are an expert Python programmer." -p "Sort a list."
