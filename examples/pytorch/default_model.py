@@ -188,8 +188,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--output", type=Path, required=True, help="a directory that is empty or not there yet")
     add("--work", type=Path, help="a new directory for models and data (default: a temporary one)")
-    # With a predictor of four layers, 6e-4 and 2e-4 diverged at 16,384 tokens a batch. With a head on
-    # the own state, 5e-4 and 2e-4 did not, but the masks became alike.
+    # With a predictor of four layers, 6e-4 and 2e-4 diverged at 16,384 tokens a batch. With a head
+    # on the own state, 5e-4 and 2e-4 did not, but the masks became alike.
     add("--learning-rate", type=float, default=5e-4)
     add("--predictor-learning-rate", type=float, default=2e-5)
     add(
