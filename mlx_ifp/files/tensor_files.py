@@ -30,7 +30,7 @@ FLOATS = ("F32", "F16", "BF16")
 # Bytes that are read at a time. Two MB stay in a processor's cache until they are written.
 BLOCK_BYTES = 2 << 20
 # Bytes that are written at a time. For a longer write, Linux takes a piece of memory of up to 2 MB,
-# and a virtual machine may have given just that memory back to its host: 1.6 GB took 2 to 5 s
+# and a virtual machine may have given just that memory back to its host: 1.6 GB took up to 5 s
 # instead of 0.6.
 WRITE_BYTES = 256 << 10
 # How many blocks hashing may lag behind the one that is written.
