@@ -29,9 +29,9 @@ DTYPES = {
 FLOATS = ("F32", "F16", "BF16")
 # Bytes that are read at a time. Two MB stay in a processor's cache until they are written.
 BLOCK_BYTES = 2 << 20
-# Bytes that are written at a time. For a longer write, Linux takes a piece of memory of up to 2 MB,
-# and a virtual machine may have given just that memory back to its host: 1.6 GB took up to 5 s
-# instead of 0.6.
+# Bytes that are written at a time. With 2 MB, copying 1.6 GB took 5 s instead of 0.6 in some runs
+# on a virtual machine. A probable cause: Linux takes one piece of memory for a long write, and the
+# machine has given the large pieces back to its host.
 WRITE_BYTES = 256 << 10
 # How many blocks hashing may lag behind the one that is written.
 BLOCKS_HELD = 4
