@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.pool import Pool
@@ -31,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_ifp.checkpoint.expected import parameters_of
 from mlx_ifp.cli.dispatch import script
-from mlx_ifp.files.tensor_files import LazyTensor, write_safetensors
+from mlx_ifp.files.tensor_files import LazyTensor, spent, write_safetensors
 from mlx_ifp.llm.build import build_model
 
 from .command import convert_with
@@ -61,6 +62,8 @@ _BACKBONE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _P = 128
+# These add up to the time of a conversion, but for hashing, which goes on beside them.
+_PARTS = ("making", "writing", "waiting", "rest", "hashing")
 
 
 def make_checkpoint(directory: Path, gigabytes: float, suffix: str) -> tuple[Path, list[str]]:
@@ -138,15 +141,26 @@ def timed(work: Callable[[], object], leftovers: Path) -> float:
     return time.perf_counter() - start
 
 
-def convert_timed(args: list[str], out: Path, leftovers: Path) -> tuple[float, int, str]:
-    """Convert in this process; return seconds, peak memory in bytes and what was printed."""
+def convert_timed(
+    args: list[str], out: Path, leftovers: Path
+) -> tuple[float, int, str, dict[str, float]]:
+    """Convert in this process.
+
+    Returns:
+        tuple: seconds, peak memory in bytes, what was printed, and the seconds of each part.
+    """
     options = setup_arg_parser_of_convert().parse_args([*args, "--mlx-path", str(out)])
     text = io.StringIO()
+    before = asdict(spent)
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
         seconds = timed(lambda: convert_with(options), leftovers)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts = {name: value - before[name] for name, value in asdict(spent).items()}
+    # Hashing goes on beside the others.
+    parts["rest"] = seconds - parts["making"] - parts["writing"] - parts["waiting"]
     # Linux counts in KB, and macOS counts in bytes.
-    return seconds, usage * (1 if platform.system() == "Darwin" else 1024), text.getvalue()
+    peak = usage * (1 if platform.system() == "Darwin" else 1024)
+    return seconds, peak, text.getvalue(), parts
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -177,16 +191,17 @@ def main() -> None:
         size = path.stat().st_size
         copy, out = directory / "copy", directory / "out"
         flags = ["--model", str(path), *flags, *args.convert_args.split()]
-        copies, conversions = [], []
+        copies, conversions, splits = [], [], []
         # This process has imported all that it needs, and has done nothing else.
         with spawn.Pool(1) as pool:
-            _, _, plan = pool.apply(convert_timed, ([*flags, "--dry-run"], out, out))
+            _, _, plan, _ = pool.apply(convert_timed, ([*flags, "--dry-run"], out, out))
             shutil.copyfile(path, copy)
             for _ in range(args.num_trials):
                 cp = ["cp", str(path), str(copy)]
                 copies.append(timed(partial(subprocess.run, cp, check=True), copy))
-                seconds, peak, _ = pool.apply(convert_timed, (flags, out, copy))
+                seconds, peak, _, split = pool.apply(convert_timed, (flags, out, copy))
                 conversions.append(seconds)
+                splits.append(split)
                 shutil.copyfile(path, copy)
                 shutil.rmtree(out)
             _end(pool)
@@ -197,6 +212,8 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB, {args.suffix}, median of {args.num_trials} (min-max)")
     print(f"cp, s            {_spread(copies)}")
     print(f"convert, s       {_spread(conversions)}")
+    for part in _PARTS:
+        print(f"  {part:14} {_spread([split[part] for split in splits])}")
     print(f"cp / convert     {_spread(ratios)}")
     print(f"peak memory      {peak / 1e6:.0f} MB, the dry run says {estimate} MB at most")
     print(f"largest tensor   {largest / 1e6:.0f} MB")
