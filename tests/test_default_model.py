@@ -99,8 +99,6 @@ def test_the_real_one_is_small_and_selects_by_the_prompt():
     assert sum(file.stat().st_size for file in files) < 95e6
     model, _ = load(cache=False)
     assert model.checkpoint.ifp.k < model.checkpoint.d_ffn
-    one, other = (model.select(text) for text in ("Name three rivers.", "Sort a list in Python."))
-    assert one.digest != other.digest
     code, story, again = (
         model.select(text)
         for text in (
@@ -109,4 +107,5 @@ def test_the_real_one_is_small_and_selects_by_the_prompt():
             "Write a Python function that reverses a string.",
         )
     )
+    assert len({code.digest, story.digest, again.digest}) == 3
     assert code.overlap(again)[0] > code.overlap(story)[0] + 0.05
