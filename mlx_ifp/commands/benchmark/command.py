@@ -139,6 +139,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     settings.check()
     check_given(args)
     _check_tasks(args.task, args.other_task)
+    if args.first_prompt and args.server:
+        raise IFPError("Give --first-prompt or --server, not both.")
+    if args.chart is not None and (args.first_prompt or args.server):
+        raise IFPError("--chart draws networks; leave it out with --first-prompt and --server.")
     if args.json is not None:
         check_writable(args.json)
     if args.chart is not None:

@@ -31,3 +31,15 @@ def test_a_trial_that_fails_is_one_line(tmp_path, predictor_checkpoint):
     )
     assert done.returncode == 1
     assert "static" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [(["--server"], "not both"), (["--chart", "times.png"], "--chart draws networks")],
+)
+def test_what_does_not_go_with_it_is_said(tmp_path, predictor_checkpoint, more, expected):
+    flags = ["--first-prompt", "--model", predictor_checkpoint, *more]
+    done = run_command("benchmark", *flags, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert expected in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
