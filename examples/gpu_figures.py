@@ -46,7 +46,7 @@ TOKENS = [5, 77, 130, 9, 42, 200, 31, 17, 3, 250, 61, 8, 99, 120, 54, 1]
 TEXT = "You are an expert Python programmer."
 # Seconds for one check at most. On CUDA each kernel of a quantized matrix product is compiled when
 # it is first used, for 20 seconds.
-CHECK_LIMIT = 180.0
+CHECK_LIMIT = 240.0
 # How a process ends after an error that may have left the device unusable for it.
 START_AGAIN = 75
 # What a check may differ from the CPU by, relative to the largest number of an array.
@@ -120,7 +120,7 @@ class Checks:
             exact = mx.dequantize(*quantized, **how).astype(mx.float32)
             exact = np.array(exact).astype(np.float64)
             # Fewer of the rarer modes: what compiles them takes longer than they do.
-            for tokens in (1, 3, 64) if (mode, bits) == ("affine", 4) else (1,):
+            for tokens in (1, 64) if (mode, bits) == ("affine", 4) else (1,):
                 x = random.normal(size=(tokens, 1216)).astype(np.float32)
                 biases = quantized[2] if len(quantized) > 2 else None
                 for dtype in (mx.float32, mx.bfloat16):

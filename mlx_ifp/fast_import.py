@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -23,6 +24,8 @@ def import_transformers() -> None:
     """
     if "transformers" in sys.modules:
         return
+    # As mlx-lm does before it imports it: that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     mender = _Mender()
     sys.meta_path.insert(0, mender)
     try:

@@ -37,6 +37,17 @@ def test_every_folder_is_scanned_once():
     assert folders <= before
 
 
+def test_what_mlx_lm_silences_stays_silent():
+    """transformers says on stderr that PyTorch is missing, unless it is told not to."""
+    code = (
+        "import os; os.environ.pop('TRANSFORMERS_NO_ADVISORY_WARNINGS', None)\n"
+        "import sys; sys.modules['torch'] = None\n"
+        "from mlx_ifp.fast_import import import_transformers as run; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_another_transformers_is_left_as_it_is():
     other = SimpleNamespace(create_import_structure_from_path=len)
     mend(other)

@@ -359,15 +359,22 @@ def append_rows(source: Path, data: Path, valid: Path) -> None:
     """Add the rows of a file, gzipped or not, to the training data; no prompt of ``valid``."""
     held_out = set()
     if valid.exists():
-        held_out = {first_message(line) for line in valid.read_text("utf-8").splitlines()}
+        with open(valid, encoding="utf-8") as rows:
+            held_out = {prompt_of(line) for line in rows if line.strip()}
     opened = gzip.open if source.suffix == ".gz" else open
     with opened(source, "rt", encoding="utf-8") as rows, open(data, "a", encoding="utf-8") as file:
-        file.writelines(line for line in rows if first_message(line) not in held_out)
+        for number, line in enumerate(rows, 1):
+            try:
+                if line.strip() and prompt_of(line) not in held_out:
+                    file.write(line)
+            except (ValueError, LookupError, TypeError, StopIteration) as error:
+                raise fail(f"{source}: line {number} is no row with a user's message.") from error
 
 
-def first_message(line: str) -> str:
-    """The first message of a row of training data."""
-    return json.loads(line)["messages"][0]["content"].strip().lower()
+def prompt_of(line: str) -> str:
+    """What the user says first in a row of training data."""
+    messages = json.loads(line)["messages"]
+    return next(m["content"] for m in messages if m["role"] == "user").strip().lower()
 
 
 def keep_samples(data: Path, valid: Path, output: Path) -> None:

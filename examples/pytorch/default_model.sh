@@ -5,9 +5,8 @@
 #       [--valid-prompts FILE] [--output DIR] [--tiny]
 #
 # Everything is written to --output (default: default_model in the current directory). Then it is
-# joined and cut into DIR/parts/part-00, part-01, ... of at most 15 MiB: where a borrowed machine
-# hands files back by the folder $OUT, what fits is copied there, and the last line says what is left.
-# Join them with: cat part-* | tar xz
+# joined and cut into DIR/parts/part-00, part-01, ... of at most 15 MiB, to be carried over a narrow
+# line. Join them with: cat part-* | tar xz
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
@@ -30,10 +29,4 @@ mkdir "$output/parts"
 tar -C "$output" --exclude ./parts -cz . | split -b 15M -d - "$output/parts/part-"
 count=$(ls "$output/parts" | wc -l)
 echo "$output: $(du -sm "$output/parts" | cut -f1) MiB in $count parts of at most 15 MiB"
-if [ -n "${OUT:-}" ] && [ -d "$OUT" ]; then
-    # At most 8 files of 16 MiB and 64 MiB together come back at a time.
-    cp "$output"/parts/part-0[0-3] "$OUT" 2>/dev/null
-    tar -C "$output" --exclude ./parts --exclude ./packed --exclude ./checkpoint -czf "$OUT/results.tgz" .
-    [ "$count" -gt 4 ] && echo "left: cp $(cd "$output" && pwd)/parts/part-0[4-7] \$OUT"
-fi
 exit $status

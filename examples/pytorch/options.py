@@ -41,8 +41,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         help="The predictor is a head that reads what the whole LLM makes of the prompt; needs "
         "--prefill dense")  # fmt: skip
     add("--predictor-head", type=int, default=128, metavar="P", help="Width of its hidden layer")
-    add("--prefill", choices=["pruned", "dense"], default="pruned",
-        help="Who reads the prompt: dense, the LLM with all of its channels")  # fmt: skip
+    add("--prefill", choices=["pruned", "dense"],
+        help="Who reads the prompt: dense, the LLM with all of its channels (default: the "
+        "checkpoint's, or pruned)")  # fmt: skip
     add("--mask", choices=["soft", "straight_through"], default="straight_through",
         help="Values of the mask in training; straight_through is 0 or 1")  # fmt: skip
     add("--mask-operator", choices=OPERATORS, default="sigmoid", help="SoftTopK")

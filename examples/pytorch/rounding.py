@@ -145,6 +145,10 @@ class Rounding:
                 if weight.shape[0 if id(weight) in turned else 1] % group_size == 0:
                     # An embedding comes before the output layer that shares its weight.
                     found.setdefault(id(weight), (weight, own[0] if own else bits))
+        names = [name for name, _ in llm.named_modules()]
+        for part in parts or {}:
+            if not any(part in name for name in names):
+                raise ValueError(f"no weight of the model has {part!r} in its name")
         self.weights = [(_own(weight), key in turned, own) for key, (weight, own) in found.items()]
         if any(turned and weight.shape[0] % group_size for weight, turned, _ in self.weights):
             raise ValueError(

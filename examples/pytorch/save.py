@@ -223,7 +223,11 @@ def load_models(args: Any) -> tuple[MaskedLM, MaskedLM, Any, Any]:
             raise ModelError(
                 "name the predictor: --predictor-layers N, --predictor-model DIR or --predictor-llm"
             )
-        model.prefill = args.prefill
+    model.prefill = args.prefill or model.prefill
+    if model.reads_own_state and (model.prefill != "dense" or args.stage == "pretrain"):
+        raise ModelError(
+            "a predictor that reads the LLM's own state needs --prefill dense and --stage sft"
+        )
     model.operator, model.mode = args.mask_operator, args.mask
     model.temperature = args.mask_temperature
     model.check_logits()

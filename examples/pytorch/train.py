@@ -123,10 +123,13 @@ class Trainer:
         self.step, self.optimizer = self.accelerator.prepare(step, self.optimizer)
         if args.quantize_from < 1:
             # Of the weights as they are now: several processes may hold a part each.
-            self.rounding = Rounding(
-                self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
-                getattr(torch, args.save_dtype), bits_of_parts(args.q_bits_of),
-            )  # fmt: skip
+            try:
+                self.rounding = Rounding(
+                    self.model.llm, self.model.downs, args.q_bits, args.q_group_size,
+                    getattr(torch, args.save_dtype), bits_of_parts(args.q_bits_of),
+                )  # fmt: skip
+            except ValueError as error:
+                raise fail(error) from error
         if args.resume:
             self._resume()
         elif self.valid_data is not None:

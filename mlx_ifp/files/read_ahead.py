@@ -40,9 +40,11 @@ def _ask(ranges: Callable[[], Iterable[Range]]) -> None:
     try:
         with contextlib.suppress(Exception):
             for path, offset, nbytes in ranges():
-                if path not in files:
-                    files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                advise(files[path], offset, nbytes or os.fstat(files[path]).st_size)
+                # One that is missing does not keep the others.
+                with contextlib.suppress(OSError):
+                    if path not in files:
+                        files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                    advise(files[path], offset, nbytes or os.fstat(files[path]).st_size)
     finally:
         for descriptor in files.values():
             os.close(descriptor)

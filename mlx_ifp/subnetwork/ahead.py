@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.weights import begin_trunk
+from ..device import default_cache_bytes
 from ..files.read_ahead import Range, read_ahead
 from ..selection.disk_cache import SelectionCache
 from .channels import byte_ranges
@@ -24,7 +25,6 @@ class Ahead:
         prefill (str): who is going to read the prompt; None for what suits the selector.
         selections (SelectionCache): those on disk, or None.
         channels (bool): whether channels are going to be selected.
-
     """
 
     def __init__(
@@ -69,6 +69,10 @@ def likely_channels(
         selections (SelectionCache): those on disk, or None.
     """
     everything, common = prefill == "dense", None
+    nbytes = sum(info.nbytes for info in checkpoint.channels.values())
+    # What does not stay in the system's memory until it is needed would be read twice.
+    if everything and nbytes > default_cache_bytes():
+        return
     if not everything and selections is not None:
         common = selections.always(checkpoint.digest)
     if not everything and common is None:

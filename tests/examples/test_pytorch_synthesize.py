@@ -433,11 +433,10 @@ def test_the_default_model_in_one_command(chat_model, tmp_path):
         tmp_path / "given.jsonl",
         [{"messages": conversation(chance), "task": task} for task in ("names", "words") * 12],
     )
-    output, home = tmp_path / "results", tmp_path / "home"
-    home.mkdir()
+    output = tmp_path / "results"
     script = [FOLDER / "default_model.sh", "--minutes", 2, "--tiny", "--model", chat_model,
               "--prompts", given, "--output", output]  # fmt: skip
-    env = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUT": str(home)}
+    env = {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", *map(str, script)], capture_output=True, text=True, env=os.environ | env
     )
@@ -447,8 +446,10 @@ def test_the_default_model_in_one_command(chat_model, tmp_path):
     timing = json.loads((output / "timing.json").read_text())
     assert timing["stages"]["synthesize"]["tokens_per_second"] > 0
     assert timing["stages"]["train"]["trained_tokens"] > 0
-    # What came home is all of it.
-    subprocess.run(f"cat part-* | tar xz -C {tmp_path}", shell=True, check=True, cwd=home)
+    # The parts are all of it.
+    subprocess.run(
+        f"cat part-* | tar xz -C {tmp_path}", shell=True, check=True, cwd=output / "parts"
+    )
     run_script("pack_model.py", "--unpack", tmp_path / "packed", tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "ifpruning_config.json").exists()
     line = run_script("default_model.py", "--output", output, fails=True)

@@ -180,14 +180,27 @@ def _write_shapes(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     )
 
 
+def _same_flags(args: argparse.Namespace, *names: str) -> list[str]:
+    """Flags as they were given, for another command."""
+    flags: list[str] = []
+    for name in names:
+        value = getattr(args, name)
+        if value is not None:
+            # A k for each layer is a list.
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags += [f"--{name}", text]
+    return flags
+
+
 def _run_server(
     args: argparse.Namespace, model: IFPModel, settings: Settings, directory: Path
 ) -> None:
     """Measure servers, and say the figures."""
-    options = ["--model", str(model.checkpoint.path)]
-    for name in ("dtype", "keep", "selector"):
-        if getattr(args, name) is not None:
-            options += [f"--{name}", str(getattr(args, name))]
+    options = [
+        "--model",
+        str(model.checkpoint.path),
+        *_same_flags(args, "dtype", "keep", "selector"),
+    ]
     result = serve_and_measure(
         model,
         directory,
@@ -206,9 +219,9 @@ def _run_server(
 def _run_first_prompt(args: argparse.Namespace, settings: Settings, directory: Path) -> None:
     """Measure new processes, and say the figures."""
     options = ["--trust-remote-code"] if args.trust_remote_code else []
-    for name in ("dtype", "keep", "selector", "statistic", "blend"):
-        if getattr(args, name) is not None:
-            options += [f"--{name}", str(getattr(args, name))]
+    options += _same_flags(args, "dtype", "keep", "selector", "statistic", "blend")
+    if args.keep_by_layer is not None:
+        options.append("--keep-by-layer" if args.keep_by_layer else "--no-keep-by-layer")
     result = measure_first_prompt(
         options,
         directory,

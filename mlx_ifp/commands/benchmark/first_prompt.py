@@ -79,7 +79,7 @@ def measure_first_prompt(
             stage: statistics.median(one["seconds"][stage] for one in figures) for stage in STAGES
         },
         "total": statistics.median(one["total"] for one in figures),
-        "before_prefill": statistics.median(
+        "all_but_prefill": statistics.median(
             one["total"] - one["seconds"]["prefill"] for one in figures
         ),
         "trials": figures,
@@ -104,5 +104,5 @@ def _one_prompt(flags: list[str], directory: Path) -> dict[str, Any]:
 def first_prompt_table(result: dict[str, Any]) -> str:
     """The table that is printed."""
     lines = [f"{name:<14} {result['seconds'][name]:>8.3f} s  {STAGES[name]}" for name in STAGES]
-    lines.append(f"{'before prefill':<14} {result['before_prefill']:>8.3f} s")
+    lines.append(f"{'all but prefill':<14} {result['all_but_prefill']:>8.3f} s")
     return "\n".join([*lines, f"{'first token':<14} {result['total']:>8.3f} s"])

@@ -17,7 +17,7 @@ def test_each_trial_is_split_in_stages(tmp_path, predictor_checkpoint):
     stages = ["imports", "headers", "tokenizer", "trunk", "predictor", "channels", "prefill"]
     assert list(result["seconds"]) == [*stages, "rest"]
     names = [line.rsplit(" s", 1)[0].rsplit(None, 1)[0] for line in done.stdout.splitlines()]
-    assert names[-2:] == ["before prefill", "first token"] and len(names) == 10
+    assert names[-2:] == ["all but prefill", "first token"] and len(names) == 10
     assert len(result["trials"]) == 2
     for trial in result["trials"]:
         assert sum(trial["seconds"].values()) == pytest.approx(trial["total"])
