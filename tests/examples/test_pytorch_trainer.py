@@ -721,7 +721,7 @@ def test_the_second_stage_goes_on_from_the_first(tmp_path, dense, data):
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    (["--quantize-from", 0.5, "--q-bits-of", "downproj=5"], "no weight of the model has 'downproj'"),
+    (["--quantize-from", 0.5, "--q-bits-of", "downproj=5"], "no weight of the model has"),
     (["--q-bits-of", "down_proj=9"], "must be NAME=BITS"),
     (["--predictor-llm"], "the predictor is one of"),
     (["--keep", 1000], "is not between 1 and the 192"),
