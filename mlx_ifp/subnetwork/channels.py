@@ -26,8 +26,8 @@ _GAP_BYTES = 64 << 10
 # request takes many targets, and what lies between goes to a scratch that stays in the processor's
 # cache. For shorter rows a list of targets takes longer than to pick them out.
 _LONG_ROW_BYTES = 8 << 10
-# The system takes so many targets in one request, at least 16 by POSIX.
-_TARGETS = min(1024, os.sysconf("SC_IOV_MAX")) if "SC_IOV_MAX" in os.sysconf_names else 16
+# The system takes so many targets in one request: at least 16 by POSIX, whatever it says.
+_TARGETS = max(16, min(1024, os.sysconf("SC_IOV_MAX")))
 # A run of at least this length is read straight to where it belongs. Shorter ones are read with
 # their surroundings and picked out.
 _RUN_BYTES = 256 << 10

@@ -180,6 +180,13 @@ def _write_shapes(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     )
 
 
+def _write_json(path: str | None, result: dict[str, Any]) -> None:
+    """Write all figures, if a file is named."""
+    if path is not None:
+        with new_file(path) as file:
+            write_text(file, json.dumps(result, indent=2) + "\n")
+
+
 def _same_flags(args: argparse.Namespace, *names: str) -> list[str]:
     """Flags as they were given, for another command."""
     flags: list[str] = []
@@ -211,9 +218,7 @@ def _run_server(
         progress=lambda line: print(line, file=sys.stderr),
     )
     print(serving_table(result))
-    if args.json is not None:
-        with new_file(args.json) as file:
-            write_text(file, json.dumps(result, indent=2) + "\n")
+    _write_json(args.json, result)
 
 
 def _run_first_prompt(args: argparse.Namespace, settings: Settings, directory: Path) -> None:
@@ -232,9 +237,7 @@ def _run_first_prompt(args: argparse.Namespace, settings: Settings, directory: P
         progress=lambda line: print(line, file=sys.stderr),
     )
     print(first_prompt_table(result))
-    if args.json is not None:
-        with new_file(args.json) as file:
-            write_text(file, json.dumps(result, indent=2) + "\n")
+    _write_json(args.json, result)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -272,9 +275,7 @@ def run(args: argparse.Namespace) -> None:
     print(heading(result))
     for one in result["lengths"]:
         print(f"\n{table(one, result['settings'])}")
-    if args.json is not None:
-        with new_file(args.json) as file:
-            write_text(file, json.dumps(result | {"shapes": geometry}, indent=2) + "\n")
+    _write_json(args.json, result | {"shapes": geometry})
     if args.chart is not None:
         with new_file(args.chart) as file:
             chart(result).savefig(file, format="png", dpi=DPI)

@@ -103,6 +103,6 @@ def _one_prompt(flags: list[str], directory: Path) -> dict[str, Any]:
 
 def first_prompt_table(result: dict[str, Any]) -> str:
     """The table that is printed."""
-    lines = [f"{name:<14} {result['seconds'][name]:>8.3f} s  {STAGES[name]}" for name in STAGES]
-    lines.append(f"{'all but prefill':<14} {result['all_but_prefill']:>8.3f} s")
-    return "\n".join([*lines, f"{'first token':<14} {result['total']:>8.3f} s"])
+    lines = [f"{name:<16} {result['seconds'][name]:>8.3f} s  {STAGES[name]}" for name in STAGES]
+    lines.append(f"{'all but prefill':<16} {result['all_but_prefill']:>8.3f} s")
+    return "\n".join([*lines, f"{'first token':<16} {result['total']:>8.3f} s"])
